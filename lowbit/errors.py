@@ -1,0 +1,17 @@
+"""The one exception family that the user is meant to read."""
+
+
+class LowbitError(ValueError):
+    """A mistake in what was given (settings, files, data), told in one sentence that says what to do.
+
+    Everything the library refuses on purpose raises this or a subclass; the command line prints the
+    message without a traceback and exits with status 2.
+    """
+
+
+class DataError(LowbitError):
+    """Data is missing, truncated, altered or of the wrong kind."""
+
+
+class CheckpointError(LowbitError):
+    """A saved file cannot be trusted: truncated, altered, from a newer version or for another model."""

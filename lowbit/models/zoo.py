@@ -1,0 +1,137 @@
+"""Models by name: the small ones of this project, then timm's, then torchvision's.
+
+`create` notes what it was asked for in ``model.spec``, so that a saved file can rebuild the model.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowbit.errors import LowbitError
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+_small: dict[str, Callable[..., nn.Module]] = {}
+
+
+def _register(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    _small[make.__name__] = make
+    return make
+
+
+@_register
+def resnet20(num_classes: int = 10, in_chans: int = 3, img_size: int = 32, **options: Any) -> nn.Module:
+    """ResNet-20, 0.27 M parameters; takes images of any size."""
+    from lowbit.models.resnet import SmallResNet
+
+    return SmallResNet(3, num_classes, in_chans, **options)
+
+
+@_register
+def vit_nano(
+    num_classes: int = 10, in_chans: int = 3, img_size: int = 32, patch_size: int | None = None, **options: Any
+) -> nn.Module:
+    """A vision transformer of timm's parts: 128 wide, 4 blocks, 4 heads, 64 tokens of 4x4 pixels; 0.8 M parameters.
+
+    Images under 32 pixels get 64 tokens or fewer too: the patch is ``max(1, img_size // 8)`` unless given.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    settings = {"embed_dim": 128, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"} | options
+    return VisionTransformer(
+        img_size=img_size,
+        patch_size=patch_size or max(1, img_size // 8),
+        in_chans=in_chans,
+        num_classes=num_classes,
+        **settings,
+    )
+
+
+def names() -> list[str]:
+    """The project's own models; timm's and torchvision's names work too."""
+    return sorted(_small)
+
+
+def create(
+    name: str,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    img_size: int = 32,
+    pretrained: bool | str = False,
+    **options: Any,
+) -> nn.Module:
+    """Builds a model by name.
+
+    Args:
+        name: one of `names`, a timm model (``deit_tiny_patch16_224``) or a torchvision one (``mobilenet_v2``).
+        num_classes: outputs.
+        in_chans: input channels; torchvision's models have three.
+        img_size: height and width of the images, where the architecture depends on it.
+        pretrained: the name of a data set whose checkpoint the project ships (``"digits"``, see `checkpoints`) or
+            the path of a file written by `lowbit.save`; for timm's models True fetches timm's own weights.
+        options: passed on to the constructor.
+
+    Raises:
+        LowbitError: an unknown name or option, or no such checkpoint.
+    """
+    spec = {"name": name, "num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, **options}
+    try:
+        model = _build(name, num_classes, in_chans, img_size, pretrained is True, options)
+    except TypeError as error:
+        raise LowbitError(f"the model {name!r} does not take these options: {error}") from None
+    model.spec = spec
+    if isinstance(pretrained, str | Path):
+        _load_checkpoint(model, pretrained)
+    return model
+
+
+def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained: bool, options: dict) -> nn.Module:
+    if name in _small:
+        if pretrained:
+            have = ", ".join(sorted(checkpoints().get(name, {}))) or "none"
+            raise LowbitError(f"pretrained=True: say which checkpoint of {name!r}; there is {have}")
+        return _small[name](num_classes=num_classes, in_chans=in_chans, img_size=img_size, **options)
+    import timm
+
+    if timm.is_model(name):
+        sized = {"img_size": img_size} if "vit" in name or "deit" in name or "swin" in name else {}
+        return timm.create_model(
+            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **sized, **options
+        )
+    import torchvision
+
+    if name in torchvision.models.list_models():
+        if in_chans != 3:
+            raise LowbitError(f"in_chans={in_chans} is not allowed for torchvision's {name!r}; 3 is")
+        weights = "DEFAULT" if pretrained else None
+        return torchvision.models.get_model(name, weights=weights, num_classes=num_classes, **options)
+    import difflib
+
+    every = [*_small, *timm.list_models(), *torchvision.models.list_models()]
+    close = ", ".join(difflib.get_close_matches(name, every, n=3)) or ", ".join(names())
+    raise LowbitError(f"there is no model {name!r} here, in timm or in torchvision; closest: {close}")
+
+
+def checkpoints() -> dict[str, dict[str, Path]]:
+    """The checkpoints that the project ships: ``{model: {data set: path}}``."""
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(CHECKPOINTS.glob("*.safetensors")):
+        model, _, data = path.stem.partition(".")
+        found.setdefault(model, {})[data] = path
+    return found
+
+
+def _load_checkpoint(model: nn.Module, which: str | Path) -> None:
+    from lowbit.serialization import load_weights_
+
+    shipped = checkpoints().get(model.spec["name"], {})
+    path = shipped.get(str(which), Path(which))
+    if not path.is_file():
+        have = ", ".join(sorted(shipped)) or "none"
+        raise LowbitError(
+            f"pretrained={str(which)!r}: {model.spec['name']!r} has no checkpoint of that name (it has {have}) "
+            "and there is no such file"
+        )
+    load_weights_(model, path)

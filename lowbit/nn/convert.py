@@ -1,0 +1,199 @@
+"""`quantize_`: puts quantisers into any model, in place, without replacing its layers.
+
+Weights become parametrisations (`torch.nn.utils.parametrize`), so a layer computes with its fake-quantised
+weight while the optimiser sees the latents; a layer's input goes through a quantiser called by a forward
+pre-hook. Both live in the module tree, so ``state_dict``, ``deepcopy``, ``.to`` and DDP treat them as usual.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowbit.errors import LowbitError
+from lowbit.nn.config import QuantConfig, check_not_empty
+from lowbit.quantizers import ActivationQuantizer, Method, WeightQuantizer
+from lowbit.quantizers.lsq import LSQ
+
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
+INPUT = "input_quantizer"  # the submodule's name on a layer
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer with a quantised weight, input or both, as `quantized_layers` finds it."""
+
+    name: str
+    layer: nn.Module
+    weight: WeightQuantizer | None
+    activation: ActivationQuantizer | None
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """The full-precision tensors behind the weight: one, or several for DenseShift-like methods."""
+        if self.weight is None:
+            return (self.layer.weight,)
+        held = self.layer.parametrizations.weight
+        return (held.original,) if held.is_tensor else tuple(
+            getattr(held, f"original{i}") for i in range(held.ntensors)
+        )
+
+    def codes(self) -> Tensor:
+        """The weight's level indices, int16."""
+        return self.weight.codes(*self.latents)
+
+
+def quantize_(
+    model: nn.Module, config: QuantConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> nn.Module:
+    """Quantises the linear and convolution layers of ``model`` in place.
+
+    Args:
+        model: any model; its layers keep their class, their names and (as starting point) their weights.
+        config: what to quantise and how.
+        filter_fn: called with each layer and its name; layers for which it is false stay untouched.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LowbitError: nothing to quantise, or the model is quantised already. The model is then unchanged.
+    """
+    check_not_empty(config)
+    if any(True for _ in quantized_layers(model)):
+        raise LowbitError("this model is quantised already; quantize_ starts from a full-precision model")
+    plan = [
+        (layer, methods)
+        for name, layer, methods in _plan(model, config)
+        if filter_fn is None or filter_fn(layer, name)
+    ]
+    if not plan:
+        kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
+        raise LowbitError(
+            f"no layer of {type(model).__name__} is left to quantise: it takes a {kinds} that is neither kept back by "
+            f"first_last={config.first_last!r} nor refused by filter_fn"
+        )
+    built = [  # everything that can refuse is built before anything is changed
+        (layer, weight and weight.weight(layer.weight.detach()), activation and activation.activation())
+        for layer, (weight, activation) in plan
+    ]
+    for layer, weight, activation in built:
+        _attach(layer, weight, activation)
+    return model
+
+
+def attach_(layer: nn.Module, weight: Method | None, activation: Method | None) -> None:
+    """Quantises one layer's weight, input or both, in place; `quantize_` does it to all of a model's."""
+    _attach(layer, weight and weight.weight(layer.weight.detach()), activation and activation.activation())
+
+
+def _attach(layer: nn.Module, weight: WeightQuantizer | None, activation: ActivationQuantizer | None) -> None:
+    if weight is not None:
+        parametrize.register_parametrization(layer, "weight", weight)
+        weight.initialize_(*_found("", layer).latents)
+    if activation is not None:
+        layer.add_module(INPUT, activation)
+        layer.register_forward_pre_hook(_quantize_input)
+
+
+def _plan(
+    model: nn.Module, config: QuantConfig
+) -> Iterator[tuple[str, nn.Module, tuple[Method | None, Method | None]]]:
+    """Each layer to quantise with its weight and activation methods, first and last layers as configured."""
+    layers = dict(_quantizable(model))
+    ends = first_and_last(model)
+    for name, layer in layers.items():
+        if name not in ends or config.first_last == "same":
+            yield name, layer, (config.weight, config.activation)
+        elif config.first_last is not None:
+            weight = config.weight and LSQ(bits=config.first_last, granularity="channel")
+            activation = config.activation and LSQ(bits=config.first_last)
+            yield name, layer, (weight, activation)
+
+
+def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside_attention: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.append(name + ".")
+        elif isinstance(module, QUANTIZABLE) and not name.startswith(tuple(inside_attention)):
+            yield name, module
+    if inside_attention:
+        warnings.warn(
+            f"{len(inside_attention)} torch.nn.MultiheadAttention layers stay in full precision: they read their "
+            "weights without calling their layers; timm's vision transformers are quantised whole",
+            stacklevel=4,
+        )
+
+
+def first_and_last(model: nn.Module) -> set[str]:
+    """Names of the layers next to the input and the output.
+
+    timm says which they are (``pretrained_cfg``: first_conv, classifier); elsewhere the first and the last
+    linear or convolution layer in order of registration.
+    """
+    layers = [name for name, _ in _quantizable(model)]
+    config = getattr(model, "pretrained_cfg", None) or {}
+    named = set()
+    for key in ("first_conv", "classifier"):
+        value = config.get(key) or ()
+        named |= {value} if isinstance(value, str) else set(value)
+    ends = named & set(layers)
+    return ends | ({layers[0], layers[-1]} if layers and len(ends) < 2 else set())
+
+
+def _quantize_input(layer: nn.Module, args: tuple) -> tuple:
+    return (getattr(layer, INPUT)(args[0]), *args[1:])
+
+
+def _found(name: str, module: nn.Module) -> QuantizedLayer:
+    weight = None
+    if parametrize.is_parametrized(module, "weight"):
+        first = module.parametrizations.weight[0]
+        weight = first if isinstance(first, WeightQuantizer) else None
+    return QuantizedLayer(name, module, weight, getattr(module, INPUT, None))
+
+
+def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
+    """Every quantised layer of ``model``, in order."""
+    for name, module in model.named_modules():
+        found = _found(name, module)
+        if found.weight is not None or isinstance(found.activation, ActivationQuantizer):
+            yield found
+
+
+def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
+    """Sets the starting step of every activation quantiser that has none yet, by one forward pass of ``x``.
+
+    Args:
+        model: a quantised model; one without activation quantisers is left alone.
+        x: one normalised input batch, on the model's device. Leaves the model's mode, gradients and normalisation
+            statistics as they were.
+    """
+    if all(found.activation is None or found.activation.calibrated for found in quantized_layers(model)):
+        return model
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    return model
+
+
+def compile_quantizers(model: nn.Module) -> nn.Module:
+    """Compiles the quantisers of ``model`` with torch.compile, each for its own shape, and nothing else.
+
+    The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
+    full-precision one.
+    """
+    for found in quantized_layers(model):
+        for quantizer in (found.weight, found.activation):
+            if quantizer is not None:
+                quantizer.compile(dynamic=False)
+    return model

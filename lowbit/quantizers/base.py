@@ -1,0 +1,146 @@
+"""What every quantiser offers, and the registry that finds them.
+
+A method is one file here. It holds the maths as a pure function, a frozen dataclass with the method's
+settings (decorated with `method`, which also registers it), and a thin module on top. Importing this
+package imports every file in it, so a new file is all that a new method needs.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.settings import settings
+
+
+class Method:
+    """Settings of one quantisation method; the base of `LSQ`, `StatsQ`, `DenseShift`, ...
+
+    A subclass overrides `weight`, `activation` or both. It must be constructible with no argument.
+    """
+
+    name: ClassVar[str] = ""
+
+    def weight(self, weight: Tensor) -> "WeightQuantizer":
+        """The quantiser for a weight; ``weight`` (float, rows = output channels = dim 0) is its starting value."""
+        raise LowbitError(f"{self!r} does not quantise weights; {_choices('weight')} do")
+
+    def activation(self) -> "ActivationQuantizer":
+        """The quantiser for a layer's input."""
+        raise LowbitError(f"{self!r} does not quantise activations; {_choices('activation')} do")
+
+    @classmethod
+    def quantizes(cls, kind: str) -> bool:
+        """Whether the method applies to ``kind``: "weight" or "activation"."""
+        return getattr(cls, kind) is not getattr(Method, kind)
+
+
+class WeightQuantizer(nn.Module):
+    """A parametrisation: latent tensor(s) in, fake-quantised weight out.
+
+    Whatever the method, ``forward(*latents) == scale(*latents) * levels[codes(*latents)]`` holds exactly.
+    """
+
+    def forward(self, *latents: Tensor) -> Tensor:
+        """The fake-quantised weight, float, of the weight's shape; differentiable as the method defines."""
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> Tensor:
+        """The value set before scaling: float32 ``[L]``, strictly ascending."""
+        raise NotImplementedError
+
+    def codes(self, *latents: Tensor) -> Tensor:
+        """Indices into `levels`: int16, of the weight's shape. Neighbouring levels have neighbouring codes."""
+        raise NotImplementedError
+
+    def scale(self, *latents: Tensor) -> Tensor:
+        """What multiplies `levels`: float, broadcastable to the weight, detached."""
+        raise NotImplementedError
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Latents for which `forward` gives (the quantised form of) ``weight``; lets one assign ``layer.weight``."""
+        return weight
+
+    def initialize_(self, *latents: Tensor) -> None:
+        """Overwrites the latents in place where the method starts from its own random draw; else does nothing."""
+
+
+class ActivationQuantizer(nn.Module):
+    """A module that stands in front of a layer: float in, fake-quantised float of the same shape and dtype out."""
+
+    @property
+    def levels(self) -> Tensor:
+        """The value set before scaling: float32 ``[L]``, ascending."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Indices into `levels`: int16, shape of ``x``."""
+        raise NotImplementedError
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the quantiser has seen the batch that sets its starting step."""
+        return True
+
+
+_registry: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+@dataclass_transform(frozen_default=True)
+def method(name: str) -> Callable[[M], M]:
+    """Class decorator: makes the settings a validated frozen dataclass and registers the method as ``name``."""
+
+    def register(cls: M) -> M:
+        if name in _registry:
+            raise LowbitError(f"two quantisation methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}")
+        cls.name = name
+        _registry[name] = settings(cls)
+        return _registry[name]
+
+    return register
+
+
+def names(kind: str | None = None) -> list[str]:
+    """Registered method names, sorted; with ``kind`` "weight" or "activation" only those that apply to it."""
+    return sorted(key for key, cls in _registry.items() if kind is None or cls.quantizes(kind))
+
+
+def get(name: str) -> type[Method]:
+    """The settings dataclass registered under ``name``."""
+    if name not in _registry:
+        raise LowbitError(f"there is no quantisation method {name!r}; there are {', '.join(names())}")
+    return _registry[name]
+
+
+def methods() -> Iterator[type[Method]]:
+    """Every registered settings dataclass, by name."""
+    return (_registry[name] for name in names())
+
+
+def _choices(kind: str) -> str:
+    return ", ".join(_registry[name].__name__ for name in names(kind))
+
+
+def per_row(weight: Tensor) -> tuple[int, ...]:
+    """The dims of ``weight`` that one output channel (dim 0) spans, for reductions with ``keepdim=True``."""
+    return tuple(range(1, weight.ndim))
+
+
+def as_float(x: Tensor) -> Tensor:
+    """``x`` in at least float32: half precision would round the quantisation grid itself."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """Index of the level nearest to each element of ``x`` (int16; a tie goes to the lower level). NaN is refused.
+
+    Args:
+        x: float, any shape, already divided by the scale.
+        levels: float ``[L]``, strictly ascending.
+    """
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(x.contiguous(), midpoints.to(x)).to(torch.int16)

@@ -1,0 +1,205 @@
+"""DenseShift: weights ±2^p and never zero, trained through a sign and a chain of binary gates.
+
+Li et al., "DenseShift: Towards Accurate and Efficient Low-Bit Power-of-Two Quantization", ICCV 2023,
+arXiv 2208.09708; the recursion, its surrogate gradient and the initialisation as in the authors' code.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, nearest, per_row
+
+__all__ = ["DenseShift", "denseshift", "denseshift_exponent", "denseshift_latents", "denseshift_levels"]
+
+GATES = {2: 1, 3: 3, 4: 7}  # bits -> exponent latents, 2^(b-1) - 1
+
+
+def denseshift_levels(bits: int) -> Tensor:
+    """The value set {±2^p : p = 0 ... 2^(bits-1)-1}, float32, ascending; zero is not in it."""
+    if bits not in GATES:
+        raise LowbitError(f"bits={bits!r} is not allowed: DenseShift takes 2, 3 or 4 bits")
+    positive = 2.0 ** torch.arange(GATES[bits] + 1, dtype=torch.float32)
+    return torch.cat([-positive.flip(0), positive])
+
+
+def denseshift_exponent(*w_t: Tensor) -> Tensor:
+    """The exponent S_N of the recursion S_k = (S_(k-1)+1)·[t_k > 0], S_0 = 0, float: the trailing run of open gates."""
+    exponent = (w_t[0] > 0).to(w_t[0].dtype)
+    for t in w_t[1:]:
+        exponent = (exponent + 1) * (t > 0)
+    return exponent
+
+
+def _sign(t: Tensor) -> Tensor:
+    """+1 where ``t >= 0`` (so ±0.0 give +1), else -1."""
+    return torch.where(t >= 0, 1.0, -1.0).to(t.dtype)
+
+
+class _DenseShift(torch.autograd.Function):
+    """sgn·2^S forward; backward as if the value were sgn·sqrt(S+1) (or the true power), gates by identity."""
+
+    @staticmethod
+    def forward(ctx, surrogate: str, w_sign: Tensor, *w_t: Tensor) -> Tensor:
+        ctx.surrogate = surrogate
+        ctx.save_for_backward(w_sign, *w_t)
+        return _sign(w_sign) * torch.exp2(denseshift_exponent(*w_t))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        w_sign, *w_t = ctx.saved_tensors
+        gates = [(t > 0).to(grad.dtype) for t in w_t]
+        before = [torch.zeros_like(gates[0])]  # S_(k-1) for k = 1 ... N, then S_N
+        for gate in gates:
+            before.append((before[-1] + 1) * gate)
+        exponent = before[-1]
+        if ctx.surrogate == "sqrt":
+            size = torch.sqrt(exponent + 1)
+            slope = 0.5 / size
+        else:
+            size = torch.exp2(exponent)
+            slope = size * 0.6931471805599453  # d(2^S)/dS = 2^S·ln 2
+        grad_exponent = grad * _sign(w_sign) * slope
+        grads = []
+        for gate, previous in zip(reversed(gates), reversed(before[:-1]), strict=True):
+            grads.append(grad_exponent * (previous + 1))
+            grad_exponent = grad_exponent * gate
+        return None, grad * size, *reversed(grads)
+
+
+def denseshift(w_sign: Tensor, *w_t: Tensor, surrogate: Literal["sqrt", "identity"] = "sqrt") -> Tensor:
+    """The DenseShift weight sgn(t_sign)·2^S_N of 2, 4 or 8 latents (2, 3 or 4 bits).
+
+    S_1 = [t_1 > 0], S_k = (S_(k-1)+1)·[t_k > 0]. Backward, both binarisations are straight-through without a
+    clipping window. With ``surrogate="sqrt"`` (as published) the gradient is that of sgn·sqrt(S_N+1):
+    dL/dt_sign = G·sqrt(S_N+1), dL/dS_N = G·sgn/(2·sqrt(S_N+1)), dL/dt_k = dL/dS_k·(S_(k-1)+1),
+    dL/dS_(k-1) = dL/dS_k·[t_k > 0]. With ``"identity"`` it is that of the true value sgn·2^S_N.
+
+    Args:
+        w_sign: the sign latent, float, any shape; ±0.0 count as positive.
+        w_t: 1, 3 or 7 gate latents of the same shape; a gate is open where its latent is > 0.
+        surrogate: whose gradient is taken.
+
+    Returns:
+        Float tensor of the latents' shape, every element ±2^p.
+
+    Raises:
+        LowbitError: another number of latents, or an unknown surrogate.
+    """
+    if len(w_t) not in GATES.values():
+        raise LowbitError(f"{len(w_t)} gate latents were given; DenseShift has 1, 3 or 7 (2, 3 or 4 bits)")
+    if surrogate not in ("sqrt", "identity"):
+        raise LowbitError(f"surrogate={surrogate!r} is not allowed; 'sqrt' and 'identity' are")
+    return _DenseShift.apply(surrogate, w_sign, *w_t)
+
+
+def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ...]:
+    """Latents of magnitude ``size`` that give level index ``codes`` (int, 0 ... 2^bits-1): the inverse of `denseshift`.
+
+    The last S gates are open and the one before them is closed; gates further back do not matter and are closed.
+    """
+    half, gates = 2 ** (bits - 1), GATES[bits]
+    positive = codes >= half
+    exponent = torch.where(positive, codes - half, half - 1 - codes)
+    sign = torch.where(positive, size, -size)
+    return sign, *(torch.where(exponent > gates - 1 - k, size, -size) for k in range(gates))
+
+
+@method("denseshift")
+class DenseShift(Method):
+    """Zero-free power-of-two weights by sign-scale decomposition. Costs 2, 4 or 8 latents a weight in training.
+
+    Args:
+        bits: 2, 3 or 4; 1 sign bit and bits-1 exponent bits.
+        scale: "none" uses ±2^p raw, as published, where a normalisation follows; "statistical" keeps each output
+            channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
+        surrogate: "sqrt" as published, or "identity"; see `denseshift`.
+        init: "random" draws every latent from N(0, sigma), as published; "project" starts from the given weight.
+        sigma: standard deviation of the latents at the start, 1e-3 as published.
+    """
+
+    bits: Literal[2, 3, 4] = 4
+    scale: Literal["none", "statistical", "pow2"] = "none"
+    surrogate: Literal["sqrt", "identity"] = "sqrt"
+    init: Literal["random", "project"] = "random"
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+
+    def weight(self, weight: Tensor) -> WeightQuantizer:
+        """See `Method.weight`."""
+        return DenseShiftWeight(self, weight)
+
+
+class DenseShiftWeight(WeightQuantizer):
+    """`denseshift` as a parametrisation with 2, 4 or 8 latents, times the optional per-channel scale."""
+
+    rms: Tensor
+
+    def __init__(self, config: DenseShift, weight: Tensor):
+        super().__init__()
+        self.config = config
+        if config.scale != "none":
+            self.register_buffer("rms", _rms(weight))
+
+    def forward(self, *latents: Tensor) -> Tensor:  # noqa: D102
+        weight = denseshift(*latents, surrogate=self.config.surrogate)
+        return weight if self.config.scale == "none" else weight * self.scale(*latents)
+
+    @property
+    def levels(self) -> Tensor:  # noqa: D102
+        return denseshift_levels(self.config.bits)
+
+    def codes(self, *latents: Tensor) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            exponent = denseshift_exponent(*latents[1:]).to(torch.int16)
+            half = 2 ** (self.config.bits - 1)
+            return torch.where(latents[0] >= 0, half + exponent, half - 1 - exponent)
+
+    def scale(self, *latents: Tensor) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            if self.config.scale == "none":
+                return torch.ones((1,) * latents[0].ndim, dtype=latents[0].dtype, device=latents[0].device)
+            scale = self.rms / _rms(torch.exp2(denseshift_exponent(*latents[1:])))
+            return scale if self.config.scale == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        with torch.no_grad():
+            if self.config.scale != "none":
+                self.rms.copy_(_rms(weight))
+            codes = _project(as_float(weight), self.levels.to(weight.device))
+            latents = denseshift_latents(codes, self.config.bits, self.config.sigma)
+            return tuple(t.to(weight.dtype) for t in latents)
+
+    def initialize_(self, *latents: Tensor) -> None:  # noqa: D102
+        if self.config.init == "random":
+            with torch.no_grad():
+                for t in latents:
+                    t.normal_(std=self.config.sigma)
+
+
+def _rms(w: Tensor) -> Tensor:
+    """Root mean square of each row, ``[rows, 1, ...]``, never zero."""
+    rms = as_float(w.detach()).square().mean(dim=per_row(w), keepdim=True).sqrt()
+    return rms.clamp_min(torch.finfo(rms.dtype).tiny)
+
+
+def _project(w: Tensor, levels: Tensor) -> Tensor:
+    """Codes of the nearest levels after the best per-row scale of a small search; on-grid weights keep their codes."""
+    smallest = w.abs().amin(dim=per_row(w), keepdim=True)
+    rms = _rms(w)
+    candidates = [torch.ones_like(rms), smallest.clamp_min(torch.finfo(w.dtype).tiny)]
+    candidates += [rms * 2.0 ** (-k / 4) for k in range(-4, 24)]
+    best_codes, best_error = None, None
+    for scale in candidates:
+        codes = nearest(w / scale, levels)
+        error = (levels[codes.long()] * scale - w).square().sum(dim=per_row(w), keepdim=True)
+        if best_codes is None:
+            best_codes, best_error = codes, error
+        else:
+            better = error < best_error
+            best_codes, best_error = torch.where(better, codes, best_codes), torch.where(better, error, best_error)
+    return best_codes

@@ -1,0 +1,237 @@
+"""LSQ: a uniform grid whose step is learnt.
+
+Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153, equations 1-5.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer, as_float, method, per_row
+
+__all__ = ["LSQ", "lsq", "lsq_codes", "lsq_range", "lsq_step"]
+
+SMALLEST_STEP = 1e-8
+
+
+def lsq_range(bits: int, signed: bool = True) -> tuple[int, int]:
+    """The lowest and the highest integer code, ``(-Qn, Qp)``: (-2, 1) for 2 signed bits, (0, 3) for 2 unsigned ones."""
+    if not (isinstance(bits, int) and (2 if signed else 1) <= bits <= 16):
+        raise LowbitError(f"bits={bits!r} is not allowed: LSQ takes {'2' if signed else '1'} to 16 bits")
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+class _LSQ(torch.autograd.Function):
+    """One graph node instead of six: the forward keeps x, y and the step, which the layer keeps alive anyway."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+        y = torch.div(x, step).round_().clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, y, step)
+        ctx.range, ctx.grad_scale = (low, high), grad_scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, y, step = ctx.saved_tensors
+        low, high = ctx.range
+        if step.numel() == 1 and not torch.compiler.is_compiling() and x.device.type == "cpu":
+            # one pass with scalar bounds: the gradient passes strictly inside the range
+            s = step.item()
+            grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * s, high * s)
+        else:
+            grad_x = torch.where((x > low * step) & (x < high * step), grad, 0)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None
+        # Inside the range d(y)/d(step) = round(x/s) - x/s, outside it is the bound itself, and the rounded and
+        # clipped code is y/s in both cases: so it is (y - x·[inside]) / s, and the sum needs two dot products.
+        if step.numel() == 1:
+            total = torch.dot(grad.reshape(-1), y.reshape(-1)) - torch.dot(grad_x.reshape(-1), x.reshape(-1))
+            grad_step = total.reshape(step.shape)
+        else:
+            grad_step = (grad * y - grad_x * x).sum_to_size(step.shape)
+        return grad_x, grad_step * (ctx.grad_scale / step), None, None, None
+
+
+def lsq(x: Tensor, step: Tensor, bits: int, signed: bool = True, grad_scale: float | None = None) -> Tensor:
+    """Fake-quantises ``x`` to ``step · round(clip(x/step, -Qn, Qp))`` (equations 1 and 2).
+
+    The gradient to ``x`` passes strictly inside the clip range and is zero outside; the gradient to ``step``
+    is equation 3, ``round(x/step) - x/step`` inside, ``-Qn`` or ``Qp`` outside, times ``grad_scale``.
+
+    Args:
+        x: float, any shape; half precision is computed in float32 and cast back.
+        step: positive float, broadcastable against ``x``; its shape says what shares a step.
+        bits: 2 to 16 signed, 1 to 16 unsigned.
+        signed: codes -2^(b-1) ... 2^(b-1)-1, or 0 ... 2^b-1.
+        grad_scale: None means the paper's 1/sqrt(Qp · elements that share a step).
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        LowbitError: ``bits`` out of range.
+    """
+    low, high = lsq_range(bits, signed)
+    if grad_scale is None:
+        grad_scale = 1 / math.sqrt(high * x.numel() / step.numel())
+    return _LSQ.apply(as_float(x), as_float(step), low, high, grad_scale).to(x.dtype)
+
+
+def lsq_codes(x: Tensor, step: Tensor, bits: int, signed: bool = True) -> Tensor:
+    """The integer codes ``round(clip(x/step))`` of `lsq`, from -Qn to Qp, int16."""
+    return torch.clamp(torch.round(as_float(x) / step), *lsq_range(bits, signed)).to(torch.int16)
+
+
+def lsq_step(x: Tensor, shape: tuple[int, ...], bits: int, signed: bool = True) -> Tensor:
+    """The starting step ``2·mean|x|/sqrt(Qp)`` for each group of a step of ``shape`` (section 2.1).
+
+    For unsigned codes 4·mean|x|, as OFQ's code does: half of such a range would otherwise lie unused.
+    """
+    high = lsq_range(bits, signed)[1]
+    total = as_float(x.detach()).abs().sum_to_size(shape)
+    mean = total * (total.numel() / x.numel())
+    return (mean * ((2 if signed else 4) / math.sqrt(high))).clamp_min(SMALLEST_STEP)
+
+
+@method("lsq")
+class LSQ(Method):
+    """Learned step size, for weights and activations.
+
+    Args:
+        bits: 2 to 8.
+        granularity: what shares one step: the whole "tensor" (as in the paper), an output "channel" of a weight
+            or an input channel of an activation, or a "token" (dim 1 of ``[batch, token, channel]`` activations,
+            as in OFQ; ties the model to its sequence length).
+        signed: None signs weights, and signs activations when the first batch has a negative value.
+    """
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    granularity: Literal["tensor", "channel", "token"] = "tensor"
+    signed: bool | None = None
+
+    def weight(self, weight: Tensor) -> WeightQuantizer:
+        """See `Method.weight`; a weight has no tokens."""
+        if self.granularity == "token":
+            raise LowbitError("LSQ: granularity='token' is not allowed for weights; 'tensor' and 'channel' are")
+        if self.signed is False:
+            raise LowbitError("LSQ: signed=False is not allowed for weights; True and None are")
+        return LSQWeight(self, weight)
+
+    def activation(self) -> ActivationQuantizer:
+        """See `Method.activation`."""
+        return LSQActivation(self)
+
+
+class _PositiveStep(nn.Module):
+    """The learnt step, kept positive at use without cutting its gradient, so that it can come back."""
+
+    step: nn.Parameter
+
+    def positive_step(self) -> Tensor:
+        step = self.step
+        return step + (step.clamp_min(SMALLEST_STEP) - step).detach()
+
+
+class LSQWeight(_PositiveStep, WeightQuantizer):
+    """`lsq` as a parametrisation with one latent, the full-precision weight."""
+
+    def __init__(self, config: LSQ, weight: Tensor):
+        super().__init__()
+        self.config = config
+        shape = (weight.shape[0],) + (1,) * len(per_row(weight)) if config.granularity == "channel" else ()
+        shape = shape or (1,) * weight.ndim
+        self.step = nn.Parameter(lsq_step(weight, shape, config.bits))
+
+    def forward(self, latent: Tensor) -> Tensor:  # noqa: D102
+        return lsq(latent, self.positive_step(), self.config.bits)
+
+    @property
+    def levels(self) -> Tensor:  # noqa: D102
+        low, high = lsq_range(self.config.bits)
+        return torch.arange(low, high + 1, dtype=torch.float32, device=self.step.device)
+
+    def codes(self, latent: Tensor) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            return lsq_codes(latent, self.positive_step(), self.config.bits) - lsq_range(self.config.bits)[0]
+
+    def scale(self, latent: Tensor) -> Tensor:  # noqa: D102
+        return self.positive_step().detach()
+
+
+class LSQActivation(_PositiveStep, ActivationQuantizer):
+    """`lsq` in front of a layer.
+
+    The step is an empty parameter until the first batch arrives; that batch gives it its shape and value (the
+    parameter object stays the same, so an optimiser built earlier keeps it). The paper's gradient scale counts
+    the elements of one sample, so it does not depend on the batch size or on the number of processes.
+    """
+
+    def __init__(self, config: LSQ):
+        super().__init__()
+        self.config = config
+        self.signed = config.signed is not False
+        self.step = nn.Parameter(torch.empty(0))
+
+    @property
+    def calibrated(self) -> bool:  # noqa: D102
+        return self.step.numel() > 0
+
+    @torch.compiler.disable
+    def _calibrate(self, x: Tensor) -> None:
+        if self.config.signed is None:
+            self.signed = bool(x.detach().amin() < 0)
+        shape = self._step_shape(x)
+        self.step.data = lsq_step(x, shape, self.config.bits, self.signed)
+
+    def _step_shape(self, x: Tensor) -> tuple[int, ...]:
+        shape = [1] * x.ndim
+        if self.config.granularity == "channel":
+            dim = 1 if x.ndim == 4 else x.ndim - 1  # NCHW images; tokens and vectors carry channels last
+            shape[dim] = x.shape[dim]
+        elif self.config.granularity == "token":
+            if x.ndim != 3:
+                raise LowbitError(
+                    f"LSQ: granularity='token' needs activations [batch, token, channel], this layer gets {list(x.shape)}; "
+                    "use 'tensor' or 'channel' here"
+                )
+            shape[1] = x.shape[1]
+        return tuple(shape)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if self.step.numel() == 0:
+            self._calibrate(x)
+        step = self.positive_step()
+        high = lsq_range(self.config.bits, self.signed)[1]
+        shared = x.numel() / (x.shape[0] * step.numel())
+        return lsq(x, step, self.config.bits, self.signed, grad_scale=1 / math.sqrt(high * shared))
+
+    @property
+    def levels(self) -> Tensor:  # noqa: D102
+        low, high = lsq_range(self.config.bits, self.signed)
+        return torch.arange(low, high + 1, dtype=torch.float32, device=self.step.device)
+
+    def codes(self, x: Tensor) -> Tensor:  # noqa: D102
+        with torch.no_grad():
+            low = lsq_range(self.config.bits, self.signed)[0]
+            return lsq_codes(x, self.positive_step(), self.config.bits, self.signed) - low
+
+    def get_extra_state(self) -> Tensor:
+        """Signedness is decided by the first batch, so it travels with the state dict (int8, 0 or 1)."""
+        return torch.tensor(int(self.signed), dtype=torch.int8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores what `get_extra_state` gave."""
+        self.signed = bool(state)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        saved = state_dict.get(prefix + "step")
+        if saved is not None and self.step.numel() == 0:
+            self.step.data = torch.empty_like(saved, device=self.step.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

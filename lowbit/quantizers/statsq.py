@@ -1,0 +1,107 @@
+"""StatsQ: a mid-rise, zero-free uniform grid whose scale is a statistic of the weights, not a learnt number.
+
+Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023,
+arXiv 2302.02210, section 4.1; details as in the authors' code.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, per_row
+
+__all__ = ["StatsQ", "statsq", "statsq_codes", "statsq_scale"]
+
+EDGE = 1e-6  # keeps the top of the clip range inside the last level
+
+
+def statsq_scale(w: Tensor) -> Tensor:
+    """The scale ``2·mean|w|`` of each row (dim 0), detached, with kept dims: ``[rows, 1, ...]``."""
+    scale = 2 * as_float(w.detach()).abs().mean(dim=per_row(w), keepdim=True)
+    return scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def _half_steps(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """``round(clip(w/s)·n - ½)``: whole numbers from -n to n-1, as floats."""
+    if not (isinstance(bits, int) and 1 <= bits <= 8):
+        raise LowbitError(f"bits={bits!r} is not allowed: StatsQ takes 1 to 8 bits")
+    n = 2 ** (bits - 1)
+    # At 1 bit round-half-even would send w = -s to -2, off the grid: there the lower edge needs the same care.
+    low = -1 + EDGE if bits == 1 else -1
+    return torch.round(torch.clamp(as_float(w) / scale, low, 1 - EDGE) * n - 0.5)
+
+
+class _StatsQ(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w: Tensor, bits: int) -> Tensor:
+        scale = statsq_scale(w)
+        return (scale * ((_half_steps(w, scale, bits) + 0.5) / 2 ** (bits - 1))).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def statsq(w: Tensor, bits: int) -> Tensor:
+    """Fake-quantises ``w`` with StatsQ: ``s·(round(clip(w/s, -1, 1-1e-6)·n - ½) + ½)/n``, n = 2^(bits-1).
+
+    Levels over s are the odd multiples of 1/2^bits: ±¼ and ±¾ at 2 bits. The gradient to ``w`` is the identity
+    everywhere, also where ``w`` is clipped, and none flows through the scale.
+
+    Args:
+        w: float ``[rows, ...]``; each row (dim 0) has its own scale.
+        bits: 1 to 8.
+
+    Returns:
+        A tensor like ``w``.
+
+    Raises:
+        LowbitError: ``bits`` out of range.
+    """
+    return _StatsQ.apply(w, bits)
+
+
+def statsq_codes(w: Tensor, bits: int) -> Tensor:
+    """Level indices of `statsq`, 0 ... 2^bits-1, int16."""
+    with torch.no_grad():
+        return (_half_steps(w, statsq_scale(w), bits) + 2 ** (bits - 1)).to(torch.int16)
+
+
+@method("statsq")
+class StatsQ(Method):
+    """Statistical weight quantisation of OFQ, one scale for each output channel.
+
+    Args:
+        bits: 1 to 8.
+    """
+
+    bits: Annotated[int, Field(ge=1, le=8)] = 4
+
+    def weight(self, weight: Tensor) -> WeightQuantizer:
+        """See `Method.weight`."""
+        return StatsQWeight(self)
+
+
+class StatsQWeight(WeightQuantizer):
+    """`statsq` as a parametrisation with one latent, the full-precision weight."""
+
+    def __init__(self, config: StatsQ):
+        super().__init__()
+        self.config = config
+
+    def forward(self, latent: Tensor) -> Tensor:  # noqa: D102
+        return statsq(latent, self.config.bits)
+
+    @property
+    def levels(self) -> Tensor:  # noqa: D102
+        n = 2 ** (self.config.bits - 1)
+        return (torch.arange(-n, n, dtype=torch.float32) + 0.5) / n
+
+    def codes(self, latent: Tensor) -> Tensor:  # noqa: D102
+        return statsq_codes(latent, self.config.bits)
+
+    def scale(self, latent: Tensor) -> Tensor:  # noqa: D102
+        return statsq_scale(latent)

@@ -1,0 +1,170 @@
+"""`save` and `load`: a model, quantised or not, in one safetensors file that says what is in it.
+
+The file's metadata holds one JSON document: format version, how to rebuild the model (`lowbit.models.create`),
+the quantisation, which layers have it, and a checksum over all tensors. Everything is checked before any of it
+is used; a file that fails is refused by `CheckpointError`.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import CheckpointError, LowbitError
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[str, Any] | None = None) -> Path:
+    """Writes ``model`` to ``path``, atomically.
+
+    Args:
+        model: from `lowbit.models.create`, quantised by `lowbit.quantize_` or not.
+        path: the file; its folder is made if need be.
+        dtype: how floating-point tensors are stored: "float32", or "float16"/"bfloat16" at half the size.
+        card: anything worth keeping beside the weights (JSON), e.g. how the model was trained.
+
+    Raises:
+        LowbitError: the model does not know how it was made, or ``dtype`` is unknown.
+    """
+    from safetensors.torch import save as to_bytes
+
+    if dtype not in DTYPES:
+        raise LowbitError(f"dtype={dtype!r} is not allowed; {', '.join(DTYPES)} are")
+    spec = getattr(model, "spec", None)
+    if spec is None:
+        raise LowbitError(
+            "this model does not say how to rebuild it: make it with lowbit.models.create(name, ...), or set "
+            "model.spec = {'name': ..., ...} with the arguments of create"
+        )
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.detach().cpu().contiguous()
+        tensors[name] = stored.to(DTYPES[dtype]) if stored.is_floating_point() else stored.clone()
+    header = {
+        "format": FORMAT,
+        "model": spec,
+        "quantization": _quantization(model),
+        "sha256": _checksum(tensors),
+        "card": card or {},
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(to_bytes(tensors, metadata={"lowbit": json.dumps(header)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def load(path: str | Path) -> nn.Module:
+    """Rebuilds the model that `save` wrote, with its quantisers, in eval mode.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, altered, not one of ours, or newer than this library.
+    """
+    from lowbit.models import create
+
+    header, tensors = read(path)
+    model = create(**header["model"])
+    _restore_quantization(model, header["quantization"], path)
+    _fill(model, tensors, path)
+    return model.eval()
+
+
+def load_weights_(model: nn.Module, path: str | Path) -> nn.Module:
+    """Copies the weights saved in ``path`` into ``model`` (same architecture, both full precision), in place.
+
+    Raises:
+        CheckpointError: as `load`; also where the file is of another model or holds a quantised one.
+    """
+    header, tensors = read(path)
+    if header["quantization"] is not None:
+        raise CheckpointError(f"{path} holds a quantised model; lowbit.load({str(path)!r}) rebuilds it whole")
+    _fill(model, tensors, path)
+    return model
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The checked header and tensors of a file that `save` wrote; see `load` for what is refused."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = (file.metadata() or {}).get("lowbit")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); get it anew") from None
+    if raw is None:
+        raise CheckpointError(f"{path} is a safetensors file that lowbit.save did not write: it has no header of ours")
+    try:
+        header = json.loads(raw)
+        version, expected = header["format"], header["sha256"]
+        if version > FORMAT:
+            raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
+        missing = {"model", "quantization"} - set(header)
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} has a damaged header; get it anew") from None
+    if missing or _checksum(tensors) != expected:
+        raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
+    return header, tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _quantization(model: nn.Module) -> dict[str, Any] | None:
+    """Which layer has which method: enough to put the same quantisers back, whatever configuration made them."""
+    from lowbit.nn import QuantConfig, quantized_layers
+
+    layers = {}
+    for found in quantized_layers(model):
+        config = QuantConfig(
+            weight=found.weight and found.weight.config, activation=found.activation and found.activation.config
+        )
+        layers[found.name] = {kind: value for kind, value in config.to_dict().items() if kind in ("weight", "activation")}
+    return {"layers": layers} if layers else None
+
+
+def _restore_quantization(model: nn.Module, quantization: dict[str, Any] | None, path: str | Path) -> None:
+    from lowbit.nn import QuantConfig
+    from lowbit.nn.convert import attach_
+
+    if quantization is None:
+        return
+    modules = dict(model.named_modules())
+    for name, methods in quantization["layers"].items():
+        if name not in modules:
+            raise CheckpointError(f"{path} quantises a layer {name!r} that the model {model.spec['name']!r} has not")
+        config = QuantConfig(**methods)
+        attach_(modules[name], config.weight, config.activation)
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(line.strip() for line in reason[1:3])}") from None

@@ -1,0 +1,49 @@
+"""Settings as frozen, validated dataclasses whose refusals say what was given and what is allowed."""
+
+import dataclasses
+import difflib
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from lowbit.errors import LowbitError
+
+T = TypeVar("T")
+
+
+def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
+    """One readable line for each thing that pydantic refused in the settings called ``owner``."""
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "(all)"
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            close = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            lines.append(f"{owner} has no setting {field!r}; it has {', '.join(allowed)}{hint}")
+        elif item["type"] in ("missing", "missing_argument"):
+            lines.append(f"{owner} needs the setting {field!r}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{owner}: {field}={item['input']!r} is not allowed: {message}")
+    return "\n".join(lines)
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen dataclass, strictly typed, that raises `LowbitError` on any wrong or unknown value."""
+    made = pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True))(
+        cls
+    )
+    validate = made.__init__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            validate(self, *args, **kwargs)
+        except ValidationError as error:
+            names = [field.name for field in dataclasses.fields(made)]
+            raise LowbitError(explain(made.__name__, names, error)) from None
+
+    __init__.__wrapped__ = validate
+    made.__init__ = __init__
+    return made
