@@ -192,8 +192,10 @@ def compile_quantizers(model: nn.Module) -> nn.Module:
     The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
     full-precision one.
     """
-    for found in quantized_layers(model):
-        for quantizer in (found.weight, found.activation):
-            if quantizer is not None:
-                quantizer.compile(dynamic=False)
+    quantizers = [q for found in quantized_layers(model) for q in (found.weight, found.activation) if q is not None]
+    # All quantisers of a method share one forward, and each shape counts as a recompilation of it.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(quantizers))
+    for quantizer in quantizers:
+        quantizer.compile(dynamic=False)
     return model

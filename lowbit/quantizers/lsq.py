@@ -41,7 +41,7 @@ class _LSQ(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, y, step = ctx.saved_tensors
         low, high = ctx.range
-        if step.numel() == 1 and not torch.compiler.is_compiling() and x.device.type == "cpu":
+        if step.numel() == 1 and x.device.type == "cpu":
             # one pass with scalar bounds: the gradient passes strictly inside the range
             s = step.item()
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * s, high * s)
@@ -57,6 +57,37 @@ class _LSQ(torch.autograd.Function):
         else:
             grad_step = (grad * y - grad_x * x).sum_to_size(step.shape)
         return grad_x, grad_step * (ctx.grad_scale / step), None, None, None
+
+
+class _Round(torch.autograd.Function):
+    """Straight-through rounding; unlike ``x + (round(x) - x).detach()`` its value is exactly ``round(x)``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad
+
+
+def _lsq_composed(x: Tensor, step: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+    """The same value and gradients as `_LSQ` from small operations, which torch.compile fuses best."""
+    step = _ScaleGradient.apply(step, grad_scale)
+    v = x / step
+    inside = (v > low) & (v < high)
+    return _Round.apply(torch.where(inside, v, v.detach().clamp(low, high))) * step
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.scale, None
 
 
 def lsq(x: Tensor, step: Tensor, bits: int, signed: bool = True, grad_scale: float | None = None) -> Tensor:
@@ -81,7 +112,8 @@ def lsq(x: Tensor, step: Tensor, bits: int, signed: bool = True, grad_scale: flo
     low, high = lsq_range(bits, signed)
     if grad_scale is None:
         grad_scale = 1 / math.sqrt(high * x.numel() / step.numel())
-    return _LSQ.apply(as_float(x), as_float(step), low, high, grad_scale).to(x.dtype)
+    form = _lsq_composed if torch.compiler.is_compiling() else _LSQ.apply
+    return form(as_float(x), as_float(step), low, high, grad_scale).to(x.dtype)
 
 
 def lsq_codes(x: Tensor, step: Tensor, bits: int, signed: bool = True) -> Tensor:
@@ -135,8 +167,9 @@ class _PositiveStep(nn.Module):
     step: nn.Parameter
 
     def positive_step(self) -> Tensor:
+        """The step, at least `SMALLEST_STEP`."""
         step = self.step
-        return step + (step.clamp_min(SMALLEST_STEP) - step).detach()
+        return step.clamp_min(SMALLEST_STEP).detach() + (step - step.detach())  # the bracket is exactly zero
 
 
 class LSQWeight(_PositiveStep, WeightQuantizer):

@@ -1,0 +1,120 @@
+"""What a quantised training step costs: every engine steps in turn in one process, ratios are taken round by round."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.benchmarks.report import Result, summarize
+
+BATCH, PIXELS, CLASSES = 64, 32, 10
+BASELINE = "fp32"
+
+
+@dataclass
+class Engine:
+    """One way to take a training step; ``step`` returns nothing and is called many times."""
+
+    name: str
+    step: Callable[[], None]
+
+
+def _vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=PIXELS, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=CLASSES
+    )
+
+
+def _resnet18() -> nn.Module:
+    import timm
+
+    return timm.create_model("resnet18", num_classes=CLASSES)
+
+
+MODELS = {"vit-d192": _vit, "resnet18": _resnet18}
+
+
+def _step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engine]:
+    """Full precision, LSQ and StatsQ in eager, compiled-quantiser and bf16-compiled form, and the peers installed.
+
+    LSQ: weights per channel, activations per tensor; StatsQ: weights, with the same LSQ activations. First and
+    last layers stay in full precision everywhere.
+    """
+    from lowbit.nn import QuantConfig, calibrate, compile_quantizers, quantize_
+    from lowbit.quantizers import LSQ, StatsQ
+
+    activation = LSQ(bits=bits)
+    configs = {
+        "lsq": QuantConfig(weight=LSQ(bits=bits, granularity="channel"), activation=activation),
+        "statsq": QuantConfig(weight=StatsQ(bits=bits), activation=activation),
+    }
+
+    def quantized(config: QuantConfig) -> nn.Module:
+        return calibrate(quantize_(copy.deepcopy(model), config), x)
+
+    made = [Engine(BASELINE, _step(copy.deepcopy(model), x, y))]
+    for name, config in configs.items():
+        made += [
+            Engine(f"{name} eager", _step(quantized(config), x, y)),
+            Engine(f"{name} compiled quantisers", _step(compile_quantizers(quantized(config)), x, y)),
+        ]
+    for name, config in {"fp": None, **configs}.items():
+        whole = unfuse_attention(copy.deepcopy(model) if config is None else quantized(config))
+        whole.compile()
+        made.append(Engine(f"{name} bf16 + compile, attention unfused", _step(whole, x, y, bf16=True)))
+    from lowbit.benchmarks import peers
+
+    return made + [Engine(name, _step(peer, x, y)) for name, peer in peers.training(model, bits)]
+
+
+def unfuse_attention(model: nn.Module) -> nn.Module:
+    """Turns timm's fused attention off, whose backward is slow on the CPU."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+def run(models: list[str], repeats: int = 15, warmup: int = 3, threads: int | None = None) -> list[Result]:
+    """Times one step of every engine, interleaved, ``repeats`` rounds after ``warmup``, for each of ``models``."""
+    from tqdm.auto import tqdm
+
+    from lowbit.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    results = []
+    for name in models:
+        torch.manual_seed(0)
+        x, y = torch.randn(BATCH, 3, PIXELS, PIXELS), torch.randint(CLASSES, (BATCH,))
+        contestants = engines(MODELS[name](), x, y)
+        seconds: dict[str, list[float]] = {engine.name: [] for engine in contestants}
+        for engine in tqdm(contestants, desc=f"{name}: build and warm up"):
+            for _ in range(warmup):
+                engine.step()
+        for _ in tqdm(range(repeats), desc=f"{name}: rounds"):
+            for engine in contestants:
+                start = time.perf_counter()
+                engine.step()
+                seconds[engine.name].append(time.perf_counter() - start)
+        results += summarize(f"training step, {name}, batch {BATCH}", seconds, BASELINE)
+    return results

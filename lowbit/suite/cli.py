@@ -1,0 +1,181 @@
+"""The commands of the suite; ``lowbit.cli`` puts them under the one command ``lowbit``.
+
+Exit codes: 0 all is well; 1 a notebook has not passed, or a number differs; 2 what was asked for cannot be done,
+and nothing has run (a `LowbitError`, which ``lowbit.cli`` prints); 130 stopped by Ctrl-C, 143 by SIGTERM.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.errors import LowbitError
+
+ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the runs: smoke, desk, gpu or paper.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run.", show_default="results/runs/<profile>")
+]
+
+
+def run(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Names, globs or paths; all if none is given.")
+    ] = None,
+    profile: ProfileOption = "smoke",
+    jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what has passed and would run unchanged; run the rest.")
+    ] = False,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-p", "--parameter", metavar="[NOTEBOOK:]NAME=VALUE", help="Set a parameter (YAML scalar or list)."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="MIN", help="Minutes a notebook may take.", show_default="profile"),
+    ] = None,
+    out: OutOption = None,
+) -> None:
+    """Execute notebooks, each in a process of its own, and write run.json, executed copies and report.html."""
+    from rich.console import Console
+
+    from lowbit.suite import report, runner
+    from lowbit.suite.progress import Progress, summary
+    from lowbit.suite.runfile import show_path
+
+    plan = runner.plan(
+        notebooks or (),
+        profile,
+        assignments=parameters or (),
+        jobs=jobs,
+        resume=resume,
+        timeout_minutes=timeout,
+        out=out,
+    )
+    code = 0
+    try:
+        done = runner.execute(plan, progress=Progress(Console(stderr=True)))
+    except runner.Interrupted as stop:
+        done, code = stop.run, 128 + stop.signum
+    console = _console()
+    console.print(summary(done))
+    console.print(f"report: {show_path(plan.folder / report.FILE)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(code or (0 if done.passed else 1))
+
+
+def check(
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Only these notebooks.")
+    ] = None,
+    profile: ProfileOption = "smoke",
+    out: OutOption = None,
+) -> None:
+    """Compare the numbers of the last run with the accepted ones; exit 1 on any difference."""
+    from lowbit.suite import baselines, runfile, runner
+
+    done = runfile.load(out or runner.run_folder(profile))
+    _same_profile(done.profile, profile)
+    baseline = baselines.load(profile, done.device)
+    rows = baselines.compare(done, baseline, baselines.pick(notebooks, done, baseline))
+    console = _console()
+    console.print(_table(f"lowbit check, profile {profile}, {done.device}", rows, ("now", "accepted")))
+    bad, better = sum(not row.ok for row in rows), sum(row.verdict == "improved" for row in rows)
+    verdict = f"{bad} of {len(rows)} differ" if bad else f"all {len(rows)} agree"
+    if better:
+        verdict += f"; {better} improved beyond the tolerance ('lowbit accept' makes that the new standard)"
+    console.print(verdict, highlight=False)
+    if bad:
+        commit = (baseline.environment.get("commit") or "unknown")[:10]
+        console.print(f"the baseline was accepted {baseline.accepted[:10]} at commit {commit}", highlight=False)
+    raise typer.Exit(1 if bad else 0)
+
+
+def accept(
+    profile: ProfileOption = "smoke",
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Rerun notebooks that have a seed, for N seeds in all, and measure.")
+    ] = 1,
+    jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
+    out: OutOption = None,
+) -> None:
+    """Show what accepting the last run would change, and make it the baseline."""
+    from rich.console import Console
+
+    from lowbit.suite import baselines, runfile, runner, seeding
+    from lowbit.suite.progress import Progress
+
+    folder = out or runner.run_folder(profile)
+    done = runfile.load(folder)
+    _same_profile(done.profile, profile)
+    file = baselines.path(profile, done.device)
+    old = baselines.load(profile, done.device) if file.exists() else None
+    baselines.propose(done, old)  # refuses a bad run before hours go into other seeds
+    try:
+        repeats = seeding.repeat(done, seeds, folder, jobs=jobs, progress=Progress(Console(stderr=True)))
+    except runner.Interrupted as stop:
+        raise typer.Exit(128 + stop.signum) from None
+    new = baselines.propose(done, old, repeats)
+    rows = baselines.changes(old, new)
+    console = _console()
+    if not rows and old and old.notebooks == new.notebooks:
+        console.print("the baseline holds exactly these numbers already", highlight=False)
+        return
+    console.print(_table(f"lowbit accept, profile {profile}, {done.device}", rows, ("new", "old")))
+    if done.environment.get("dirty"):
+        console.print(
+            "the source tree had uncommitted changes when this ran; the baseline will say so", highlight=False
+        )
+    if not yes and not typer.confirm(f"write {runfile.show_path(file)}?"):
+        raise typer.Exit(1)
+    baselines.save(new)
+    console.print(f"wrote {runfile.show_path(file)}", highlight=False, soft_wrap=True)
+
+
+def doctor() -> None:
+    """Show what this machine has, what is missing, and what to do about it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from lowbit import environment
+
+    table = Table(title="lowbit doctor", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    table.add_column("what to do", overflow="fold")
+    looks = {"ok": ("✔", "green"), "missing": ("✘ missing", "bold red"), "note": ("· note", "yellow")}
+    for finding in environment.examine():
+        sign, style = looks[finding.state]
+        table.add_row(Text(sign, style), Text(finding.what), Text(finding.found), Text(finding.advice))
+    _console().print(table)
+
+
+def _console():
+    """Standard output; never narrower than a table needs when it goes to a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
+def _same_profile(found: str, asked: str) -> None:
+    if found != asked:
+        raise LowbitError(f"that run has profile {found!r}, not {asked!r}: give --profile {found}")
+
+
+def _table(title: str, rows: list, heads: tuple[str, str]):
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for head in ("notebook", "metric", "verdict", *heads, "note"):
+        table.add_column(head, overflow="fold", no_wrap=head == "verdict")
+    styles = {"same": "green", "improved": "cyan", "new": "yellow", "changed": "yellow", "dropped": "yellow"}
+    for row in rows:
+        style = styles.get(row.verdict, "") if row.ok else "bold red"
+        verdict = Text(f"{'✔' if row.ok else '✘'} {row.verdict}", style)
+        table.add_row(row.notebook, row.metric, verdict, row.now, row.accepted, Text(row.note))
+    return table

@@ -1,0 +1,86 @@
+"""Profiles: the same notebooks in four sizes, from ``notebooks/profiles.yaml``."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+
+NAMES = ("smoke", "desk", "gpu", "paper")
+"""The profiles there are."""
+
+FILE = "profiles.yaml"
+
+
+class Profile(BaseModel):
+    """One size of the suite.
+
+    Attributes:
+        description: One line for people.
+        timeout_minutes: Hard limit for one notebook, start of the kernel included.
+        threads: OpenMP/MKL threads of each notebook; None leaves it to the libraries. Sums depend on how they
+            are split over threads, so a fixed number keeps the metrics independent of ``-j``.
+        requires: ``cuda`` where the profile needs a GPU; its notebooks are skipped on other machines.
+        notebooks: For each notebook, the parameters that differ from those in its parameters cell.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    description: str
+    timeout_minutes: float = Field(gt=0)
+    threads: int | None = Field(default=None, ge=1)
+    requires: str | None = Field(default=None, pattern="^cuda$")
+    notebooks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("timeout_minutes", mode="before")
+    @classmethod
+    def _whole_minutes(cls, value: Any) -> Any:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("notebooks", mode="before")
+    @classmethod
+    def _empty_means_none(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class _File(RootModel[dict[str, Profile]]):
+    model_config = ConfigDict(strict=True)
+
+
+def load(path: Path | None = None) -> dict[str, Profile]:
+    """All profiles of the file (default: the project's); anything unknown or of a wrong type is a `LowbitError`."""
+    path = path or paths.notebooks() / FILE
+    if not path.is_file():
+        raise LowbitError(f"there is no {FILE} in {path.parent}: run inside the project, or set LOWBIT_PROJECT to it")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        profiles = _File.model_validate(tree).root
+    except yaml.YAMLError as error:
+        raise LowbitError(f"{FILE} is not YAML: {error}") from None
+    except ValidationError as error:
+        lines = [f"{FILE}: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
+        raise LowbitError("\n".join(lines)) from None
+    for name in profiles:
+        if name not in NAMES:
+            raise LowbitError(
+                f"{FILE}: no profile is called {name!r}; there are {', '.join(NAMES)}{close(name, NAMES)}"
+            )
+    return profiles
+
+
+def get(name: str, path: Path | None = None) -> Profile:
+    """One profile by name."""
+    profiles = load(path)
+    if name not in profiles:
+        raise LowbitError(f"no profile is called {name!r}; there are {', '.join(profiles)}{close(name, profiles)}")
+    return profiles[name]
+
+
+def close(name: str, allowed) -> str:
+    """``"; did you mean 'x'?"`` where an allowed name resembles the one given, else an empty text."""
+    match = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,85 @@
+"""``lowbit.record``: the only way a number leaves a notebook."""
+
+import json
+import math
+import numbers
+import os
+import re
+from pathlib import Path
+from typing import TypeVar
+
+from lowbit.errors import LowbitError
+
+T = TypeVar("T")
+
+DIRECTIONS = ("higher", "lower", "equal")
+"""What a change of a number means: ``higher`` or ``lower`` is better, or it has to stay ``equal``."""
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[./-][A-Za-z0-9_]+)*")
+
+
+def record(name: str, value: T, *, unit: str = "", better: str = "equal") -> T:
+    """Hands one number to the suite, shows it in the notebook and returns it as it was given.
+
+    Args:
+        name: Letters, digits and ``_``, parts joined by ``.``, ``/`` or ``-``, such as ``"lsq_w2/accuracy"``.
+        value: One number: Python's, numpy's, or a tensor or array of one element. NaN and infinities are
+            kept, so that ``lowbit check`` fails on them.
+        unit: What it is measured in, such as ``"%"`` or ``"s"``.
+        better: ``"higher"``, ``"lower"`` or ``"equal"``: which change is an improvement, if any is.
+
+    Under ``lowbit run`` the number is appended to the file that ``LOWBIT_RECORD`` names, and recording a name
+    twice in one notebook makes that notebook fail. In an interactive session nothing is written.
+
+    Raises:
+        LowbitError: The name, value, unit or direction is not one of the above.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 100:
+        raise LowbitError(
+            f"record: {name!r} is not a name: start with a letter, use letters, digits and _, "
+            "join parts by '.', '/' or '-' (at most 100 characters)"
+        )
+    if better not in DIRECTIONS:
+        raise LowbitError(f"record: better={better!r} is not known; it is one of {', '.join(map(repr, DIRECTIONS))}")
+    if not isinstance(unit, str):
+        raise LowbitError(f"record: unit={unit!r} is not a text")
+    number = _number(name, value)
+    if path := os.environ.get("LOWBIT_RECORD"):
+        line = json.dumps({"name": name, "value": encode(number), "unit": unit, "better": better})
+        with Path(path).open("a", encoding="utf-8", buffering=1) as file:  # on disk even if the kernel dies next
+            file.write(line + "\n")
+    print(f"{name} = {show(number)}{' ' if unit else ''}{unit}")
+    return value
+
+
+def encode(number: float | int) -> float | int | str:
+    """The number as strict JSON can hold it: NaN and infinities become ``"nan"``, ``"inf"`` and ``"-inf"``."""
+    return number if math.isfinite(number) else str(number)
+
+
+def decode(value: float | int | str) -> float | int:
+    """The inverse of `encode`."""
+    return float(value) if isinstance(value, str) else value
+
+
+def show(number: float | int) -> str:
+    """A number for people: whole numbers in full, others with four significant digits."""
+    return str(number) if isinstance(number, int) else f"{number:.4g}"
+
+
+def _number(name: str, value: object) -> float | int:
+    """The plain Python number in ``value``; a boolean counts as 0 or 1."""
+    plain = value
+    if not isinstance(value, numbers.Number) and callable(getattr(value, "item", None)):
+        try:
+            plain = value.item()  # numpy scalars, and tensors or arrays of one element
+        except (ValueError, RuntimeError, TypeError):
+            shape = tuple(getattr(value, "shape", ()))
+            raise LowbitError(f"record: {name!r} needs one number, and was given an array of shape {shape}") from None
+    if isinstance(plain, bool):
+        return int(plain)
+    if isinstance(plain, numbers.Integral):
+        return int(plain)
+    if isinstance(plain, numbers.Real):
+        return float(plain)
+    raise LowbitError(f"record: {name!r} needs one number, and was given {type(value).__name__} {value!r}")

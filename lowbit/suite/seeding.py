@@ -1,0 +1,57 @@
+"""Further runs of the same notebooks with other seeds, to measure how far their numbers scatter."""
+
+from pathlib import Path
+
+from lowbit import environment
+from lowbit.errors import LowbitError
+from lowbit.suite import fingerprint, notebooks, profiles, runner
+from lowbit.suite.progress import Progress
+from lowbit.suite.runfile import Entry, Run
+
+
+def repeat(
+    run: Run, seeds: int, folder: Path, *, jobs: int = 1, progress: Progress | None = None
+) -> dict[str, list[Entry]]:
+    """Runs each notebook of ``run`` that has an integer parameter ``seed`` with ``seeds - 1`` further seeds.
+
+    Everything else is as in ``run``. Results go to ``folder/seeds/<seed>``. Returns the passed entries by notebook;
+    a notebook that does not pass with another seed is a `LowbitError`, for then its number is luck.
+    """
+    found: dict[str, list[Entry]] = {}
+    seeded = [entry for entry in run.notebooks if type(entry.parameters.get("seed")) is int]
+    profile = profiles.get(run.profile)
+    if seeds > 1:
+        _same_code(run, [entry.name for entry in seeded], profile, folder)
+    for step in range(1, seeds if seeded else 1):
+        chosen = notebooks.select([entry.name for entry in seeded])
+        parameters = {}
+        for entry in seeded:
+            parameters[entry.name] = {**entry.parameters, "seed": entry.parameters["seed"] + step}
+        plan = runner.Plan(
+            run.profile,
+            profile,
+            chosen,
+            parameters,
+            folder / "seeds" / f"plus{step}",
+            jobs,
+            resume=True,
+            timeout=profile.timeout_minutes * 60,
+        )
+        for entry in runner.execute(plan, progress=progress).notebooks:
+            if entry.status != "passed":
+                seed = entry.parameters.get("seed")
+                raise LowbitError(f"{entry.name} with seed={seed} is {entry.status}: {entry.reason}")
+            found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def _same_code(run: Run, names: list[str], profile: profiles.Profile, folder: Path) -> None:
+    """Runs of different code do not belong into one spread."""
+    if not names:
+        return
+    library, here = fingerprint.library_hash(), environment.describe()
+    for item in notebooks.select(names):
+        parameters = run.entry(item.name).parameters
+        now = fingerprint.fingerprint(item, parameters, library, here, profile.threads)
+        if what := fingerprint.changed(folder, item.name, now):
+            raise LowbitError(f"{item.name}: {what} since the run to accept; run it again first")

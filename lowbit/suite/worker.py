@@ -1,0 +1,162 @@
+"""The process that executes one notebook: ``python -m lowbit.suite.worker JOB.json``, started by the runner.
+
+Its exit code is its whole answer (`EXIT`); the JSON file it leaves only explains it in words.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+EXIT = {"passed": 0, "failed": 65, "oom": 66, "killed": 67}
+"""Exit code for each status a worker can report; any other code means that the worker itself broke."""
+
+OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|DefaultCPUAllocator: can't allocate memory")
+
+
+def main(job_path: str) -> int:
+    """Executes the notebook that the job file describes; returns the exit code."""
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    _die_with(job["parent"])
+
+    import papermill
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    class Kernel(AsyncKernelManager):
+        """A kernel of this very interpreter, whatever the user's kernelspecs say, that needs no network port."""
+
+        process = None
+
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            if sys.platform != "win32":
+                # Ports are picked first and bound later, so kernels that start together can pick the same one.
+                # Sockets in a folder of our own cannot meet.
+                self.transport = "ipc"
+                self.ip = str(Path(os.environ["JUPYTER_RUNTIME_DIR"]) / "k")
+
+        @property
+        def kernel_spec(self):
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
+
+        async def start_kernel(self, **kwargs):
+            await super().start_kernel(**kwargs)
+            Kernel.process = getattr(self.provisioner, "process", None)
+
+    place = {"cell": 0, "of": 0, "line": ""}
+
+    def note_cell(cell, cell_index):
+        if cell.cell_type == "code" and cell.source.strip():
+            place["cell"] += 1
+            place["line"] = cell.source.strip().splitlines()[0][:80]
+            _write(job["progress"], place)
+
+    def leave(status: str, reason: str) -> int:
+        _write(job["reason"], {"reason": reason, **place})
+        return EXIT[status]
+
+    output = Path(job["output"])
+    source = json.loads(Path(job["input"]).read_text(encoding="utf-8"))
+    place["of"] = sum(1 for c in source["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip())
+    place["of"] += bool(job["parameters"])  # papermill adds a cell with them
+    try:
+        done = papermill.execute_notebook(
+            _literal(job["input"]),
+            _literal(job["output"]),
+            job["parameters"],
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            cwd=job["cwd"],
+            start_timeout=120,
+            iopub_timeout=120,  # the default of 4 s fails notebooks on a busy machine
+            kernel_manager_class=Kernel,
+            on_cell_start=note_cell,
+        )
+    except PapermillExecutionError as error:
+        text = f"{error.ename}: {error.evalue}"
+        status = "oom" if OUT_OF_MEMORY.search(text) else "failed"
+        return leave(status, f"{_one_line(text)} (code cell {place['cell']}: {place['line']})")
+    except (DeadKernelError, RuntimeError) as error:
+        if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error):
+            raise
+        where = f"in code cell {place['cell']}: {place['line']}" if place["cell"] else "at its start"
+        return leave("killed", f"the kernel died{_how(Kernel.process)} {where}")
+    finally:
+        _scrub(output)
+    # A cell that calls sys.exit() ends the notebook, and papermill lets that pass; the rest has not run.
+    for cell in done.cells:
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
+            return leave("failed", f"stopped early, in code cell {place['cell']} of {place['of']}: {place['line']}")
+    return EXIT["passed"]
+
+
+def _how(process) -> str:
+    """How the kernel ended, in words; its exit code may take a moment to arrive."""
+    code = None
+    for _ in range(20):
+        code = process.poll() if process is not None else None
+        if code is not None:
+            break
+        time.sleep(0.05)
+    if code is None:
+        return ""
+    return f" ({signal.Signals(-code).name})" if code < 0 else f" (it left with exit code {code})"
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process and its kernel when the runner is gone, however it went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(EXIT["killed"])
+
+    if hasattr(os, "getppid") and sys.platform != "win32":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _scrub(output: Path) -> None:
+    """Takes this machine's paths out of what papermill writes into the executed notebook's metadata."""
+    try:
+        tree = json.loads(output.read_text(encoding="utf-8"))
+        for key in ("input_path", "output_path"):
+            if key in tree["metadata"].get("papermill", {}):
+                tree["metadata"]["papermill"][key] = output.name
+        _write(output, tree)
+    except (OSError, ValueError, KeyError):
+        pass  # half a file is what a crash leaves; the exit code tells
+
+
+def _literal(path: str) -> str:
+    """papermill formats paths with the parameters, so a brace in a folder's name has to be doubled."""
+    return path.replace("{", "{{").replace("}", "}}")
+
+
+def _one_line(text: str, limit: int = 300) -> str:
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _write(path: str | Path, tree: dict) -> None:
+    """Atomic, and without the libraries of the package: this module has to start quickly."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,119 @@
+"""Batches: a deterministic order, the share of each process, and normalisation on the device.
+
+Step s of epoch e is a function of (seed, e, s) alone. Each process takes its consecutive share of the global batch,
+so that any number of processes sees the same batches as one.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.training import augment, seeds
+from lowbit.training.config import TrainConfig
+from lowbit.training.distributed import Processes
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+KEEP_ON_DEVICE = 4 * 2**30  # bytes; larger sets stay in main memory
+
+
+def order(n: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
+    """Indices int64 [steps, batch_size] of one epoch: a random permutation, its incomplete last batch left out."""
+    shuffled = torch.randperm(n, generator=seeds.generator(seed, seeds.ORDER, epoch))
+    steps = n // batch_size
+    return shuffled[: steps * batch_size].view(steps, batch_size)
+
+
+def normalize(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Float32 network input: uint8 images [N,C,H,W] become (x/255 - mean)/std, int16 sounds [N,T] become x/32768."""
+    if x.dtype == torch.int16:
+        return x.float() / 32768
+    if x.dtype != torch.uint8:
+        raise LowbitError(f"items should be uint8 images or int16 sounds, not {x.dtype}")
+    x = x.float()
+    if not mean:
+        return x / 255
+    shape = (-1, 1, 1)
+    mean_, std_ = (torch.tensor(values, device=x.device).view(shape) for values in (mean, std))
+    return (x - 255 * mean_) / (255 * std_)
+
+
+class Batches:
+    """Training and test batches of a :class:`lowbit.data.Data`, normalised, on this process's device."""
+
+    def __init__(self, data, config: TrainConfig, here: Processes):
+        self.data, self.config, self.here = data, config, here
+        self.in_memory = hasattr(data.train, "x")
+        augment.check(config.augment, tuple(data.input_shape), self.in_memory)
+        n = len(data.train)
+        if n < config.batch_size:
+            raise LowbitError(f"batch_size={config.batch_size} should be at most the {n} training items of {data.name}")
+        if config.batch_size % here.count:
+            raise LowbitError(
+                f"batch_size={config.batch_size} (of all processes together) should be a multiple of the "
+                f"{here.count} processes"
+            )
+        self.n, self.steps = n, n // config.batch_size
+        # Whole-batch augmentation needs items of one size and cheap geometry; the rest goes through DataLoader.
+        self.batched = self.in_memory and config.augment != "randaugment"
+        if self.batched:
+            self.x, self.y = (self._near(tensor) for tensor in (data.train.x, data.train.y))
+        if hasattr(data.test, "x"):
+            self.test_x, self.test_y = (self._near(tensor) for tensor in (data.test.x, data.test.y))
+
+    def _near(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.here.device) if tensor.nbytes < KEEP_ON_DEVICE else tensor
+
+    def _ready(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
+        device = self.here.device
+        x = normalize(x.to(device, non_blocking=True), self.data.mean, self.data.std)
+        if self.config.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x, y.to(device, non_blocking=True)
+
+    def _loader(self, dataset, kind: str, batches: list[list[tuple[int, int]]], in_memory: bool):
+        transform = augment.sample_transform(kind, tuple(self.data.input_shape), in_memory)
+        return torch.utils.data.DataLoader(
+            augment.Samples(dataset, transform, self.config.seed),
+            batch_sampler=batches,
+            num_workers=self.config.workers,
+            pin_memory=self.here.device.type == "cuda",
+        )
+
+    def first(self) -> torch.Tensor:
+        """The whole first global batch without augmentation: what quantisers are calibrated with."""
+        indices = order(self.n, self.config.batch_size, self.config.seed, epoch=0)[0]
+        if self.in_memory:
+            return self._ready(self.data.train.x[indices], self.data.train.y[indices])[0]
+        loader = self._loader(self.data.train, "none", [[(0, i) for i in indices.tolist()]], in_memory=False)
+        return self._ready(*next(iter(loader)))[0]
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """This process's share of each global batch of one epoch, augmented."""
+        config, here = self.config, self.here
+        indices = order(self.n, config.batch_size, config.seed, epoch)
+        mine = slice(here.rank * here.share(config.batch_size), (here.rank + 1) * here.share(config.batch_size))
+        if not self.batched:
+            places = [[(epoch, index) for index in row] for row in indices[:, mine].tolist()]
+            for x, y in self._loader(self.data.train, config.augment, places, self.in_memory):
+                yield self._ready(x, y)
+            return
+        shape = tuple(self.x.shape[1:])
+        for step, batch in enumerate(indices.to(self.x.device)):
+            random = seeds.generator(config.seed, seeds.AUGMENT, epoch, step)
+            drawn = augment.draw(config.augment, config.batch_size, shape, random)
+            x = augment.apply(self.x[batch[mine]], {name: values[mine] for name, values in drawn.items()})
+            yield self._ready(x, self.y[batch[mine]])
+
+    def test(self) -> Iterator[Batch]:
+        """This process's share of the test split: every ``count``-th item, in order, none left out."""
+        size = max(self.here.share(self.config.batch_size), 256 // self.here.count)
+        mine = torch.arange(self.here.rank, len(self.data.test), self.here.count)
+        if hasattr(self.data.test, "x"):
+            for part in mine.split(size):
+                part = part.to(self.test_x.device)
+                yield self._ready(self.test_x[part], self.test_y[part])
+            return
+        places = [[(0, index) for index in part.tolist()] for part in mine.split(size)]
+        for x, y in self._loader(self.data.test, "none", places, in_memory=False):
+            yield self._ready(x, y)

@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not there, and never executed when read."""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.errors import CheckpointError, LowbitError
+
+SCHEMA = 1
+KIND = "lowbit training checkpoint"
+KEYS = {"kind", "schema", "config", "identity", "epoch", "model", "optimizer", "rng", "callbacks", "history"}
+PLAIN = (str, int, float, bool, type(None), torch.Tensor)
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write(file)`` on a new file beside ``path``, then put it in place: readers see the old one or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save(path: Path, **contents: Any) -> None:
+    """Write a checkpoint of this schema atomically; ``contents`` are the other entries of ``KEYS``."""
+    contents = {"kind": KIND, "schema": SCHEMA, **contents}
+    if set(contents) != KEYS:
+        raise TypeError(f"a checkpoint holds {sorted(KEYS)}, not {sorted(contents)}")
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, or raise :class:`~lowbit.errors.CheckpointError` with what to do."""
+    advice = f"delete {path} or start afresh (--fresh, or fresh=True)"
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums that torch.save wrote
+            if (damaged := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for damaged files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise CheckpointError(f"{path} is truncated, damaged or no checkpoint ({reason}); {advice}") from error
+    if not isinstance(contents, dict) or contents.get("kind") != KIND:
+        raise CheckpointError(f"{path} was not written by lowbit's training; {advice}")
+    if contents["schema"] != SCHEMA:
+        raise CheckpointError(f"{path} has schema {contents['schema']}, this lowbit reads {SCHEMA}; {advice}")
+    if set(contents) != KEYS:
+        raise CheckpointError(f"{path} should hold {sorted(KEYS)}, but holds {sorted(contents)}; {advice}")
+    return contents
+
+
+def require_plain(value: Any, where: str) -> Any:
+    """``value`` itself, if a checkpoint can hold it and be read back safely: tensors and plain values, nested."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            require_plain(part, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            require_plain(part, f"{where}[{index}]")
+    elif type(value) not in PLAIN and not isinstance(value, torch.Tensor):
+        raise LowbitError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and None")
+    return value
+
+
+def load_model(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """``model.load_state_dict(state)``, with a mismatch told as :class:`~lowbit.errors.CheckpointError`."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise CheckpointError(
+            f"{path} was written for another model ({' '.join(first)}); give the model it was written for, another "
+            f"out folder, or start afresh (--fresh, or fresh=True)"
+        ) from error

@@ -1,0 +1,105 @@
+"""What a training run is told: :class:`TrainConfig`."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import pydantic
+from annotated_types import Ge, Gt, Lt
+
+from lowbit.settings import settings
+
+NonNegative = Annotated[float, Ge(0), pydantic.AllowInfNan(False)]
+Positive = Annotated[float, Gt(0), pydantic.AllowInfNan(False)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Weight = Annotated[float, Ge(0), pydantic.Field(le=1)]
+Count = Annotated[int, Ge(1)]
+
+# What a resumed run may change without becoming another run: where it writes and what it shows.
+NOT_COMPARED = ("out", "progress", "workers", "checkpoint_every")
+
+
+@settings
+class TrainConfig:
+    """The settings of one training run; wrong or contradictory values raise ``LowbitError`` at construction.
+
+    Args:
+        epochs: passes over the training split.
+        batch_size: images a step over **all** processes; an incomplete last batch of an epoch is left out.
+        optimizer: ``"adamw"`` (decoupled decay), ``"sgd"`` (momentum, L2 decay) or ``"radam"`` (L2 decay).
+        lr: peak learning rate; ``min_lr`` is where the cosine ends.
+        momentum: of SGD; ``betas`` of the Adam family stay (0.9, 0.999).
+        weight_decay: strength of the decay; see ``decay``.
+        decay: ``"all"``: every parameter, as in the ImageNet recipe of the shift papers; ``"weights"``: not vectors
+            and scalars (biases, norms), not quantiser steps, not what the model lists in ``no_weight_decay()``.
+        warmup_epochs: linear warm-up, by step; may be a fraction of an epoch.
+        schedule: ``"cosine"`` from ``lr`` to ``min_lr``, by step, or ``"constant"``.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        augment: ``"none"``; ``"shift"`` (random shift by up to 1/8 of a side; of a sound: 1/10 of its length);
+            ``"crop_flip"`` (shift and left-right flip, for photographs; random-resized crop and flip for image
+            folders); ``"randaugment"`` (crop_flip and RandAugment 2×9; images of at least 64 pixels).
+        amp: ``"bf16"`` runs the forward pass under bfloat16 autocast; parameters stay float32.
+        compile: ``"quantizers"`` compiles the quantisers only, ``"model"`` the whole training step's forward pass.
+        channels_last: lay images and convolution weights out channels-last.
+        fused_attention: ``False`` turns timm's ``fused_attn`` off for the run, ``True`` on, ``None`` chooses: off on
+            the CPU (there its backward pass is slow), as the model has it elsewhere.
+        clip_grad: largest norm of the gradient, or ``None``.
+        distill_weight: w in (1-w)·CE + w·T²·soft-CE against the teacher; ``None`` = 0.5 if there is a teacher.
+        temperature: T of the distillation.
+        seed: of batch order, augmentation and dropout.
+        deterministic: ask torch for deterministic algorithms during the run.
+        eval_every: epochs between evaluations on the test split; the last epoch is always evaluated.
+        checkpoint_every: epochs between checkpoints; the last epoch always has one.
+        workers: DataLoader processes for sets that are not in memory; results do not depend on it.
+        out: folder for ``checkpoint.pt`` and ``history.jsonl``, or ``None`` to keep nothing.
+        progress: show a progress bar (``TQDM_DISABLE=1`` in the environment turns it off as well).
+    """
+
+    epochs: Count
+    batch_size: Count = 128
+    optimizer: Literal["adamw", "sgd", "radam"] = "adamw"
+    lr: Positive = 1e-3
+    min_lr: NonNegative = 0.0
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 0.05
+    decay: Literal["all", "weights"] = "weights"
+    warmup_epochs: NonNegative = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    label_smoothing: Fraction = 0.0
+    augment: Literal["none", "shift", "crop_flip", "randaugment"] = "none"
+    amp: Literal["none", "bf16"] = "none"
+    compile: Literal["none", "quantizers", "model"] = "none"
+    channels_last: bool = False
+    fused_attention: bool | None = None
+    clip_grad: Positive | None = None
+    distill_weight: Weight | None = None
+    temperature: Positive = 1.0
+    seed: Annotated[int, Ge(0)] = 0
+    deterministic: bool = True
+    eval_every: Count = 1
+    checkpoint_every: Count = 1
+    workers: Annotated[int, Ge(0)] = 0
+    out: str | None = None
+    progress: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> "TrainConfig":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs:g} should be at most epochs={self.epochs}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr:g} should be at most lr={self.lr:g}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for a run card or a checkpoint."""
+        return dataclasses.asdict(self)
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], ignore: tuple[str, ...] = NOT_COMPARED) -> list[str]:
+    """``field: old → new`` for every entry in which two plain dictionaries differ."""
+    fields = [key for key in dict.fromkeys([*one, *other]) if key not in ignore]
+    absent = "(absent)"
+    return [
+        f"{key}: {one.get(key, absent)!r} → {other.get(key, absent)!r}"
+        for key in fields
+        if one.get(key, absent) != other.get(key, absent)
+    ]

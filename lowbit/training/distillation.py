@@ -1,0 +1,39 @@
+"""The training loss: cross-entropy, and what a teacher adds."""
+
+import torch
+import torch.nn.functional as F
+
+Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """-Σ softmax(teacher/T)·log softmax(student/T), mean over the batch; logits [N,K] in, scalar out."""
+    target = F.softmax(teacher.float() / temperature, dim=-1)
+    return -(target * F.log_softmax(student.float() / temperature, dim=-1)).sum(-1).mean()
+
+
+def loss(
+    output: Logits,
+    labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    teacher: Logits | None = None,
+    weight: float = 0.0,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """(1-w)·CE(labels) + w·T²·soft-CE(teacher), a float32 scalar.
+
+    T² keeps the soft term's gradient at the size it has for T = 1 (Hinton et al., 2015). A model with a
+    distillation head returns two logits in training (class head, distillation head): the first learns from the
+    labels, the second from the teacher (DeiT, eq. 3).
+    """
+    by_label, by_teacher = output if isinstance(output, tuple) else (output, output)
+    hard = F.cross_entropy(by_label.float(), labels, label_smoothing=label_smoothing)
+    if teacher is None or weight == 0:
+        return hard
+    soft = soft_cross_entropy(by_teacher, merge(teacher), temperature)
+    return (1 - weight) * hard + weight * temperature**2 * soft
+
+
+def merge(output: Logits) -> torch.Tensor:
+    """One prediction [N,K] of a model's output: the mean of two heads, or the only one."""
+    return (output[0] + output[1]) / 2 if isinstance(output, tuple) else output

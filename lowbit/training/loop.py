@@ -1,0 +1,366 @@
+"""The training loop: :func:`train`."""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import LowbitError
+from lowbit.training import checkpoint, distillation, optim, record, seeds
+from lowbit.training.batches import Batches
+from lowbit.training.config import TrainConfig, differences
+from lowbit.training.distributed import Processes, processes
+from lowbit.training.memory import keep_freed_memory
+
+LOOK_EVERY = 20  # steps between looks at the loss on a GPU, where each look waits for the device
+
+
+@dataclass
+class State:
+    """What callbacks see: the run so far.
+
+    A callback is any object with some of the methods ``on_gradients(state)`` (after backward, before the step),
+    ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return metrics for the history),
+    ``state_dict()`` and ``load_state_dict(d)`` (saved in, and restored from, the checkpoint).
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    steps_per_epoch: int
+    epoch: int = 0  # from 0
+    step: int = 0  # optimisation steps begun before this one, over all epochs
+    lr: float = 0.0
+    loss: torch.Tensor | None = None  # detached scalar of the last step, this process's share
+    row: dict[str, Any] = field(default_factory=dict)  # the epoch's metrics, for on_epoch
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    config: TrainConfig,
+    teacher: nn.Module | None = None,
+    callbacks: Sequence[Any] = (),
+    device: str | torch.device | None = None,
+    *,
+    fresh: bool = False,
+) -> record.RunRecord:
+    """Train ``model`` in place on ``data`` and return the record; the model is left in evaluation mode.
+
+    With ``config.out`` the run is resumable: the same call goes on after the last checkpoint (and returns at once if
+    the run was finished), ending on the CPU with the same bits as a run that was never interrupted. The caller's
+    random generators and torch settings are left as they were.
+
+    Args:
+        model: maps float32 [N,C,H,W] (or [N,T]) to logits [N,K], or to two of them (distillation head) in training.
+        data: a :class:`lowbit.data.Data` with task "classification" or "speech".
+        config: the settings.
+        teacher: a model to distil from; kept in evaluation mode, without gradients.
+        callbacks: see :class:`State`.
+        device: e.g. "cpu"; ``None`` takes a GPU if there is one.
+        fresh: drop what ``config.out`` holds instead of resuming.
+
+    Raises:
+        LowbitError: settings that do not fit the model, the data or the checkpoint; a loss that is not finite.
+        CheckpointError: a checkpoint that is damaged or of another model.
+    """
+    _check(data, config, teacher)
+    with ExitStack() as stack:
+        here = stack.enter_context(processes(device))
+        stack.enter_context(seeds.preserved())
+        stack.enter_context(_torch_settings(config, here))
+        if here.device.type == "cpu":
+            keep_freed_memory()
+        seeds.seed_everything(config.seed, here.rank)
+        model.to(here.device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if teacher is not None:
+            teacher.to(here.device).eval()
+        stack.enter_context(_fused_attention(config.fused_attention, here, model, teacher))
+        return _run(model, data, config, teacher, tuple(callbacks), here, fresh)
+
+
+def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) -> record.RunRecord:
+    import lowbit.nn
+    from lowbit import environment
+
+    batches = Batches(data, config, here)
+    lowbit.nn.calibrate(model, batches.first())
+    optimizer = optim.build_optimizer(model, config)
+    state = State(model, optimizer, config, batches.steps)
+    identity = describe(model, data, teacher, here)
+    out = Path(config.out) if config.out is not None else None
+    history = _resume(out, state, identity, callbacks, here, fresh)
+    done = record.RunRecord(history, config.to_dict(), environment.describe(), identity, out)
+    if len(history) == config.epochs:
+        model.eval()
+        return done
+
+    forward = here.wrap(model)
+    if config.compile == "quantizers":
+        lowbit.nn.compile_quantizers(model)
+    elif config.compile == "model":
+        forward = torch.compile(forward)
+    with _progress(config, here, batches.steps, len(history)) as bar:
+        for epoch in range(len(history), config.epochs):
+            state.epoch = epoch
+            started = time.perf_counter()
+            row = _one_epoch(state, forward, teacher, batches, callbacks, here, bar)
+            last = epoch + 1 == config.epochs
+            row |= dict.fromkeys(("test_loss", "test_acc"))
+            if last or (epoch + 1) % config.eval_every == 0:
+                row |= dict(zip(("test_loss", "test_acc"), evaluate(model, batches, config, here), strict=True))
+                if not math.isfinite(row["test_loss"]):
+                    raise _not_finite("test loss", row["test_loss"], state, out)
+            state.row = row
+            for metrics in _call(callbacks, "on_epoch", state):
+                row |= metrics or {}
+            row["seconds"] = time.perf_counter() - started
+            history.append(row)
+            if out is not None:
+                due = last or (epoch + 1) % config.checkpoint_every == 0
+                _save(out, state, identity, callbacks, history, here, with_checkpoint=due)
+            bar.set_postfix(loss=row["train_loss"], test=row["test_acc"], refresh=False)
+    model.eval()
+    return done
+
+
+def _one_epoch(state: State, forward, teacher, batches: Batches, callbacks, here: Processes, bar) -> dict[str, Any]:
+    config, model = state.config, state.model
+    look = 1 if here.device.type == "cpu" else LOOK_EVERY
+    losses = torch.zeros(batches.steps, device=here.device)
+    correct = torch.zeros((), device=here.device, dtype=torch.int64)
+    weight = 0.0 if teacher is None else 0.5 if config.distill_weight is None else config.distill_weight
+    started = time.perf_counter()
+    model.train()
+    for index, (x, y) in enumerate(batches.epoch(state.epoch)):
+        state.step = state.epoch * batches.steps + index
+        state.lr = optim.learning_rate(state.step, batches.steps, config)
+        optim.set_learning_rate(state.optimizer, state.lr)
+        state.optimizer.zero_grad()
+        with _autocast(config, here):
+            output = forward(x)
+            with torch.no_grad():
+                target = teacher(x) if weight else None
+        loss = distillation.loss(output, y, config.label_smoothing, target, weight, config.temperature)
+        loss.backward()
+        list(_call(callbacks, "on_gradients", state))
+        if config.clip_grad is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        state.optimizer.step()
+        state.loss = losses[index] = loss.detach()
+        correct += (distillation.merge(output).detach().argmax(1) == y).sum()
+        list(_call(callbacks, "on_step", state))
+        if (index + 1) % look == 0 or index + 1 == batches.steps:
+            bad = (~losses[: index + 1].isfinite()).nonzero()
+            if len(bad):
+                state.step = state.epoch * batches.steps + int(bad[0])
+                state.lr = optim.learning_rate(state.step, batches.steps, config)
+                raise _not_finite("loss", float(losses[bad[0]]), state, config.out)
+            bar.update(index + 1 - (bar.n - state.epoch * batches.steps))
+    seen = batches.steps * config.batch_size
+    return {
+        "epoch": state.epoch + 1,
+        "lr": state.lr,
+        "train_loss": float(here.total(losses.double().mean())) / here.count,
+        "train_acc": int(here.total(correct)) / seen,
+        "images_per_s": seen / (time.perf_counter() - started),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, config: TrainConfig, here: Processes) -> tuple[float, float]:
+    """Mean cross-entropy and top-1 accuracy on the test split, over all processes; leaves evaluation mode on."""
+    here.same_buffers(model)
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=here.device)
+    for x, y in batches.test():
+        with _autocast(config, here):
+            logits = distillation.merge(model(x)).float()
+        if logits.ndim != 2 or logits.shape[1] != batches.data.num_classes:
+            raise LowbitError(
+                f"the model returned {list(logits.shape)} for a batch of {len(y)}, but {batches.data.name} has "
+                f"{batches.data.num_classes} classes: create it with num_classes={batches.data.num_classes}"
+            )
+        totals[0] += nn.functional.cross_entropy(logits, y, reduction="sum")
+        totals[1] += (logits.argmax(1) == y).sum()
+        totals[2] += len(y)
+    loss, correct, count = here.total(totals).tolist()
+    return loss / count, correct / count
+
+
+def describe(model: nn.Module, data: Any, teacher: nn.Module | None, here: Processes) -> dict[str, Any]:
+    """What is trained on what, as plain values: the part of a run that ``config`` does not say."""
+    from lowbit.nn import quantized_layers
+
+    methods = Counter(
+        " ".join(
+            f"{kind} {quantizer.config}" for kind, quantizer in (("w", q.weight), ("a", q.activation)) if quantizer
+        )
+        for q in quantized_layers(model)
+    )
+    return {
+        "model": _spec(model),
+        "quantizers": dict(methods),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": {
+            "name": data.name,
+            "train": len(data.train),
+            "test": len(data.test),
+            "classes": len(data.classes),
+            "input_shape": list(data.input_shape),
+        },
+        "teacher": None if teacher is None else _spec(teacher),
+        "processes": here.count,
+    }
+
+
+def _spec(model: nn.Module) -> dict[str, Any]:
+    return plain(getattr(model, "spec", None)) or {"name": type(model).__name__}
+
+
+def plain(value: Any) -> Any:
+    """``value`` with tuples as lists and anything unusual as text, so that JSON and checkpoints can hold it."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _check(data: Any, config: TrainConfig, teacher: nn.Module | None) -> None:
+    if data.task == "detection":
+        raise LowbitError(f"lowbit.train is for classification and speech; {data.name} is a detection set")
+    if teacher is None and config.distill_weight is not None:
+        raise LowbitError(f"distill_weight={config.distill_weight:g} needs a teacher; give teacher=, or leave it None")
+
+
+def _not_finite(what: str, value: float, state: State, out: Any) -> LowbitError:
+    kept = f"; the last good epoch is in {Path(out) / 'checkpoint.pt'}" if out is not None and state.epoch else ""
+    return LowbitError(
+        f"the {what} became {value} in epoch {state.epoch + 1}, step {state.step % state.steps_per_epoch + 1} of "
+        f"{state.steps_per_epoch}, at learning rate {state.lr:.3g}; lower lr, warm up longer or set clip_grad{kept}"
+    )
+
+
+def _call(callbacks: Sequence[Any], method: str, state: State) -> Iterator[Any]:
+    for callback in callbacks:
+        if hasattr(callback, method):
+            yield getattr(callback, method)(state)
+
+
+def _autocast(config: TrainConfig, here: Processes) -> torch.autocast:
+    return torch.autocast(here.device.type, torch.bfloat16, enabled=config.amp == "bf16")
+
+
+def _progress(config: TrainConfig, here: Processes, steps: int, epochs_done: int):
+    from tqdm.auto import tqdm
+
+    total, initial = config.epochs * steps, epochs_done * steps
+    hidden = {} if config.progress and here.first else {"disable": True}  # otherwise TQDM_DISABLE decides
+    return tqdm(total=total, initial=initial, unit="step", mininterval=1.0, **hidden)
+
+
+def _save(out: Path, state: State, identity, callbacks, history, here: Processes, with_checkpoint: bool) -> None:
+    if with_checkpoint:
+        generators = here.gather(seeds.get_state())
+        own = [
+            checkpoint.require_plain(callback.state_dict(), f"{type(callback).__name__}.state_dict()")
+            if hasattr(callback, "state_dict")
+            else None
+            for callback in callbacks
+        ]
+        if here.first:
+            checkpoint.save(
+                out / "checkpoint.pt",
+                config=state.config.to_dict(),
+                identity=identity,
+                epoch=len(history),
+                model=state.model.state_dict(),
+                optimizer=state.optimizer.state_dict(),
+                rng=generators,
+                callbacks=[[type(callback).__name__, own[i]] for i, callback in enumerate(callbacks)],
+                history=history,
+            )
+    if here.first:
+        record.append_history(out / "history.jsonl", history[-1])
+    here.wait()
+
+
+def _resume(out: Path | None, state: State, identity, callbacks, here: Processes, fresh: bool) -> list[dict[str, Any]]:
+    """Restore everything from ``out``'s checkpoint, if there is one; returns the history so far."""
+    history: list[dict[str, Any]] = []
+    if out is None:
+        return history
+    path = out / "checkpoint.pt"
+    if fresh and here.first:
+        path.unlink(missing_ok=True)
+    here.wait()
+    if path.exists():
+        saved = checkpoint.load(path)
+        changed = differences(saved["config"], state.config.to_dict()) + differences(saved["identity"], identity, ())
+        now = [type(callback).__name__ for callback in callbacks]
+        if [name for name, _ in saved["callbacks"]] != now:
+            changed.append(f"callbacks: {[name for name, _ in saved['callbacks']]} → {now}")
+        if changed:
+            raise LowbitError(
+                f"{path} is of a run with other settings ({'; '.join(changed)}); use another out folder, the old "
+                f"settings, or start afresh (--fresh, or fresh=True)"
+            )
+        checkpoint.load_model(state.model, saved["model"], path)
+        state.optimizer.load_state_dict(saved["optimizer"])
+        seeds.set_state(saved["rng"][here.rank])
+        for callback, (_, own) in zip(callbacks, saved["callbacks"], strict=True):
+            if own is not None and hasattr(callback, "load_state_dict"):
+                callback.load_state_dict(own)
+        history = saved["history"]
+    if here.first:
+        record.write_history(out / "history.jsonl", history)
+    return history
+
+
+@contextmanager
+def _torch_settings(config: TrainConfig, here: Processes) -> Iterator[None]:
+    """Deterministic algorithms for the run, if asked; the process's own settings afterwards."""
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    try:
+        if config.deterministic:
+            if here.device.type == "cuda":
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+            torch.backends.cudnn.benchmark = False
+        else:
+            torch.backends.cudnn.benchmark = True
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def _fused_attention(wanted: bool | None, here: Processes, *models: nn.Module | None) -> Iterator[None]:
+    """Set timm's ``fused_attn`` switch on every attention layer for the run."""
+    if wanted is None and here.device.type == "cpu":
+        wanted = False
+    layers = [m for model in models if model is not None for m in model.modules() if hasattr(m, "fused_attn")]
+    before = [layer.fused_attn for layer in layers]
+    try:
+        if wanted is not None:
+            for layer in layers:
+                layer.fused_attn = wanted
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.fused_attn = value

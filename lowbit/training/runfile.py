@@ -1,0 +1,208 @@
+"""One YAML file describes a run: reading it, changing single values, building what it names."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lowbit.errors import LowbitError
+from lowbit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lowbit.data import Data
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: ``1e-3`` is a number, a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise LowbitError(f"the key {key.value!r} stands twice, at {str(key.start_mark).strip()}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run as a file describes it.
+
+    Args:
+        name: of the run; letters, digits, ``. _ -``. The default output folder is ``results/scratch/<name>``.
+        model: ``name`` and further arguments of :func:`lowbit.models.create` (``pretrained``, ...).
+        data: ``name`` and further arguments of :func:`lowbit.data.load`; ``subset: {train, test, seed}`` takes part of
+            it, ``hold_out: fraction`` evaluates on a part of the training split instead of the test split.
+        train: the fields of :class:`TrainConfig`.
+        quant: the fields of :class:`lowbit.QuantConfig`, or None for full precision.
+        teacher: like ``model``, with ``pretrained``, or None.
+    """
+
+    name: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    train: TrainConfig
+    quant: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, given: Any) -> "RunConfig":
+        """Check a plain dictionary (as read from YAML); raises LowbitError naming the key, and what is allowed."""
+        _require_mapping("the run file", given)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        refuse_unknown("the run file", given, fields)
+        for key in ("name", "model", "data", "train"):
+            if key not in given:
+                raise LowbitError(f"the run file needs the key {key!r}; its keys are {', '.join(fields)}")
+        if not isinstance(given["name"], str) or not NAME.fullmatch(given["name"]):
+            raise LowbitError(f"name={given['name']!r} should be letters, digits, '.', '_' and '-'")
+        for key in ("model", "data", "teacher"):
+            part = given.get(key)
+            if part is None and key == "teacher":
+                continue
+            _require_mapping(key, part)
+            if not isinstance(part.get("name"), str):
+                kind = "data set" if key == "data" else "model"
+                raise LowbitError(f"{key}: it needs the key 'name', the name of a {kind}")
+        _check_data(given["data"])
+        if given.get("teacher") is not None and not given["teacher"].get("pretrained"):
+            raise LowbitError(
+                "teacher: it needs 'pretrained' (a checkpoint's name, a path, or true), to have something to teach"
+            )
+        _require_mapping("train", given["train"])
+        train = TrainConfig(**given["train"])
+        if train.distill_weight is not None and given.get("teacher") is None:
+            raise LowbitError(f"train: distill_weight={train.distill_weight:g} needs a teacher; add the key 'teacher'")
+        made = cls(**{**given, "train": train})
+        made.quant_config()
+        return made
+
+    def quant_config(self) -> Any:
+        """The :class:`lowbit.QuantConfig`, or None."""
+        if self.quant is None:
+            return None
+        from lowbit.nn import QuantConfig
+
+        _require_mapping("quant", self.quant)
+        return QuantConfig(**self.quant)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, from which :meth:`from_dict` makes the same run."""
+        return dataclasses.asdict(self)
+
+    def load_data(self) -> "Data":
+        """The data set, cut down as the file says."""
+        from lowbit import data
+
+        options = dict(self.data)
+        name, subset, fraction = options.pop("name"), options.pop("subset", None), options.pop("hold_out", None)
+        loaded = data.load(name, **options)
+        if fraction is not None:
+            loaded = loaded.hold_out(fraction)
+        return loaded.subset(**subset) if subset else loaded
+
+    def build_model(self, data: "Data") -> "nn.Module":
+        """The model for ``data``, quantised as the file says, its weights drawn from the run's seed."""
+        import torch
+
+        from lowbit.nn import quantize_
+
+        torch.manual_seed(self.train.seed)
+        model = create_for(self.model, data, "model")
+        quant = self.quant_config()
+        return model if quant is None else quantize_(model, quant)
+
+    def build_teacher(self, data: "Data") -> "nn.Module | None":
+        """The teacher for ``data``, if there is one."""
+        return None if self.teacher is None else create_for(self.teacher, data, "teacher")
+
+
+def read(path: str | Path, changes: Iterable[str] = ()) -> RunConfig:
+    """Read a run file, with ``changes`` such as ``"train.epochs=3"`` (values are YAML) made to it."""
+    path = Path(path)
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except OSError as error:
+        raise LowbitError(f"cannot read the run file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LowbitError(f"{path} is not YAML: {error}") from None
+    try:
+        _require_mapping("the run file", given)
+        for change in changes:
+            apply_change(given, change)
+        return RunConfig.from_dict(given)
+    except LowbitError as error:
+        raise LowbitError(f"{path}: {error}") from None
+
+
+def apply_change(given: dict[str, Any], change: str) -> None:
+    """Set one value in place: ``"train.lr=1e-3"``; the name is checked later, with all the others."""
+    key, equals, text = change.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not last:
+        raise LowbitError(f"--set {change!r} should be of the form train.epochs=3")
+    place = given
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        _require_mapping(f"--set {change!r}: {parent}", place)
+    try:
+        place[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise LowbitError(f"--set {change!r}: the value is not YAML ({error})") from None
+
+
+def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
+    """The model that ``spec`` names, made for the classes and the input shape of ``data``."""
+    from lowbit import models
+
+    shape = tuple(data.input_shape)
+    fitting = {"in_chans": shape[0], "img_size": shape[-1]} if len(shape) == 3 else {}
+    try:
+        return models.create(**{"num_classes": data.num_classes, **fitting, **spec})
+    except LowbitError as error:
+        raise LowbitError(f"{where}: {error}") from None
+
+
+def refuse_unknown(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
+    """Raise LowbitError for the first of ``given`` that is not ``allowed``, with the closest name and all of them."""
+    allowed = list(allowed)
+    for key in given:
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), allowed, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise LowbitError(f"{where} has no key {key!r}{meant}; its keys are {', '.join(allowed)}")
+
+
+def _check_data(data: dict[str, Any]) -> None:
+    subset, fraction = data.get("subset"), data.get("hold_out")
+    if subset is not None:
+        _require_mapping("data.subset", subset)
+        refuse_unknown("data.subset", subset, ("train", "test", "seed"))
+        for key, value in subset.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < (key != "seed"):
+                raise LowbitError(f"data.subset: {key}={value!r} should be a whole number of items")
+    if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
+        raise LowbitError(f"data: hold_out={fraction!r} should be a fraction between 0 and 1")
+
+
+def _require_mapping(where: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise LowbitError(f"{where} should be a mapping (key: value), not {value!r}")

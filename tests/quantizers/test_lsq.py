@@ -1,0 +1,167 @@
+"""LSQ against values and gradients worked out by hand (paper's equations 1-3)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.errors import LowbitError
+from lowbit.functional import lsq, lsq_codes, lsq_step
+from lowbit.nn import QuantConfig, calibrate, quantize_
+from lowbit.quantizers import LSQ
+
+
+def test_values_and_gradients_by_hand_signed():
+    # 2 bits signed: codes -2 ... 1, step ½. x/step = -3, -1.8, -0.6, 0.4, 0.9, 4
+    x = torch.tensor([-1.5, -0.9, -0.3, 0.2, 0.45, 2.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    y = lsq(x, step, bits=2, grad_scale=1.0)
+    assert y.tolist() == [-1.0, -1.0, -0.5, 0.0, 0.5, 0.5]
+    grad = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    y.backward(grad)
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]  # zero where clipped
+    # per element: -Qn, round(v)-v inside, Qp
+    slope = [-2, -2 + 1.8, -1 + 0.6, 0 - 0.4, 1 - 0.9, 1]
+    assert step.grad.item() == pytest.approx(sum(g * s for g, s in zip(grad.tolist(), slope, strict=True)), abs=1e-5)
+
+
+def test_values_and_gradients_by_hand_unsigned():
+    # 2 bits unsigned: codes 0 ... 3, step 1
+    x = torch.tensor([-1.0, 0.4, 1.6, 2.7, 5.0], requires_grad=True)
+    step = torch.tensor(1.0, requires_grad=True)
+    y = lsq(x, step, bits=2, signed=False, grad_scale=1.0)
+    assert y.tolist() == [0, 0, 2, 3, 3]
+    y.sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+    assert step.grad.item() == pytest.approx(0 - 0.4 + 0.4 + 0.3 + 3, abs=1e-5)
+
+
+def test_the_clip_bounds_themselves_count_as_outside():
+    x = torch.tensor([-1.0, 0.5], requires_grad=True)  # exactly -Qn·s and Qp·s
+    step = torch.tensor(0.5, requires_grad=True)
+    lsq(x, step, bits=2, grad_scale=1.0).sum().backward()
+    assert x.grad.tolist() == [0, 0]
+    assert step.grad.item() == -2 + 1
+
+
+def test_default_gradient_scale_counts_the_elements_that_share_a_step():
+    x = torch.full((2, 8), 9.0)  # far outside: each element gives Qp = 1
+    step = torch.ones(2, 1, requires_grad=True)
+    lsq(x, step, bits=2).sum().backward()
+    assert torch.allclose(step.grad, torch.full((2, 1), 8 / math.sqrt(8 * 1)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5)])
+def test_step_gradient_equals_the_elementwise_formula(shape):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    step = (0.2 + torch.rand(shape, dtype=torch.float64)).requires_grad_()
+    grad = torch.randn(3, 5, dtype=torch.float64)
+    lsq(x, step, bits=3, grad_scale=1.0).backward(grad)
+    v = (x / step).detach()
+    inside = (v > -4) & (v < 3)
+    expected = (grad * torch.where(inside, v.round() - v, v.clamp(-4, 3))).sum_to_size(shape)
+    assert torch.allclose(step.grad, expected, atol=1e-12)
+    assert torch.equal(x.grad, torch.where(inside, grad, 0))
+
+
+@given(bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 999))
+def test_every_value_is_a_code_times_the_step(bits, signed, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(64, generator=generator)
+    step = 0.01 + torch.rand(1, generator=generator)
+    codes = lsq_codes(x, step, bits, signed)
+    assert torch.equal(lsq(x, step, bits, signed), codes * step)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    assert codes.min() >= low and codes.max() <= high
+
+
+def test_starting_step_by_hand():
+    x = torch.tensor([[1.0, -3.0], [2.0, 2.0]])
+    assert lsq_step(x, (1, 1), bits=2).item() == 2 * 2.0 / 1
+    assert lsq_step(x, (2, 1), bits=3).flatten().tolist() == pytest.approx([2 * 2 / math.sqrt(3)] * 2)
+    assert lsq_step(x.abs(), (1, 1), bits=2, signed=False).item() == pytest.approx(4 * 2 / math.sqrt(3))
+
+
+def test_half_precision_input_is_computed_in_full_precision():
+    x = torch.linspace(-1, 1, 101).bfloat16()
+    step = torch.tensor(0.1)
+    y = lsq(x, step, bits=4)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, lsq(x.float(), step, bits=4).bfloat16())
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(1, True), (0, False), (17, True), (2.0, True)])
+def test_wrong_bits_are_refused(bits, signed):
+    with pytest.raises(LowbitError, match="bits="):
+        lsq(torch.ones(1), torch.ones(1), bits, signed)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"), [(LSQ(granularity="tensor"), (1, 1, 1)), (LSQ(granularity="channel"), (1, 1, 6)),
+                          (LSQ(granularity="token"), (1, 5, 1))]
+)  # fmt: skip
+def test_activation_step_takes_its_shape_from_the_first_batch(config, shape):
+    quantizer = config.activation()
+    parameter = quantizer.step
+    assert not quantizer.calibrated
+    x = torch.randn(4, 5, 6)
+    quantizer(x)
+    assert quantizer.calibrated and tuple(quantizer.step.shape) == shape
+    assert quantizer.step is parameter  # an optimiser built before the first batch keeps it
+
+
+@pytest.mark.parametrize(("signed", "batch", "expected"), [
+    (None, torch.tensor([[-1.0, 2.0]]), True), (None, torch.tensor([[0.0, 2.0]]), False),
+    (True, torch.tensor([[0.0, 2.0]]), True), (False, torch.tensor([[-1.0, 2.0]]), False),
+])  # fmt: skip
+def test_signedness_follows_the_first_batch_unless_told(signed, batch, expected):
+    quantizer = LSQ(bits=2, signed=signed).activation()
+    quantizer(batch)
+    assert quantizer.signed is expected
+    other = LSQ(bits=2, signed=None).activation()
+    other.load_state_dict(quantizer.state_dict())
+    assert other.signed is expected and torch.equal(other.step, quantizer.step)
+
+
+def test_activation_gradient_scale_does_not_depend_on_the_batch_size():
+    x = torch.randn(4, 6)
+    gradients = []
+    for batch in (x, torch.cat([x, x])):
+        quantizer = LSQ(bits=2).activation()
+        quantizer(x)
+        quantizer.step.grad = None
+        quantizer(batch).mean().backward()
+        gradients.append(quantizer.step.grad)
+    assert torch.allclose(*gradients)
+
+
+def test_a_step_driven_below_zero_is_used_as_positive_and_still_learns():
+    quantizer = LSQ(bits=2).activation()
+    x = torch.randn(8, 8)
+    quantizer(x)
+    quantizer.step.data.fill_(-0.5)
+    y = quantizer(x)
+    assert torch.isfinite(y).all()
+    y.square().sum().backward()
+    assert torch.isfinite(quantizer.step.grad).all() and quantizer.step.grad.abs().sum() > 0
+
+
+def test_token_granularity_refuses_images_and_weights():
+    with pytest.raises(LowbitError, match="token"):
+        LSQ(granularity="token").activation()(torch.randn(1, 3, 4, 4))
+    with pytest.raises(LowbitError, match="weights"):
+        quantize_(torch.nn.Sequential(torch.nn.Linear(2, 2)), QuantConfig(weight=LSQ(granularity="token"), first_last="same"))
+
+
+def test_calibrate_keeps_mode_and_running_statistics():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 3))
+    quantize_(model, QuantConfig(activation=LSQ(), first_last="same"))
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    calibrate(model, torch.randn(2, 3, 8, 8))
+    assert model.training and not model[1].training
+    assert torch.equal(model[1].running_mean, before)
+    assert model[2].input_quantizer.calibrated
