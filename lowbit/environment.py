@@ -134,9 +134,11 @@ def _examine_packages(here: dict) -> list[Finding]:
     new = sys.version_info >= (3, 11)
     found = [Finding("ok" if new else "missing", "Python", here["python"], "" if new else "3.11 or newer is needed")]
     asked = {}
-    for line in importlib.metadata.requires("lowbit") or ():
-        requirement = Requirement(line)
-        asked[requirement.name] = requirement.specifier
+    if version("lowbit") is None:
+        found.append(Finding("note", "lowbit", "not installed, used from its folder", "pip install -e ."))
+    else:
+        requirements = map(Requirement, importlib.metadata.requires("lowbit") or ())
+        asked = {requirement.name: requirement.specifier for requirement in requirements}
     for name in PACKAGES:
         spec, version_here = asked.get(name), here[name]
         if version_here is None:
@@ -167,11 +169,17 @@ def _examine_machine(here: dict) -> list[Finding]:
         Finding("ok", "GPU", gpu) if gpu else Finding("note", "GPU", "none", "profiles smoke and desk need none"),
         Finding("ok", "C++ compiler", here["compiler"])
         if here["compiler"]
-        else Finding("note", "C++ compiler", "none", "torch.compile and the native kernels need one: install g++ or clang"),
+        else Finding(
+            "note", "C++ compiler", "none", "torch.compile and the native kernels need one: install g++ or clang"
+        ),
         Finding("ok", "espeak-ng", "found")
         if espeak
-        else Finding("note", "espeak-ng", "none", "only needed to generate the spoken words anew; they come with the project"),
-        Finding("ok" if free >= 10 else "note", "free disk", f"{free:.0f} GB", "" if free >= 10 else "10 GB is comfortable"),
+        else Finding(
+            "note", "espeak-ng", "none", "only needed to generate the spoken words anew; they come with the project"
+        ),
+        Finding(
+            "ok" if free >= 10 else "note", "free disk", f"{free:.0f} GB", "" if free >= 10 else "10 GB is comfortable"
+        ),
     ]
 
 

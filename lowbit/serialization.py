@@ -115,13 +115,12 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is a safetensors file that lowbit.save did not write: it has no header of ours")
     try:
         header = json.loads(raw)
-        version, expected = header["format"], header["sha256"]
-        if version > FORMAT:
-            raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
-        missing = {"model", "quantization"} - set(header)
+        version, expected, _ = int(header["format"]), header["sha256"], (header["model"], header["quantization"])
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} has a damaged header; get it anew") from None
-    if missing or _checksum(tensors) != expected:
+    if version > FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
+    if _checksum(tensors) != expected:
         raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
     return header, tensors
 

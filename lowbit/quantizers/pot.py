@@ -36,7 +36,7 @@ class _PoT(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor, bits: int, scale: str) -> Tensor:
         s, levels = pot_scale(w, scale), pot_levels(bits).to(w.device)
-        return (s * levels[nearest(as_float(w) / s, levels).long()]).to(w.dtype)
+        return s * levels[nearest(w / s, levels).long()]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -54,7 +54,7 @@ def pot(w: Tensor, bits: int, scale: Literal["mean", "max"] = "mean") -> Tensor:
     Raises:
         LowbitError: ``bits`` out of range.
     """
-    return _PoT.apply(w, bits, scale)
+    return _PoT.apply(as_float(w), bits, scale).to(w.dtype)  # cast outside, see statsq
 
 
 def pot_codes(w: Tensor, bits: int, scale: Literal["mean", "max"] = "mean") -> Tensor:

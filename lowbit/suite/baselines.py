@@ -268,7 +268,7 @@ def changes(old: Baseline | None, new: Baseline) -> list[Row]:
 
 
 def _interval(metric: Accepted) -> str:
-    around = f" ± {metric.tolerance:.2g}" if metric.tolerance else ""
+    around = f" ± {metric.tolerance:.3g}" if metric.tolerance else ""
     return f"{show(metric.value)}{around}{' ' if metric.unit else ''}{metric.unit}"
 
 

@@ -86,7 +86,7 @@ def select(patterns: Sequence[str], folder: Path | None = None) -> list[Notebook
     """
     known = available(folder)
     if not known:
-        raise LowbitError(f"there are no notebooks in {folder or paths.notebooks()}")
+        raise LowbitError(f"there are no notebooks in {folder or paths.notebooks()}: LOWBIT_PROJECT names the project")
     chosen: dict[str, Path] = {}
     for pattern in patterns or ["*"]:
         stem = pattern.removesuffix(".ipynb")

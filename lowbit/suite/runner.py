@@ -1,6 +1,7 @@
 """Runs notebooks, some at once, each in a process of its own, and writes down what it saw."""
 
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class _Suite:
         self.result = Run(plan.profile_name, _now(), environment.describe())
         self.result.notebooks = [
             Entry(
-                item.name, reason="not started yet", parameters=_plain({**item.defaults, **plan.parameters[item.name]})
+                item.name, reason=report.NOT_STARTED, parameters=_plain({**item.defaults, **plan.parameters[item.name]})
             )
             for item in plan.notebooks
         ]
@@ -114,7 +115,9 @@ class _Suite:
     def run(self) -> Run:
         seconds = {e.name: e.seconds for e in self.earlier.notebooks if e.status == "passed"} if self.earlier else {}
         self._save()
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+            before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with self.progress.showing([item.name for item in self.plan.notebooks], seconds):
                 while (self.waiting or self.running) and not self.signum:

@@ -28,13 +28,11 @@ def main(out, step):
     held = load_digits()
     x, y = torch.from_numpy(held.images * 15).to(torch.uint8)[:, None], torch.from_numpy(held.target).long()
     data = make_data(x[:160], y[:160], x[160:240], y[160:240], 10)
-    torch.manual_seed(step + 100)  # a resumed run must not depend on the weights it is handed
+    resuming = Path(out, "checkpoint.pt").exists()
+    torch.manual_seed(int(resuming))  # a resumed run must not depend on the weights it is handed
     model = lowbit.models.create(
         "vit_nano", in_chans=1, img_size=8, patch_size=2, embed_dim=32, depth=2, num_heads=2, proj_drop_rate=0.1
     )
-    if step == -1 and not Path(out, "checkpoint.pt").exists() or step >= 0:
-        torch.manual_seed(0)
-        model = lowbit.models.create(**model.spec)
     lsq = {"method": "lsq", "bits": 3}
     lowbit.quantize_(model, lowbit.QuantConfig(weight={"method": "statsq", "bits": 3}, activation=lsq, first_last=8))
     config = lowbit.TrainConfig(
