@@ -6,6 +6,7 @@ Its exit code is its whole answer (`EXIT`); the JSON file it leaves only explain
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|DefaultCPUAllocator: c
 def main(job_path: str) -> int:
     """Executes the notebook that the job file describes; returns the exit code."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    _die_with(job["parent"])
+    _die_with(job["parent"], Path(job_path).parent)
 
     import papermill
     from jupyter_client.kernelspec import KernelSpec
@@ -112,8 +113,8 @@ def _how(process) -> str:
     return f" ({signal.Signals(-code).name})" if code < 0 else f" (it left with exit code {code})"
 
 
-def _die_with(parent: int) -> None:
-    """Ends this process and its kernel when the runner is gone, however it went."""
+def _die_with(parent: int, private: Path) -> None:
+    """Ends this process and its kernel when the runner is gone, however it went, and clears up after both."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -122,6 +123,7 @@ def _die_with(parent: int) -> None:
 
         for child in psutil.Process().children(recursive=True):
             child.kill()
+        shutil.rmtree(private, ignore_errors=True)
         os._exit(EXIT["killed"])
 
     if hasattr(os, "getppid") and sys.platform != "win32":

@@ -39,14 +39,18 @@ class Project:
         return path
 
 
-def make_project(folder, monkeypatch):
-    monkeypatch.setenv("LOWBIT_PROJECT", str(folder))
-    monkeypatch.setenv("LOWBIT_RESULTS", str(folder / "results"))
-    return Project(folder)
+@pytest.fixture(scope="session")
+def make_project():
+    def make(folder, monkeypatch):
+        monkeypatch.setenv("LOWBIT_PROJECT", str(folder))
+        monkeypatch.setenv("LOWBIT_RESULTS", str(folder / "results"))
+        return Project(folder)
+
+    return make
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(make_project, tmp_path, monkeypatch):
     return make_project(tmp_path, monkeypatch)
 
 

@@ -32,5 +32,5 @@ def test_mistakes_in_the_file_are_refused(tmp_path, text, message):
 
 
 def test_unknown_profile_is_refused(project):
-    with pytest.raises(LowbitError, match="'dest'.*did you mean 'desk'"):
+    with pytest.raises(LowbitError, match=r"'dest'.*did you mean 'desk'"):
         profiles.get("dest")

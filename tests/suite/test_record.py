@@ -49,7 +49,7 @@ def test_bad_names_are_refused(name):
 
 
 def test_unknown_direction_is_refused():
-    with pytest.raises(LowbitError, match="'lowest'.*'higher', 'lower', 'equal'"):
+    with pytest.raises(LowbitError, match=r"'lowest'.*'higher', 'lower', 'equal'"):
         record("x", 1, better="lowest")
 
 

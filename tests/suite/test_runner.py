@@ -9,7 +9,6 @@ import time
 
 import nbformat
 import pytest
-from conftest import make_project
 
 from lowbit.suite import runner, runfile
 
@@ -22,7 +21,7 @@ Path("pids").write_text(f"{os.getpid()} {child.pid}")
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory):
+def ended(make_project, tmp_path_factory):
     """One run of notebooks that end in every way but the slow ones."""
     with pytest.MonkeyPatch.context() as patch:
         project = make_project(tmp_path_factory.mktemp("project {x}"), patch)
@@ -97,7 +96,7 @@ def test_numbers_parameters_and_costs_are_kept(ended):
 def test_run_json_has_the_promised_form(ended):
     tree = json.loads((ended[2] / "run.json").read_text())
     assert list(tree) == ["schema", "profile", "started", "environment", "notebooks"]
-    keys = "name status reason cached why seconds peak_mb parameters metrics output".split()
+    keys = ["name", "status", "reason", "cached", "why", "seconds", "peak_mb", "parameters", "metrics", "output"]
     assert all(list(entry) == keys for entry in tree["notebooks"])
     assert tree["notebooks"][0]["metrics"]["count"] == {"value": 3, "unit": "", "better": "higher"}
 
@@ -127,6 +126,7 @@ def test_what_a_killed_kernel_left_behind_is_ended(ended, gone):
     assert all(gone(int(pid)) for pid in pids)
 
 
+@pytest.mark.slow
 def test_a_timeout_ends_the_notebook_and_its_children(project, gone):
     project.add("slow", KILLED, "import time; time.sleep(600)")
     result = runner.execute(runner.plan(timeout_minutes=0.1))
@@ -136,6 +136,7 @@ def test_a_timeout_ends_the_notebook_and_its_children(project, gone):
         assert all(gone(int(pid)) for pid in pids.read_text().split())
 
 
+@pytest.mark.slow
 def test_resume_reruns_only_what_changed_or_did_not_pass(project):
     project.add("a", "import lowbit; lowbit.record('x', 1)")
     project.add("b", "from pathlib import Path; assert Path('now').exists()")
@@ -182,6 +183,7 @@ def _wait(condition):
     return condition()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything_and_says_what_was_left(project, gone):
     process, pids = _start(project)
     process.send_signal(signal.SIGINT)
@@ -193,6 +195,7 @@ def test_ctrl_c_ends_everything_and_says_what_was_left(project, gone):
     assert all(gone(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_a_killed_runner_leaves_no_kernel_and_no_claim(project, gone):
     process, pids = _start(project)
     os.kill(process.pid, signal.SIGKILL)

@@ -1,0 +1,113 @@
+"""Archives of real data: finding them, checking them, decoding them once into a cached array."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit import paths
+from lowbit.errors import DataError
+
+CHUNK = 1 << 20
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find(file: str, source: str) -> Path:
+    """The archive ``file`` in the data folders.
+
+    Raises:
+        DataError: it is in none of them; the message says where to get it and where to put it.
+    """
+    folders = paths.archives()
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    searched = ", ".join(map(str, folders)) or "no folder: LOWBIT_DATA is not set"
+    raise DataError(
+        f"the archive {file!r} is not there (searched {searched}). Get it from {source} and put it into a folder "
+        "that the environment variable LOWBIT_DATA names"
+    )
+
+
+def check(path: Path, expected: str) -> None:
+    """Refuses a file whose sha256 is not ``expected``.
+
+    Raises:
+        DataError: naming the file and both sums.
+    """
+    found = sha256(path)
+    if found != expected:
+        raise DataError(
+            f"{path.name} is truncated or altered: its sha256 is {found[:16]}..., expected {expected[:16]}...; get it anew"
+        )
+
+
+def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
+    """Calls ``write(file)`` on a temporary file beside ``path`` and moves it there only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The contents of an archive, decoded once and then read from the user's cache folder.
+
+    Args:
+        file: the archive's file name.
+        expected: its sha256. An archive is hashed again only when its size or time of change differ from those
+            noted when it was last found right.
+        source: where to get it, for the message when it is missing.
+        decode: turns the archive's path into a dict of tensors and plain values; called when the cache, which is
+            keyed by the sha256, has no good copy.
+
+    Raises:
+        DataError: the archive is missing, truncated or altered, or cannot be decoded.
+    """
+    path = find(file, source)
+    cached = paths.cache() / "decoded" / f"{Path(file).name}.{expected[:16]}.pt"
+    noted = cached.with_suffix(".json")
+    stat = path.stat()
+    seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if cached.is_file() and noted.is_file():
+        try:
+            note = json.loads(noted.read_text())
+            if note["archive"] == seen and note["sha256"] == sha256(cached):
+                return torch.load(cached, weights_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError):
+            pass
+        else:
+            if note["archive"] == seen:
+                warnings.warn(f"the cached copy of {file} is damaged; decoding it anew", stacklevel=2)
+    check(path, expected)
+    try:
+        contents = decode(path)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{file} could not be decoded ({type(error).__name__}: {error}); get it anew") from error
+    write_atomically(cached, lambda out: torch.save(contents, out))
+    note = {"archive": seen, "sha256": sha256(cached)}
+    write_atomically(noted, lambda out: out.write(json.dumps(note).encode()))
+    return contents

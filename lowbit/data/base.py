@@ -1,0 +1,223 @@
+"""What a data set is, and the registry of them."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from lowbit.errors import DataError, LowbitError
+
+Task = Literal["classification", "speech", "detection"]
+Kind = Literal["embedded", "generated", "archive", "download", "folder"]
+
+
+@dataclass(frozen=True)
+class ArrayDataset(Dataset):
+    """A data set held in memory; item i is ``(x[i], int(y[i]))``.
+
+    Args:
+        x: uint8 ``[N, C, H, W]`` images or int16 ``[N, T]`` mono sound.
+        y: int64 ``[N]`` class indices.
+        meta: one row an item (speaker, voice, ...), a pandas frame, or None.
+    """
+
+    x: Tensor
+    y: Tensor
+    meta: Any = None
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise DataError(f"{len(self.x)} items but {len(self.y)} labels")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.x[index], int(self.y[index])
+
+    def take(self, indices: Tensor) -> "ArrayDataset":
+        """The items at ``indices`` (int64), in that order."""
+        meta = None if self.meta is None else self.meta.iloc[indices.numpy()].reset_index(drop=True)
+        return ArrayDataset(self.x[indices], self.y[indices], meta)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task: two splits and what a model needs to know of them.
+
+    Args:
+        name: as given to `load`.
+        task: "classification" (images), "speech" (sound clips) or "detection" (images with boxes).
+        classes: class names in label order.
+        train: training split.
+        test: test split (or what `hold_out` put there).
+        input_shape: ``(C, H, W)`` or ``(T,)``.
+        mean: of the training split, per channel, of pixel values / 255; empty for sound.
+        std: the same for the standard deviation.
+        sample_rate: samples per second of sound, else None.
+    """
+
+    name: str
+    task: Task
+    classes: tuple[str, ...]
+    train: Dataset
+    test: Dataset
+    input_shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    sample_rate: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def subset(self, train: int | None = None, test: int | None = None, seed: int = 0) -> "Data":
+        """The same task with fewer items: ``train`` and ``test`` items, drawn evenly over the classes by ``seed``."""
+        return dataclasses.replace(
+            self, train=_draw(self.train, train, seed, self.name), test=_draw(self.test, test, seed + 1, self.name)
+        )
+
+    def hold_out(self, fraction: float = 0.1, seed: int = 0) -> "Data":
+        """The same task without its test set: ``test`` becomes a stratified ``fraction`` of the training split.
+
+        For choosing settings without touching the test set.
+        """
+        if not 0 < fraction < 1:
+            raise LowbitError(f"fraction={fraction} is not allowed; it lies between 0 and 1")
+        order = _stratified_order(labels(self.train), seed)
+        cut = max(1, round(fraction * len(order)))
+        held, kept = order[:cut].sort().values, order[cut:].sort().values
+        return dataclasses.replace(self, train=_take(self.train, kept), test=_take(self.train, held))
+
+
+def labels(split: Dataset) -> Tensor:
+    """The labels of a split, int64 ``[N]``, without reading its images where it knows them."""
+    if isinstance(split, ArrayDataset):
+        return split.y
+    if isinstance(split, Subset):
+        return labels(split.dataset)[torch.as_tensor(split.indices)]
+    if hasattr(split, "targets"):
+        return torch.as_tensor(split.targets)
+    return torch.zeros(len(split), dtype=torch.int64)  # no class to balance over, as in detection
+
+
+def _stratified_order(y: Tensor, seed: int) -> Tensor:
+    """A permutation in which every prefix is as balanced over classes as the whole."""
+    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    rank = torch.empty(len(y), dtype=torch.float64)
+    for label in y.unique():
+        where = shuffled[y[shuffled] == label]
+        rank[where] = (torch.arange(len(where), dtype=torch.float64) + 0.5) / len(where)
+    tie = torch.empty(len(y), dtype=torch.float64)
+    tie[shuffled] = torch.arange(len(y), dtype=torch.float64)
+    return torch.argsort(rank + tie * (1e-9 / max(1, len(y))))
+
+
+def _draw(split: Dataset, count: int | None, seed: int, name: str) -> Dataset:
+    if count is None:
+        return split
+    if not 0 < count <= len(split):
+        raise LowbitError(f"{count} items of {name!r} were asked for; it has 1 to {len(split)} in this split")
+    return _take(split, _stratified_order(labels(split), seed)[:count].sort().values)
+
+
+def _take(split: Dataset, indices: Tensor) -> Dataset:
+    return split.take(indices) if isinstance(split, ArrayDataset) else Subset(split, indices.tolist())
+
+
+def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images ``[N, C, H, W]``, of values / 255."""
+    counts = torch.stack([torch.bincount(x[:, c].reshape(-1).long(), minlength=256) for c in range(x.shape[1])])
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ values
+    std = (share @ values.square() - mean.square()).clamp_min(0).sqrt()
+    return tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist())
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a data set before it is loaded.
+
+    Args:
+        name: registry name.
+        title: one line on what it is.
+        task: see `Data`.
+        kind: where it comes from: "embedded" in the project, "generated" at load, "archive" found under
+            ``LOWBIT_DATA``, "download" from its publisher, or a "folder" that the user names.
+        items: number of training and test items as text.
+        classes: number of classes.
+        licence: terms, as far as stated.
+        citation: whom to cite.
+        source: where it is published.
+        files: archive file name -> sha256 (or "md5:..." where only that is published).
+        loader: makes the `Data` from options.
+        note: anything a user should know.
+    """
+
+    name: str
+    title: str
+    task: Task
+    kind: Kind
+    items: str
+    classes: int
+    licence: str
+    citation: str
+    source: str
+    loader: Callable[..., Data]
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    note: str = ""
+
+
+_registry: dict[str, Card] = {}
+
+
+def dataset(name: str, **card: Any) -> Callable[[Callable[..., Data]], Callable[..., Data]]:
+    """Decorator: registers a loader under ``name``; the keywords are those of `Card`."""
+
+    def register(loader: Callable[..., Data]) -> Callable[..., Data]:
+        if name in _registry:
+            raise LowbitError(f"two data sets are called {name!r}")
+        _registry[name] = Card(name=name, loader=loader, **card)
+        return loader
+
+    return register
+
+
+def names() -> list[str]:
+    """Names of all data sets."""
+    return sorted(_registry)
+
+
+def card(name: str) -> Card:
+    """What is known of the data set ``name``."""
+    if name not in _registry:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"there is no data set {name!r}; there are {', '.join(names())}{hint}")
+    return _registry[name]
+
+
+def load(name: str, **options: Any) -> Data:
+    """Loads a data set.
+
+    Args:
+        name: one of `names`.
+        options: those of its loader, e.g. ``path=`` for an image folder, ``seed=`` for a generated set.
+
+    Raises:
+        DataError: unknown name or option; or the data is missing, truncated or altered, with what to do.
+    """
+    import inspect
+
+    loader = card(name).loader
+    allowed = list(inspect.signature(loader).parameters)
+    if unknown := sorted(set(options) - set(allowed)):
+        raise DataError(f"{name!r} has no option {unknown[0]!r}; it has {', '.join(allowed) or 'none'}")
+    return loader(**options)
