@@ -141,5 +141,5 @@ def test_files_survive_a_round_trip_and_broken_ones_are_refused(baseline):
     file.write_text("{")
     with pytest.raises(LowbitError, match="cannot be read as JSON"):
         baselines.load("smoke", "cpu")
-    with pytest.raises(LowbitError, match="there is no baseline .*lowbit accept --profile desk"):
+    with pytest.raises(LowbitError, match=r"there is no baseline .*lowbit accept --profile desk"):
         baselines.load("desk", "cpu")

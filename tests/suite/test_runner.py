@@ -10,7 +10,7 @@ import time
 import nbformat
 import pytest
 
-from lowbit.suite import runner, runfile
+from lowbit.suite import runfile, runner
 
 KILLED = """
 import os, signal, subprocess
