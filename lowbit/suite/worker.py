@@ -22,7 +22,8 @@ OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|DefaultCPUAllocator: c
 def main(job_path: str) -> int:
     """Executes the notebook that the job file describes; returns the exit code."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
-    _die_with(job["parent"], Path(job_path).parent)
+    private = Path(job_path).parent
+    _die_with(job["parent"], private)
 
     import papermill
     from jupyter_client.kernelspec import KernelSpec
@@ -37,11 +38,12 @@ def main(job_path: str) -> int:
 
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
+            self.connection_file = str(private / "kernel.json")
             if sys.platform != "win32":
                 # Ports are picked first and bound later, so kernels that start together can pick the same one.
                 # Sockets in a folder of our own cannot meet.
                 self.transport = "ipc"
-                self.ip = str(Path(os.environ["JUPYTER_RUNTIME_DIR"]) / "k")
+                self.ip = str(private / "k")
 
         @property
         def kernel_spec(self):

@@ -11,7 +11,7 @@ import lowbit
 
 RUN = {
     "name": "two",
-    "model": {"name": "vit_nano", "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "model": {"name": "vit_nano", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 2},
     "data": {"name": "digits", "subset": {"train": 320, "test": 101}},
     "quant": {"weight": {"method": "statsq", "bits": 4}, "activation": {"method": "lsq", "bits": 4}},
     "train": {
