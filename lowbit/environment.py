@@ -188,6 +188,14 @@ def _examine_data() -> list[Finding]:
         from lowbit import data
 
         table = data.describe()
-    except Exception as error:
-        return [Finding("missing", "data", f"{type(error).__name__}: {error}", "lowbit data list")]
-    return [Finding("note", "data", f"{len(table)} data sets known", "lowbit data list")]
+    except Exception as error:  # doctor has to finish whatever is broken
+        said = f"{type(error).__name__}: {error}"
+        return [Finding("missing", "data sets", said, "the package is not whole: install it again")]
+    if "here" not in table:
+        return [Finding("note", "data sets", f"{len(table)} known", "lowbit data list says which are here")]
+    names = table["name"] if "name" in table else table.index.to_series()
+    here = table["here"].astype(bool).to_numpy()
+    found = [Finding("ok", "data sets", ", ".join(names[here]))]
+    if not here.all():
+        found.append(Finding("note", "data sets not here", ", ".join(names[~here]), "lowbit data fetch NAME"))
+    return found

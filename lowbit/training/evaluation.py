@@ -1,0 +1,30 @@
+"""`evaluate`: how good a model is on a test split, outside a training run."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.training import loop
+from lowbit.training.batches import Batches
+from lowbit.training.config import TrainConfig
+from lowbit.training.distributed import processes
+
+
+def evaluate(
+    model: nn.Module, data: Any, batch_size: int = 256, device: str | torch.device | None = None
+) -> dict[str, float]:
+    """Top-1 accuracy (``"acc"``, 0 to 1) and mean cross-entropy (``"loss"``, nats) on ``data.test``.
+
+    Activation quantisers that have seen no batch yet are calibrated first, on ``batch_size`` training images, so
+    that a model can be judged right after `lowbit.quantize_`. The model is left in evaluation mode on ``device``.
+    """
+    from lowbit.nn import calibrate
+
+    config = TrainConfig(epochs=1, batch_size=min(batch_size, len(data.train)))
+    with processes(device) as here:
+        model.to(here.device)
+        batches = Batches(data, config, here)
+        calibrate(model, batches.first())
+        loss, accuracy = loop.evaluate(model, batches, config, here)
+    return {"acc": accuracy, "loss": loss}
