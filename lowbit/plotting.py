@@ -71,8 +71,8 @@ def matrix(
         spine.set_visible(False)
 
 
-def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title: str = "", bins: int = 81) -> None:
-    """Histogram of latent weights with the quantisation levels they are sent to, and how many go to each.
+def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title: str = "", bins: int = 61) -> None:
+    """Histogram of latent weights with the levels they are sent to, the thresholds, and how many go to each level.
 
     Args:
         ax: where.
@@ -82,10 +82,12 @@ def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title:
         bins: of the histogram.
     """
     latent, weight = (t.detach().flatten().cpu().float().numpy() for t in (latent, weight))
-    levels, counts = np.unique(weight, return_counts=True)
+    levels, counts = np.unique(weight.round(5), return_counts=True)  # dividing by the scale leaves rounding errors
     reach = 1.1 * max(np.abs(levels).max(), np.quantile(np.abs(latent), 0.998))
     ax.hist(np.clip(latent, -reach, reach), bins=np.linspace(-reach, reach, bins), color=GREY, alpha=0.45, density=True)
     ax.set(title=title, xlabel="weight / scale", ylabel="density of latent weights", xlim=(-reach, reach))
+    for threshold in (levels[1:] + levels[:-1]) / 2:
+        ax.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
     share = ax.twinx()
     share.vlines(levels, 0, 100 * counts / counts.sum(), color=BLUE, linewidth=3)
     share.plot(levels, 100 * counts / counts.sum(), "o", color=BLUE)

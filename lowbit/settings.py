@@ -25,7 +25,8 @@ def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
             lines.append(f"{owner} needs the setting {field!r}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{owner}: {field}={item['input']!r} is not allowed: {message}")
+            given = f"{field}={item['input']!r} is not allowed: " if item["loc"] else ""
+            lines.append(f"{owner}: {given}{message}")
     return "\n".join(lines)
 
 

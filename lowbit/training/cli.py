@@ -44,7 +44,7 @@ def _show(name: str, record, folder: Path) -> None:
     columns = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds", "images_per_s")
     formats = ("d", ".2e", ".4f", ".2%", ".4f", ".2%", ".1f", ".0f")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column.replace("images_per_s", "images/s").replace("_", "\n"), justify="right", no_wrap=True)
     rows = record.history
     chosen = rows if len(rows) <= 10 else [rows[round(i * (len(rows) - 1) / 9)] for i in range(10)]
     for row in chosen:

@@ -28,3 +28,25 @@ def evaluate(
         calibrate(model, batches.first())
         loss, accuracy = loop.evaluate(model, batches, config, here)
     return {"acc": accuracy, "loss": loss}
+
+
+def reestimate_batchnorm_(
+    model: nn.Module, data: Any, batch_size: int = 256, device: str | torch.device | None = None
+) -> nn.Module:
+    """Replaces the running statistics of every BatchNorm layer by those of one pass over ``data.train``, in place.
+
+    Quantising weights changes the mean and the variance of what the layers put out, which the statistics that were
+    gathered before do not know (Nagel et al. 2022, arXiv 2203.11086, section 4.1). Weights stay as they are; a model
+    without BatchNorm is left alone. Returns the model, in evaluation mode.
+    """
+    from torch.optim.swa_utils import update_bn
+
+    from lowbit.nn import calibrate
+
+    config = TrainConfig(epochs=1, batch_size=min(batch_size, len(data.train)))
+    with processes(device) as here:
+        model.to(here.device)
+        batches = Batches(data, config, here)
+        calibrate(model, batches.first())
+        update_bn((x for x, _ in batches.epoch(0)), model)
+    return model.eval()
