@@ -1,13 +1,39 @@
-"""Data sets by name: embedded and generated ones for everyone, real ones from archives or their publishers."""
+"""Data sets by name: embedded and generated ones for everyone, real ones from archives or their publishers.
+
+Every file here that is not named in `_TOOLS` holds data sets, which register themselves when it is imported; that
+happens on first use, so that the command line starts quickly.
+"""
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from lowbit.data.base import ArrayDataset, Card, Data, card, labels, load, names
+_TOOLS = {"base", "archive", "download", "verify", "cli"}
+_EXPORTS = {
+    "ArrayDataset": "base",
+    "Card": "base",
+    "Data": "base",
+    "DetectionDataset": "base",
+    "card": "base",
+    "describe": "verify",
+    "labels": "base",
+    "load": "base",
+    "manifest": "verify",
+    "names": "base",
+}
+__all__ = sorted(_EXPORTS)
 
-_PARTS = {"base", "archive", "download", "cli"}
-for _info in pkgutil.iter_modules(__path__):  # every other file here holds data sets, which register themselves
-    if _info.name not in _PARTS:
-        importlib.import_module(f"{__name__}.{_info.name}")
+if TYPE_CHECKING:
+    from lowbit.data.base import ArrayDataset, Card, Data, DetectionDataset, card, labels, load, names
+    from lowbit.data.verify import describe, manifest
 
-__all__ = ["ArrayDataset", "Card", "Data", "card", "labels", "load", "names"]
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'lowbit.data' has no attribute {name!r}")
+    for info in pkgutil.iter_modules(__path__):
+        if info.name not in _TOOLS:
+            importlib.import_module(f"{__name__}.{info.name}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value

@@ -19,11 +19,16 @@ CHUNK = 1 << 20
 
 def sha256(path: Path) -> str:
     """The sha256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(path: Path, expected: str) -> str:
+    """A file's checksum in the form of ``expected``: sha256, or ``"md5:..."`` where only that is published."""
+    if not expected.startswith("md5:"):
+        return sha256(path)
+    with open(path, "rb") as file:
+        return "md5:" + hashlib.file_digest(file, "md5").hexdigest()
 
 
 def find(file: str, source: str) -> Path:
@@ -85,8 +90,15 @@ def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict
     Raises:
         DataError: the archive is missing, truncated or altered, or cannot be decoded.
     """
-    path = find(file, source)
-    cached = paths.cache() / "decoded" / f"{Path(file).name}.{expected[:16]}.pt"
+    return decoded_file(find(file, source), expected, decode)
+
+
+def decoded_file(
+    path: Path, expected: str, decode: Callable[[Path], dict[str, Any]], variant: str = "v1"
+) -> dict[str, Any]:
+    """`decoded` for an archive whose place is known; ``variant`` keeps apart what is decoded in different ways."""
+    file = path.name
+    cached = paths.cache() / "decoded" / f"{file}.{expected[:16]}.{variant}.pt"
     noted = cached.with_suffix(".json")
     stat = path.stat()
     seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}

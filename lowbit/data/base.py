@@ -47,6 +47,27 @@ class ArrayDataset(Dataset):
 
 
 @dataclass(frozen=True)
+class DetectionDataset(Dataset):
+    """Images with boxes, in memory; item i is ``(x[i], {"boxes": boxes[i], "labels": labels[i]})``.
+
+    Args:
+        x: uint8 ``[N, 3, H, W]``.
+        boxes: N tensors float32 ``[n, 4]``: x1, y1, x2, y2 in pixels, ``0 <= x1 < x2 <= W``.
+        labels: N tensors int64 ``[n]``, class indices from 0.
+    """
+
+    x: Tensor
+    boxes: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.x[index], {"boxes": self.boxes[index], "labels": self.labels[index]}
+
+
+@dataclass(frozen=True)
 class Data:
     """A task: two splits and what a model needs to know of them.
 
@@ -102,9 +123,11 @@ def labels(split: Dataset) -> Tensor:
         return split.y
     if isinstance(split, Subset):
         return labels(split.dataset)[torch.as_tensor(split.indices)]
+    if isinstance(split, DetectionDataset):
+        return torch.zeros(len(split), dtype=torch.int64)  # several classes an image: nothing to balance over
     if hasattr(split, "targets"):
         return torch.as_tensor(split.targets)
-    return torch.zeros(len(split), dtype=torch.int64)  # no class to balance over, as in detection
+    raise LowbitError(f"a {type(split).__name__} does not say its labels (an attribute 'targets')")
 
 
 def _stratified_order(y: Tensor, seed: int) -> Tensor:

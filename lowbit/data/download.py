@@ -1,0 +1,92 @@
+"""Downloads that can be broken off and go on, and that are checked before anyone reads them."""
+
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+
+from lowbit import paths
+from lowbit.data.archive import CHUNK, checksum
+from lowbit.errors import DataError
+
+TIMEOUT = 30  # seconds without a byte
+
+
+def fetch(url: str, expected: str, file: str | None = None) -> Path:
+    """The file at ``url``, from the cache, a data folder, or the network.
+
+    A download goes to ``<file>.part`` and continues there after an interruption; it gets its name only when its
+    checksum is right.
+
+    Args:
+        url: where it is published.
+        expected: its sha256, or ``"md5:..."`` where the publisher gives only that.
+        file: its name here; the last part of ``url`` if None.
+
+    Raises:
+        DataError: no network, or the wrong contents; the message says what to put where.
+    """
+    file = file or url.rsplit("/", 1)[-1]
+    for folder in paths.archives():
+        if (folder / file).is_file():
+            return _checked(folder / file, expected)
+    target = paths.cache() / "downloads" / file
+    if target.is_file():
+        return _checked(target, expected)
+    part = target.with_name(file + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _continue(url, part)
+    except OSError as error:  # urllib's errors, time-outs and broken connections are all OSErrors
+        kept = f" ({part.stat().st_size:,} bytes are kept; the next try goes on from there)" if part.exists() else ""
+        raise DataError(
+            f"{file} could not be downloaded from {url}: {error}{kept}. Without a network, get the file elsewhere and "
+            "put it into a folder that the environment variable LOWBIT_DATA names"
+        ) from None
+    found = checksum(part, expected)
+    if found != expected:
+        part.unlink()
+        raise DataError(
+            f"{file} from {url} is not what was published: its checksum is {found[:20]}..., expected "
+            f"{expected[:20]}...; it was not kept. Try again; if it happens again, the publisher's file has changed"
+        )
+    part.replace(target)
+    return target
+
+
+def _checked(path: Path, expected: str) -> Path:
+    found = checksum(path, expected)
+    if found != expected:
+        raise DataError(
+            f"{path} is truncated or altered: its checksum is {found[:20]}..., expected {expected[:20]}...; "
+            "delete it and get it anew"
+        )
+    return path
+
+
+def _continue(url: str, part: Path) -> None:
+    """Appends to ``part`` what it lacks of ``url``; starts afresh where the server cannot continue."""
+    from tqdm.auto import tqdm
+
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if have and error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # nothing is missing; the checksum decides
+        raise
+    with response:
+        going_on = response.status == HTTPStatus.PARTIAL_CONTENT
+        have = have if going_on else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with (
+            open(part, "ab" if going_on else "wb") as out,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar,
+        ):
+            while block := response.read(CHUNK):
+                out.write(block)
+                bar.update(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise ConnectionError(f"the connection broke off after {part.stat().st_size:,} of {total:,} bytes")
