@@ -1,14 +1,11 @@
 """Data sets by name: embedded and generated ones for everyone, real ones from archives or their publishers.
 
-Every file here that is not named in `_TOOLS` holds data sets, which register themselves when it is imported; that
-happens on first use, so that the command line starts quickly.
+The names below are loaded on first use, so that the command line starts quickly.
 """
 
 import importlib
-import pkgutil
 from typing import TYPE_CHECKING
 
-_TOOLS = {"base", "archive", "download", "verify", "cli"}
 _EXPORTS = {
     "ArrayDataset": "base",
     "Card": "base",
@@ -31,9 +28,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module 'lowbit.data' has no attribute {name!r}")
-    for info in pkgutil.iter_modules(__path__):
-        if info.name not in _TOOLS:
-            importlib.import_module(f"{__name__}.{info.name}")
     value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     globals()[name] = value
     return value

@@ -2,6 +2,10 @@
 
 import dataclasses
 import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -213,13 +217,27 @@ def dataset(name: str, **card: Any) -> Callable[[Callable[..., Data]], Callable[
     return register
 
 
+TOOLS = {"base", "archive", "download", "verify", "cli"}  # every other file of this package holds data sets
+
+
+@functools.cache
+def _discover() -> None:
+    """Imports the files that hold data sets, which register themselves."""
+    package = importlib.import_module("lowbit.data")
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name not in TOOLS:
+            importlib.import_module(f"lowbit.data.{info.name}")
+
+
 def names() -> list[str]:
     """Names of all data sets."""
+    _discover()
     return sorted(_registry)
 
 
 def card(name: str) -> Card:
     """What is known of the data set ``name``."""
+    _discover()
     if name not in _registry:
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -237,8 +255,6 @@ def load(name: str, **options: Any) -> Data:
     Raises:
         DataError: unknown name or option; or the data is missing, truncated or altered, with what to do.
     """
-    import inspect
-
     loader = card(name).loader
     allowed = list(inspect.signature(loader).parameters)
     if unknown := sorted(set(options) - set(allowed)):

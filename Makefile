@@ -1,0 +1,48 @@
+# make suite: set up, run every notebook at the smallest profile, compare with the accepted results
+# make test:  set up, run the tests, check the notebooks' stored outputs
+# make lab:   open the course in JupyterLab
+# make bench: what quantised training costs on this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= test
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: setup suite test lab bench clean
+
+setup: $(VENV)/.installed
+
+# The environment is made once and used again until pyproject.toml changes. The mark is its checksum, not its date,
+# since a fresh clone has new dates.
+$(VENV)/.installed: pyproject.toml
+	@if [ -f $@ ] && cksum pyproject.toml | cmp -s - $@; then touch $@; else \
+	  set -e; \
+	  $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}; say make PYTHON=..."'; \
+	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install --quiet --upgrade pip; \
+	  $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'; \
+	  cksum pyproject.toml > $@; \
+	fi
+
+suite: setup
+	$(BIN)/lowbit run --profile smoke -j $(JOBS)
+	$(BIN)/lowbit check --profile smoke
+
+# One process a core would share the cores with torch's own threads: each gets one thread.
+test: export OMP_NUM_THREADS = 1
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --nbval-lax --nbval-cell-timeout=120 -p no:cacheprovider notebooks $(PYTEST_ARGS)
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+bench: EXTRAS = test,bench
+bench: setup
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/lowbit bench training --json results/bench/training.json
+
+clean:
+	rm -rf $(VENV) results/runs results/scratch build ./*.egg-info

@@ -1,0 +1,68 @@
+"""Ten spoken words by synthetic voices, shipped with the project (see ``data/make_spoken_words.py``)."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lowbit import paths
+from lowbit.data.archive import check
+from lowbit.data.base import ArrayDataset, Data, dataset
+from lowbit.data.fsdd import fit
+from lowbit.errors import DataError
+
+CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
+RATE = 8000
+
+
+def folder() -> Path:
+    """Where the set lies."""
+    return paths.embedded_data() / "spoken_words"
+
+
+@cache
+def manifest() -> dict[str, str]:
+    """File -> sha256, as the maker wrote it; empty where the project's data folder is missing."""
+    path = folder() / "manifest.json"
+    return json.loads(path.read_text())["files"] if path.is_file() else {}
+
+
+@dataset(
+    "spoken-words",
+    title="ten words by synthetic voices, one second at 8 kHz",
+    task="speech",
+    kind="embedded",
+    items="420 + 180",
+    classes=10,
+    licence="MIT, as the project",
+    citation="made with espeak-ng",
+    source="data/spoken_words in the project's sources",
+    files=manifest(),
+    note="the three voices of the test split are in no training clip",
+)
+def spoken_words() -> Data:
+    """The words, int16 ``[N, 8000]``, with word, voice, speed and pitch of each clip.
+
+    Raises:
+        DataError: a file is missing, truncated or altered.
+    """
+    import pandas as pd
+    import soundfile
+
+    sums = manifest()
+    if not sums:
+        raise DataError(f"spoken-words is not there: {folder()} has no manifest.json; run from the project's sources")
+    for file, expected in sums.items():
+        if not (folder() / file).is_file():
+            raise DataError(f"spoken-words lacks the file {file}; restore it from the project's sources")
+        check(folder() / file, expected)
+    index = pd.read_csv(folder() / "index.csv")
+    sounds = {word: soundfile.read(folder() / f"{word}.flac", dtype="int16")[0] for word in CLASSES}
+    clips = [fit(sounds[row.word][row.start : row.start + row.length], RATE) for row in index.itertuples()]
+    y = torch.tensor([CLASSES.index(word) for word in index.word])
+    whole = ArrayDataset(torch.from_numpy(np.stack(clips)), y, index[["word", "voice", "speed", "pitch"]])
+    held = torch.from_numpy((index.split == "test").to_numpy(copy=True))
+    train, test = whole.take((~held).nonzero()[:, 0]), whole.take(held.nonzero()[:, 0])
+    return Data("spoken-words", "speech", CLASSES, train, test, (RATE,), sample_rate=RATE)
