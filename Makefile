@@ -34,7 +34,7 @@ suite: setup
 test: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -n $(JOBS) --nbval-lax --nbval-cell-timeout=120 -p no:cacheprovider notebooks $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-cell-timeout=120 -p no:cacheprovider notebooks $(PYTEST_ARGS)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
