@@ -2,6 +2,7 @@
 # make test:  set up, run the tests, check the notebooks' stored outputs
 # make lab:   open the course in JupyterLab
 # make bench: what quantised training costs on this machine
+# make notebooks: execute the notebooks at their defaults and store the outputs (before committing a changed one)
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ EXTRAS ?= test
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: setup suite test lab bench clean
+.PHONY: setup suite test lab bench notebooks clean
 
 setup: $(VENV)/.installed
 
@@ -43,6 +44,10 @@ bench: EXTRAS = test,bench
 bench: setup
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/lowbit bench training --json results/bench/training.json
+
+notebooks: export OMP_NUM_THREADS = 1
+notebooks: setup
+	$(BIN)/python -m lowbit.suite.tidy notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) results/runs results/scratch build ./*.egg-info
