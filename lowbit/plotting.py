@@ -99,7 +99,7 @@ def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title:
 
 def number_line(ax: Axes, rows: dict[str, torch.Tensor]) -> None:
     """Draws value sets as dots on parallel number lines, one a row, zero marked."""
-    for height, (name, levels) in enumerate(reversed(rows.items())):
+    for height, levels in enumerate(reversed(rows.values())):
         values = torch.as_tensor(levels).float().numpy()
         ax.axhline(height, color=GREY, linewidth=0.8, zorder=1)
         ax.plot(values, np.full(len(values), height), "o", color=PALETTE[height % len(PALETTE)], zorder=2)

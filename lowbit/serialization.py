@@ -143,7 +143,9 @@ def _quantization(model: nn.Module) -> dict[str, Any] | None:
         config = QuantConfig(
             weight=found.weight and found.weight.config, activation=found.activation and found.activation.config
         )
-        layers[found.name] = {kind: value for kind, value in config.to_dict().items() if kind in ("weight", "activation")}
+        layers[found.name] = {
+            kind: value for kind, value in config.to_dict().items() if kind in ("weight", "activation")
+        }
     return {"layers": layers} if layers else None
 
 
@@ -166,4 +168,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Non
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(line.strip() for line in reason[1:3])}") from None
+        raise CheckpointError(
+            f"{path} does not fit the model: {' '.join(line.strip() for line in reason[1:3])}"
+        ) from None

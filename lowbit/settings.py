@@ -33,9 +33,9 @@ def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass, strictly typed, that raises `LowbitError` on any wrong or unknown value."""
-    made = pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True))(
-        cls
-    )
+    made = pydantic_dataclass(
+        frozen=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+    )(cls)
     validate = made.__init__
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

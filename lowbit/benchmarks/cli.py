@@ -16,7 +16,9 @@ def _benchmarks() -> None:
 
 @app.command()
 def training(
-    model: Annotated[list[str] | None, typer.Option(help="vit-d192 or resnet18; repeat for several; default both")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="vit-d192 or resnet18; repeat for several; default both")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; default: torch's own choice")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this file")] = None,

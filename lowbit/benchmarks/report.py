@@ -44,7 +44,11 @@ def show(results: list[Result]) -> None:
     for case in dict.fromkeys(result["case"] for result in results):
         rows = [result for result in results if result["case"] == case]
         table = Table(title=f"{case}, {rows[0]['threads']} threads, median of {rows[0]['repeats']} rounds")
-        for column, side in (("engine", "left"), (rows[0]["unit"], "right"), (f"ratio to {rows[0]['baseline']}", "right")):
+        for column, side in (
+            ("engine", "left"),
+            (rows[0]["unit"], "right"),
+            (f"ratio to {rows[0]['baseline']}", "right"),
+        ):
             table.add_column(column, justify=side)
         for row in rows:
             table.add_row(row["engine"], f"{row['median']:.1f}", f"{row['ratio']:.2f}")

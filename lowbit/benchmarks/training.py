@@ -25,9 +25,7 @@ class Engine:
 def _vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        img_size=PIXELS, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=CLASSES
-    )
+    return VisionTransformer(img_size=PIXELS, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=CLASSES)
 
 
 def _resnet18() -> nn.Module:

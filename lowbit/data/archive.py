@@ -57,7 +57,8 @@ def check(path: Path, expected: str) -> None:
     found = sha256(path)
     if found != expected:
         raise DataError(
-            f"{path.name} is truncated or altered: its sha256 is {found[:16]}..., expected {expected[:16]}...; get it anew"
+            f"{path.name} is truncated or altered: its sha256 is {found[:16]}..., expected "
+            f"{expected[:16]}...; get it anew"
         )
 
 

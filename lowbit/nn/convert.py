@@ -37,8 +37,8 @@ class QuantizedLayer:
         if self.weight is None:
             return (self.layer.weight,)
         held = self.layer.parametrizations.weight
-        return (held.original,) if held.is_tensor else tuple(
-            getattr(held, f"original{i}") for i in range(held.ntensors)
+        return (
+            (held.original,) if held.is_tensor else tuple(getattr(held, f"original{i}") for i in range(held.ntensors))
         )
 
     def codes(self) -> Tensor:
@@ -66,9 +66,7 @@ def quantize_(
     if any(True for _ in quantized_layers(model)):
         raise LowbitError("this model is quantised already; quantize_ starts from a full-precision model")
     plan = [
-        (layer, methods)
-        for name, layer, methods in _plan(model, config)
-        if filter_fn is None or filter_fn(layer, name)
+        (layer, methods) for name, layer, methods in _plan(model, config) if filter_fn is None or filter_fn(layer, name)
     ]
     if not plan:
         kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)

@@ -96,7 +96,9 @@ def method(name: str) -> Callable[[M], M]:
 
     def register(cls: M) -> M:
         if name in _registry:
-            raise LowbitError(f"two quantisation methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}")
+            raise LowbitError(
+                f"two quantisation methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}"
+            )
         cls.name = name
         _registry[name] = settings(cls)
         return _registry[name]

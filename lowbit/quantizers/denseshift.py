@@ -145,28 +145,28 @@ class DenseShiftWeight(WeightQuantizer):
         if config.scale != "none":
             self.register_buffer("rms", _rms(weight))
 
-    def forward(self, *latents: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, *latents: Tensor) -> Tensor:
         weight = denseshift(*latents, surrogate=self.config.surrogate)
         return weight if self.config.scale == "none" else weight * self.scale(*latents)
 
     @property
-    def levels(self) -> Tensor:  # noqa: D102
+    def levels(self) -> Tensor:
         return denseshift_levels(self.config.bits)
 
-    def codes(self, *latents: Tensor) -> Tensor:  # noqa: D102
+    def codes(self, *latents: Tensor) -> Tensor:
         with torch.no_grad():
             exponent = denseshift_exponent(*latents[1:]).to(torch.int16)
             half = 2 ** (self.config.bits - 1)
             return torch.where(latents[0] >= 0, half + exponent, half - 1 - exponent)
 
-    def scale(self, *latents: Tensor) -> Tensor:  # noqa: D102
+    def scale(self, *latents: Tensor) -> Tensor:
         with torch.no_grad():
             if self.config.scale == "none":
                 return torch.ones((1,) * latents[0].ndim, dtype=latents[0].dtype, device=latents[0].device)
             scale = self.rms / _rms(torch.exp2(denseshift_exponent(*latents[1:])))
             return scale if self.config.scale == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             if self.config.scale != "none":
                 self.rms.copy_(_rms(weight))
@@ -174,7 +174,7 @@ class DenseShiftWeight(WeightQuantizer):
             latents = denseshift_latents(codes, self.config.bits, self.config.sigma)
             return tuple(t.to(weight.dtype) for t in latents)
 
-    def initialize_(self, *latents: Tensor) -> None:  # noqa: D102
+    def initialize_(self, *latents: Tensor) -> None:
         if self.config.init == "random":
             with torch.no_grad():
                 for t in latents:

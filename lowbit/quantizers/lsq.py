@@ -182,19 +182,19 @@ class LSQWeight(_PositiveStep, WeightQuantizer):
         shape = shape or (1,) * weight.ndim
         self.step = nn.Parameter(lsq_step(weight, shape, config.bits))
 
-    def forward(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, latent: Tensor) -> Tensor:
         return lsq(latent, self.positive_step(), self.config.bits)
 
     @property
-    def levels(self) -> Tensor:  # noqa: D102
+    def levels(self) -> Tensor:
         low, high = lsq_range(self.config.bits)
         return torch.arange(low, high + 1, dtype=torch.float32, device=self.step.device)
 
-    def codes(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def codes(self, latent: Tensor) -> Tensor:
         with torch.no_grad():
             return lsq_codes(latent, self.positive_step(), self.config.bits) - lsq_range(self.config.bits)[0]
 
-    def scale(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def scale(self, latent: Tensor) -> Tensor:
         return self.positive_step().detach()
 
 
@@ -213,7 +213,7 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         self.step = nn.Parameter(torch.empty(0))
 
     @property
-    def calibrated(self) -> bool:  # noqa: D102
+    def calibrated(self) -> bool:
         return self.step.numel() > 0
 
     @torch.compiler.disable
@@ -231,13 +231,13 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         elif self.config.granularity == "token":
             if x.ndim != 3:
                 raise LowbitError(
-                    f"LSQ: granularity='token' needs activations [batch, token, channel], this layer gets {list(x.shape)}; "
-                    "use 'tensor' or 'channel' here"
+                    f"LSQ: granularity='token' needs activations [batch, token, channel], this layer gets "
+                    f"{list(x.shape)}; use 'tensor' or 'channel' here"
                 )
             shape[1] = x.shape[1]
         return tuple(shape)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         if self.step.numel() == 0:
             self._calibrate(x)
         step = self.positive_step()
@@ -246,11 +246,11 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         return lsq(x, step, self.config.bits, self.signed, grad_scale=1 / math.sqrt(high * shared))
 
     @property
-    def levels(self) -> Tensor:  # noqa: D102
+    def levels(self) -> Tensor:
         low, high = lsq_range(self.config.bits, self.signed)
         return torch.arange(low, high + 1, dtype=torch.float32, device=self.step.device)
 
-    def codes(self, x: Tensor) -> Tensor:  # noqa: D102
+    def codes(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             low = lsq_range(self.config.bits, self.signed)[0]
             return lsq_codes(x, self.positive_step(), self.config.bits, self.signed) - low

@@ -87,15 +87,15 @@ class PoTWeight(WeightQuantizer):
         super().__init__()
         self.config = config
 
-    def forward(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, latent: Tensor) -> Tensor:
         return pot(latent, self.config.bits, self.config.scale)
 
     @property
-    def levels(self) -> Tensor:  # noqa: D102
+    def levels(self) -> Tensor:
         return pot_levels(self.config.bits)
 
-    def codes(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def codes(self, latent: Tensor) -> Tensor:
         return pot_codes(latent, self.config.bits, self.config.scale)
 
-    def scale(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def scale(self, latent: Tensor) -> Tensor:
         return pot_scale(latent, self.config.scale)

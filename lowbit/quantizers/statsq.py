@@ -93,16 +93,16 @@ class StatsQWeight(WeightQuantizer):
         super().__init__()
         self.config = config
 
-    def forward(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, latent: Tensor) -> Tensor:
         return statsq(latent, self.config.bits)
 
     @property
-    def levels(self) -> Tensor:  # noqa: D102
+    def levels(self) -> Tensor:
         n = 2 ** (self.config.bits - 1)
         return (torch.arange(-n, n, dtype=torch.float32) + 0.5) / n
 
-    def codes(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def codes(self, latent: Tensor) -> Tensor:
         return statsq_codes(latent, self.config.bits)
 
-    def scale(self, latent: Tensor) -> Tensor:  # noqa: D102
+    def scale(self, latent: Tensor) -> Tensor:
         return statsq_scale(latent)

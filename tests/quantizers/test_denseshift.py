@@ -1,4 +1,4 @@
-"""DenseShift against values and gradients worked out by hand, and against the recursion composed of torch operations."""
+"""DenseShift against values and gradients worked out by hand, and the recursion composed of torch operations."""
 
 import math
 

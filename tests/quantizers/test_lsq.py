@@ -153,7 +153,9 @@ def test_token_granularity_refuses_images_and_weights():
     with pytest.raises(LowbitError, match="token"):
         LSQ(granularity="token").activation()(torch.randn(1, 3, 4, 4))
     with pytest.raises(LowbitError, match="weights"):
-        quantize_(torch.nn.Sequential(torch.nn.Linear(2, 2)), QuantConfig(weight=LSQ(granularity="token"), first_last="same"))
+        quantize_(
+            torch.nn.Sequential(torch.nn.Linear(2, 2)), QuantConfig(weight=LSQ(granularity="token"), first_last="same")
+        )
 
 
 def test_calibrate_keeps_mode_and_running_statistics():

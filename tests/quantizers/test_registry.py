@@ -23,7 +23,7 @@ def test_names_and_get_agree():
 
 
 def test_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(LowbitError, match="'lqs'.*lsq"):
+    with pytest.raises(LowbitError, match=r"'lqs'.*lsq"):
         quantizers.get("lqs")
 
 
