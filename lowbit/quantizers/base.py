@@ -27,8 +27,8 @@ class Method:
         """The quantiser for a weight; ``weight`` (float, rows = output channels = dim 0) is its starting value."""
         raise LowbitError(f"{self!r} does not quantise weights; {_choices('weight')} do")
 
-    def activation(self) -> "ActivationQuantizer":
-        """The quantiser for a layer's input."""
+    def activation(self, channel_dim: int = -1) -> "ActivationQuantizer":
+        """The quantiser for a layer's input, whose channels lie in ``channel_dim``: -1 for linear layers, else 1."""
         raise LowbitError(f"{self!r} does not quantise activations; {_choices('activation')} do")
 
     @classmethod

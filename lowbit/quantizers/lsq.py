@@ -139,8 +139,8 @@ class LSQ(Method):
     Args:
         bits: 2 to 8.
         granularity: what shares one step: the whole "tensor" (as in the paper), an output "channel" of a weight
-            or an input channel of an activation, or a "token" (dim 1 of ``[batch, token, channel]`` activations,
-            as in OFQ; ties the model to its sequence length).
+            or an input channel of an activation, or a "token" (every place of a linear layer's ``[batch, ..., channel]``
+            input, as in OFQ; ties the model to its sequence length).
         signed: None signs weights, and signs activations when the first batch has a negative value.
     """
 
@@ -156,9 +156,14 @@ class LSQ(Method):
             raise LowbitError("LSQ: signed=False is not allowed for weights; True and None are")
         return LSQWeight(self, weight)
 
-    def activation(self) -> ActivationQuantizer:
-        """See `Method.activation`."""
-        return LSQActivation(self)
+    def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
+        """See `Method.activation`; the input of a convolution has no tokens."""
+        if self.granularity == "token" and channel_dim != -1:
+            raise LowbitError(
+                "LSQ: granularity='token' is not allowed for the input of a convolution; 'tensor' and 'channel' are "
+                "(filter_fn leaves layers out)"
+            )
+        return LSQActivation(self, channel_dim)
 
 
 class _PositiveStep(nn.Module):
@@ -206,9 +211,10 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
     the elements of one sample, so it does not depend on the batch size or on the number of processes.
     """
 
-    def __init__(self, config: LSQ):
+    def __init__(self, config: LSQ, channel_dim: int = -1):
         super().__init__()
         self.config = config
+        self.channel_dim = channel_dim
         self.signed = config.signed is not False
         self.step = nn.Parameter(torch.empty(0))
 
