@@ -74,10 +74,8 @@ def quantize_(
             f"no layer of {type(model).__name__} is left to quantise: it takes a {kinds} that is neither kept back by "
             f"first_last={config.first_last!r} nor refused by filter_fn"
         )
-    built = [  # everything that can refuse is built before anything is changed
-        (layer, weight and weight.weight(layer.weight.detach()), activation and activation.activation())
-        for layer, (weight, activation) in plan
-    ]
+    # Everything that can refuse is built before anything is changed.
+    built = [(layer, *_build(layer, *methods)) for layer, methods in plan]
     for layer, weight, activation in built:
         _attach(layer, weight, activation)
     return model
@@ -85,7 +83,14 @@ def quantize_(
 
 def attach_(layer: nn.Module, weight: Method | None, activation: Method | None) -> None:
     """Quantises one layer's weight, input or both, in place; `quantize_` does it to all of a model's."""
-    _attach(layer, weight and weight.weight(layer.weight.detach()), activation and activation.activation())
+    _attach(layer, *_build(layer, weight, activation))
+
+
+def _build(
+    layer: nn.Module, weight: Method | None, activation: Method | None
+) -> tuple[WeightQuantizer | None, ActivationQuantizer | None]:
+    channel_dim = -1 if isinstance(layer, nn.Linear) else 1
+    return weight and weight.weight(layer.weight.detach()), activation and activation.activation(channel_dim)
 
 
 def _attach(layer: nn.Module, weight: WeightQuantizer | None, activation: ActivationQuantizer | None) -> None:

@@ -139,8 +139,8 @@ class LSQ(Method):
     Args:
         bits: 2 to 8.
         granularity: what shares one step: the whole "tensor" (as in the paper), an output "channel" of a weight
-            or an input channel of an activation, or a "token" (every place of a linear layer's ``[batch, ..., channel]``
-            input, as in OFQ; ties the model to its sequence length).
+            or an input channel of an activation, or a "token" (every place of the ``[batch, ..., channel]`` input of a
+            linear layer, as in OFQ; ties the model to its sequence length).
         signed: None signs weights, and signs activations when the first batch has a negative value.
     """
 
@@ -232,15 +232,9 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
     def _step_shape(self, x: Tensor) -> tuple[int, ...]:
         shape = [1] * x.ndim
         if self.config.granularity == "channel":
-            dim = 1 if x.ndim == 4 else x.ndim - 1  # NCHW images; tokens and vectors carry channels last
-            shape[dim] = x.shape[dim]
+            shape[self.channel_dim] = x.shape[self.channel_dim]
         elif self.config.granularity == "token":
-            if x.ndim != 3:
-                raise LowbitError(
-                    f"LSQ: granularity='token' needs activations [batch, token, channel], this layer gets "
-                    f"{list(x.shape)}; use 'tensor' or 'channel' here"
-                )
-            shape[1] = x.shape[1]
+            shape[1:-1] = x.shape[1:-1]
         return tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:

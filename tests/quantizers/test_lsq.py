@@ -149,9 +149,22 @@ def test_a_step_driven_below_zero_is_used_as_positive_and_still_learns():
     assert torch.isfinite(quantizer.step.grad).all() and quantizer.step.grad.abs().sum() > 0
 
 
-def test_token_granularity_refuses_images_and_weights():
-    with pytest.raises(LowbitError, match="token"):
-        LSQ(granularity="token").activation()(torch.randn(1, 3, 4, 4))
+@pytest.mark.parametrize(
+    ("granularity", "channel_dim", "shape"),
+    [("channel", 1, (1, 6, 1, 1)), ("channel", -1, (1, 1, 1, 8)), ("token", -1, (1, 6, 7, 1))],
+)
+def test_four_dimensional_inputs_of_convolutions_and_linear_layers(granularity, channel_dim, shape):
+    quantizer = LSQ(granularity=granularity).activation(channel_dim)
+    quantizer(torch.randn(4, 6, 7, 8))
+    assert tuple(quantizer.step.shape) == shape
+
+
+def test_token_granularity_refuses_convolutions_and_weights():
+    with pytest.raises(LowbitError, match="convolution"):
+        quantize_(
+            torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1)),
+            QuantConfig(activation=LSQ(granularity="token"), first_last="same"),
+        )
     with pytest.raises(LowbitError, match="weights"):
         quantize_(
             torch.nn.Sequential(torch.nn.Linear(2, 2)), QuantConfig(weight=LSQ(granularity="token"), first_last="same")
