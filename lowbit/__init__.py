@@ -3,26 +3,34 @@
 The names below are loaded when first used, so that ``import lowbit`` and ``lowbit --help`` stay quick.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "LowbitError": "lowbit.errors",
-    "QuantConfig": "lowbit.nn",
-    "RunRecord": "lowbit.training",
-    "TrainConfig": "lowbit.training",
-    "calibrate": "lowbit.nn",
-    "load": "lowbit.serialization",
-    "quantize_": "lowbit.nn",
-    "record": "lowbit.suite.record",
-    "save": "lowbit.serialization",
-    "train": "lowbit.training",
-}
-_MODULES = ("data", "environment", "functional", "models", "nn", "paths", "plotting", "quantizers", "suite", "training")
-
-__all__ = [*_EXPORTS, *_MODULES, "__version__"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "data",
+        "environment",
+        "functional",
+        "models",
+        "nn",
+        "paths",
+        "plotting",
+        "quantizers",
+        "suite",
+        "training",
+    ],
+    submod_attrs={
+        "errors": ["LowbitError"],
+        "nn": ["QuantConfig", "calibrate", "quantize_"],
+        "serialization": ["load", "save"],
+        "suite.record": ["record"],
+        "training": ["RunRecord", "TrainConfig", "train"],
+    },
+)
 
 if TYPE_CHECKING:
     from lowbit import data, environment, functional, models, nn, paths, plotting, quantizers, suite, training
@@ -31,18 +39,3 @@ if TYPE_CHECKING:
     from lowbit.serialization import load, save
     from lowbit.suite.record import record
     from lowbit.training import RunRecord, TrainConfig, train
-
-
-def __getattr__(name: str):
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(_EXPORTS[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"lowbit.{name}")
-    else:
-        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

@@ -17,7 +17,9 @@ def training(model: nn.Module, bits: int) -> Iterator[tuple[str, nn.Module]]:
     if importlib.util.find_spec("brevitas"):
         yield f"brevitas W{bits}A{bits}", _brevitas(copy.deepcopy(model), bits)
     if importlib.util.find_spec("torchao"):
-        yield f"torchao QAT W{bits}A8, linear layers only", _torchao(copy.deepcopy(model), bits)
+        made = _torchao(copy.deepcopy(model), bits)
+        if any("FakeQuantize" in type(module).__name__ for module in made.modules()):  # it does not do convolutions
+            yield f"torchao QAT W{bits}A8, linear layers only", made
 
 
 def _brevitas(model: nn.Module, bits: int) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowbit.benchmarks import peers
 from lowbit.benchmarks.report import Result, summarize
 
 BATCH, PIXELS, CLASSES = 64, 32, 10
@@ -19,6 +20,7 @@ class Engine:
     """One way to take a training step; ``step`` returns nothing and is called many times."""
 
     name: str
+    model: nn.Module
     step: Callable[[], None]
 
 
@@ -37,7 +39,7 @@ def _resnet18() -> nn.Module:
 MODELS = {"vit-d192": _vit, "resnet18": _resnet18}
 
 
-def _step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Callable[[], None]:
+def _engine(name: str, model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Engine:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -47,7 +49,7 @@ def _step(model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Callabl
         loss.backward()
         optimizer.step()
 
-    return step
+    return Engine(name, model, step)
 
 
 def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engine]:
@@ -68,19 +70,15 @@ def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engin
     def quantized(config: QuantConfig) -> nn.Module:
         return calibrate(quantize_(copy.deepcopy(model), config), x)
 
-    made = [Engine(BASELINE, _step(copy.deepcopy(model), x, y))]
+    made = [_engine(BASELINE, copy.deepcopy(model), x, y)]
     for name, config in configs.items():
-        made += [
-            Engine(f"{name} eager", _step(quantized(config), x, y)),
-            Engine(f"{name} compiled quantisers", _step(compile_quantizers(quantized(config)), x, y)),
-        ]
+        made.append(_engine(f"{name} eager", quantized(config), x, y))
+        made.append(_engine(f"{name} compiled quantisers", compile_quantizers(quantized(config)), x, y))
     for name, config in {"fp": None, **configs}.items():
         whole = unfuse_attention(copy.deepcopy(model) if config is None else quantized(config))
         whole.compile()
-        made.append(Engine(f"{name} bf16 + compile, attention unfused", _step(whole, x, y, bf16=True)))
-    from lowbit.benchmarks import peers
-
-    return made + [Engine(name, _step(peer, x, y)) for name, peer in peers.training(model, bits)]
+        made.append(_engine(f"{name} bf16 + compile, attention unfused", whole, x, y, bf16=True))
+    return made + [_engine(name, peer, x, y) for name, peer in peers.training(model, bits)]
 
 
 def unfuse_attention(model: nn.Module) -> nn.Module:

@@ -1,9 +1,26 @@
-"""Training: one loop for every experiment, described by one frozen :class:`TrainConfig`."""
+"""Training: one loop for every experiment, described by one frozen `TrainConfig`.
 
-from lowbit.training.config import TrainConfig
-from lowbit.training.evaluation import evaluate, reestimate_batchnorm_
-from lowbit.training.loop import State, train
-from lowbit.training.record import RunRecord
-from lowbit.training.runfile import RunConfig
+The names below are loaded on first use, so that the command line starts quickly.
+"""
 
-__all__ = ["RunConfig", "RunRecord", "State", "TrainConfig", "evaluate", "reestimate_batchnorm_", "train"]
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "config": ["TrainConfig"],
+        "evaluation": ["evaluate", "reestimate_batchnorm_"],
+        "loop": ["State", "train"],
+        "record": ["RunRecord"],
+        "runfile": ["RunConfig"],
+    },
+)
+
+if TYPE_CHECKING:
+    from lowbit.training.config import TrainConfig
+    from lowbit.training.evaluation import evaluate, reestimate_batchnorm_
+    from lowbit.training.loop import State, train
+    from lowbit.training.record import RunRecord
+    from lowbit.training.runfile import RunConfig

@@ -1,0 +1,37 @@
+"""Benchmarks: the arithmetic of their results, and that every engine really steps. How fast is not tested."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lowbit.benchmarks import training
+from lowbit.benchmarks.report import summarize
+from lowbit.cli import app
+
+
+def test_ratio_is_the_median_of_each_rounds_ratio():
+    results = summarize("case", {"base": [1.0, 2.0, 4.0], "other": [2.0, 2.0, 12.0]}, "base")
+    base, other = results
+    assert base["ratio"] == 1 and other["ratio"] == 2  # ratios 2, 1, 3; the ratio of medians would be 1
+    assert base["median"] == 2000 and other["unit"] == "ms" and other["repeats"] == 3
+
+
+def test_an_unknown_model_is_refused():
+    result = CliRunner().invoke(app, ["bench", "training", "--model", "vgg"])
+    assert result.exit_code == 2 and "vit-d192" in result.stderr
+
+
+@pytest.mark.parametrize("name", training.MODELS)
+def test_eager_engines_take_a_step_that_changes_their_weights(name):
+    torch.manual_seed(0)
+    model = training.MODELS[name]()
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
+    engines = {e.name: e for e in training.engines(model, x, y) if e.name == "fp32" or e.name.endswith("eager")}
+    assert set(engines) == {"fp32", "lsq eager", "statsq eager"}
+    for engine in engines.values():
+        parameters = list(engine.model.parameters())
+        before = [p.detach().clone() for p in parameters]
+        engine.step()
+        assert sum(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)) > 0.8 * len(
+            before
+        )  # ResNets start some blocks at zero

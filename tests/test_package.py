@@ -1,0 +1,73 @@
+"""The package as a whole: what importing it costs, what it offers, how settings and commands refuse."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli import app
+from lowbit.errors import LowbitError
+from lowbit.settings import settings
+
+
+def test_importing_the_package_or_the_command_line_loads_no_heavy_library():
+    script = (
+        "import sys, lowbit, lowbit.cli\n"
+        "heavy = {'torch', 'torchvision', 'timm', 'pandas', 'matplotlib', 'papermill', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", lowbit.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(lowbit, name) is not None
+    assert name in dir(lowbit)
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nosuch"):
+        lowbit.nosuch  # noqa: B018
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["check"], ["accept"], ["train"], ["data"], ["data", "list"],
+                                     ["bench"], ["bench", "training"], ["doctor"]])  # fmt: skip
+def test_every_command_has_help(command):
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+def test_a_mistake_ends_with_one_line_and_status_2():
+    result = CliRunner().invoke(app, ["data", "fetch", "cifar11"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("lowbit: ") and "cifar10" in result.stderr and "Traceback" not in result.stderr
+
+
+@settings
+class Example:
+    """Settings to test with."""
+
+    size: int
+    name: str = "x"
+
+
+def test_settings_are_frozen_and_positional_and_comparable():
+    assert Example(3) == Example(size=3) and Example(3) != Example(4)
+    with pytest.raises(AttributeError):
+        Example(3).size = 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": "3"}, "size='3'"),
+        ({"size": 3.5}, r"size=3\.5"),
+        ({}, "needs the setting 'size'"),
+        ({"size": 1, "nam": "y"}, "no setting 'nam'; it has size, name; did you mean 'name'"),
+    ],
+)
+def test_settings_refuse_by_name(given, message):
+    with pytest.raises(LowbitError, match=message):
+        Example(**given)

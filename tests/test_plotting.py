@@ -1,0 +1,50 @@
+"""The course's drawings put what they are given where they say."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from lowbit import plotting
+
+
+@pytest.fixture
+def ax():
+    plt.switch_backend("agg")
+    plotting.use_style()
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def test_matrix_writes_every_number(ax):
+    plotting.matrix(ax, torch.tensor([[1.0, -2.5], [0.25, 0.0]]))
+    assert sorted(text.get_text() for text in ax.texts) == ["-2.50", "0.00", "0.25", "1.00"]
+
+
+def test_an_empty_range_does_not_break_the_colours(ax):
+    plotting.matrix(ax, torch.zeros(2, 2))
+
+
+def test_weights_on_grid_marks_levels_shares_and_thresholds(ax):
+    weight = torch.tensor([-0.5, -0.5, -0.5, 0.5])
+    plotting.weights_on_grid(ax, torch.tensor([-0.4, -0.7, -0.1, 0.9]), weight)
+    share = ax.figure.axes[1]
+    x, y = share.lines[0].get_data()
+    assert x.tolist() == [-0.5, 0.5] and y.tolist() == [75, 25]
+    assert [line.get_xdata()[0] for line in ax.lines] == [0.0]
+
+
+def test_trajectory_shows_only_thresholds_in_view(ax):
+    plotting.trajectory(ax, [0.4, 0.6, 0.4], [0, 1, 0], [-1.5, 0.5, 7.0])
+    assert [line.get_ydata()[0] for line in ax.lines[:-2]] == [0.5]
+
+
+def test_number_line_has_a_row_for_each_set(ax):
+    plotting.number_line(ax, {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([-1.0])})
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
+
+
+def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_FIGURES", str(tmp_path / "figures"))
+    path = plotting.save(ax.figure, "name")
+    assert path == tmp_path / "figures" / "name.png" and path.read_bytes().startswith(b"\x89PNG")
