@@ -52,7 +52,9 @@ class _LSQ(torch.autograd.Function):
         # Inside the range d(y)/d(step) = round(x/s) - x/s, outside it is the bound itself, and the rounded and
         # clipped code is y/s in both cases: so it is (y - x·[inside]) / s, and the sum needs two dot products.
         if step.numel() == 1:
-            total = torch.dot(grad.reshape(-1), y.reshape(-1)) - torch.dot(grad_x.reshape(-1), x.reshape(-1))
+            order = (0, 2, 3, 1) if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else range(x.ndim)
+            g, y, g_x, x = (t.permute(*order).reshape(-1) for t in (grad, y, grad_x, x))  # flat without a copy
+            total = torch.dot(g, y) - torch.dot(g_x, x)
             grad_step = total.reshape(step.shape)
         else:
             grad_step = (grad * y - grad_x * x).sum_to_size(step.shape)

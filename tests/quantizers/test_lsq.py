@@ -67,6 +67,20 @@ def test_step_gradient_equals_the_elementwise_formula(shape):
     assert torch.equal(x.grad, torch.where(inside, grad, 0))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_layout_does_not_change_values_or_gradients(layout):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    results = []
+    for memory in (torch.contiguous_format, layout):
+        given = x.clone(memory_format=memory).requires_grad_()
+        step = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64, requires_grad=True)
+        y = lsq(given, step, bits=3)
+        y.backward(grad)
+        results.append((y.detach(), given.grad, step.grad))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*results, strict=True))
+
+
 @given(bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 999))
 def test_every_value_is_a_code_times_the_step(bits, signed, seed):
     generator = torch.Generator().manual_seed(seed)
