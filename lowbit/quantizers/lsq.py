@@ -52,7 +52,8 @@ class _LSQ(torch.autograd.Function):
         # Inside the range d(y)/d(step) = round(x/s) - x/s, outside it is the bound itself, and the rounded and
         # clipped code is y/s in both cases: so it is (y - x·[inside]) / s, and the sum needs two dot products.
         if step.numel() == 1:
-            order = (0, 2, 3, 1) if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else range(x.ndim)
+            channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+            order = (0, 2, 3, 1) if channels_last else range(x.ndim)
             g, y, g_x, x = (t.permute(*order).reshape(-1) for t in (grad, y, grad_x, x))  # flat without a copy
             total = torch.dot(g, y) - torch.dot(g_x, x)
             grad_step = total.reshape(step.shape)
