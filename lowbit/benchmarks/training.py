@@ -71,6 +71,8 @@ def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engin
         return calibrate(quantize_(copy.deepcopy(model), config), x)
 
     made = [_engine(BASELINE, copy.deepcopy(model), x, y)]
+    if any(hasattr(module, "fused_attn") for module in model.modules()):
+        made.append(_engine("fp32, attention unfused", unfuse_attention(copy.deepcopy(model)), x, y))
     for name, config in configs.items():
         made.append(_engine(f"{name} eager", quantized(config), x, y))
         made.append(_engine(f"{name} compiled quantisers", compile_quantizers(quantized(config)), x, y))

@@ -26,9 +26,9 @@ def test_eager_engines_take_a_step_that_changes_their_weights(name):
     torch.manual_seed(0)
     model = training.MODELS[name]()
     x, y = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
-    engines = {e.name: e for e in training.engines(model, x, y) if e.name == "fp32" or e.name.endswith("eager")}
-    assert set(engines) == {"fp32", "lsq eager", "statsq eager"}
-    for engine in engines.values():
+    engines = [e for e in training.engines(model, x, y) if "compile" not in e.name and "W4" not in e.name]
+    assert {"fp32", "lsq eager", "statsq eager"} <= {engine.name for engine in engines}
+    for engine in engines:
         parameters = list(engine.model.parameters())
         before = [p.detach().clone() for p in parameters]
         engine.step()
