@@ -40,7 +40,6 @@ test: setup
 lab: setup
 	$(BIN)/jupyter lab notebooks
 
-bench: EXTRAS = test,bench
 bench: setup
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/lowbit bench training --json results/bench/training.json
