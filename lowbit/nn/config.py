@@ -43,6 +43,13 @@ class QuantConfig:
             raise ValueError(f"for {info.field_name}s the settings of one of these are allowed: {choices}")
         return value
 
+    @field_validator("first_last", mode="before")
+    @classmethod
+    def _first_last(cls, value: Any) -> Any:
+        if value not in (None, 8, "same"):
+            raise ValueError("None (full precision), 8 (8 bits) and 'same' (like the other layers) are allowed")
+        return value
+
     @field_validator("qkr")
     @classmethod
     def _qkr(cls, value: bool) -> bool:

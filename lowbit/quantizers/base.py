@@ -138,7 +138,7 @@ def as_float(x: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to each element of ``x`` (int16; a tie goes to the lower level). NaN is refused.
+    """Index of the level nearest to each element of ``x`` (int16; a tie goes to the lower level).
 
     Args:
         x: float, any shape, already divided by the scale.

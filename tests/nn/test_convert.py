@@ -235,7 +235,7 @@ WRONG = [
     (lambda: QuantConfig(activation=StatsQ()), "activation=.*LSQ"),
     (lambda: QuantConfig(weight={"bits": 2}), "method"),
     (lambda: QuantConfig(weight={"method": "statq"}), "statq.*statsq"),
-    (lambda: QuantConfig(first_last=4), "first_last=4"),
+    (lambda: QuantConfig(first_last=4), "first_last=4.*None.*8.*'same'"),
     (lambda: QuantConfig(qkr=True), "qkr=True"),
 ]
 
