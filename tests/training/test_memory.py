@@ -1,3 +1,4 @@
+import resource
 import subprocess
 import sys
 
@@ -26,4 +27,7 @@ def test_freed_blocks_are_used_again_without_page_faults():
         way: int(subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout)
         for way in ("keep", "default")
     }
-    assert faults["keep"] < faults["default"] / 10
+    touched = 10 * 32 * (4 << 20) // resource.getpagesize()  # pages that the ten steps write
+    # glibc by itself re-uses some or none of them, depending on its moving threshold; what counts is what is left.
+    assert faults["keep"] < touched / 20
+    assert faults["keep"] < faults["default"]
