@@ -11,6 +11,7 @@ from lowbit.errors import LowbitError
 from lowbit.functional import lsq, lsq_codes, lsq_step
 from lowbit.nn import QuantConfig, calibrate, quantize_
 from lowbit.quantizers import LSQ
+from lowbit.quantizers import lsq as lsq_file
 
 
 def test_values_and_gradients_by_hand_signed():
@@ -38,12 +39,28 @@ def test_values_and_gradients_by_hand_unsigned():
     assert step.grad.item() == pytest.approx(0 - 0.4 + 0.4 + 0.3 + 3, abs=1e-5)
 
 
-def test_the_clip_bounds_themselves_count_as_outside():
+@pytest.mark.parametrize("form", [lsq_file._LSQ.apply, lsq_file._lsq_composed], ids=["one node", "composed"])
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["shared step", "own steps"])
+def test_the_clip_bounds_themselves_count_as_outside(form, shape):
     x = torch.tensor([-1.0, 0.5], requires_grad=True)  # exactly -Qn·s and Qp·s
-    step = torch.tensor(0.5, requires_grad=True)
-    lsq(x, step, bits=2, grad_scale=1.0).sum().backward()
+    step = torch.full(shape, 0.5, requires_grad=True)
+    form(x, step, -2, 1, 1.0).sum().backward()
     assert x.grad.tolist() == [0, 0]
-    assert step.grad.item() == -2 + 1
+    assert step.grad.sum() == -2 + 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5)])
+def test_the_composed_form_for_compilers_is_the_same_function(shape):
+    torch.manual_seed(0)
+    x, grad = 3 * torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    step = 0.2 + torch.rand(shape, dtype=torch.float64)
+    results = []
+    for form in (lsq_file._LSQ.apply, lsq_file._lsq_composed):
+        inputs = x.clone().requires_grad_(), step.clone().requires_grad_()
+        y = form(*inputs, -4, 3, 0.7)
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, grad)))
+    assert torch.equal(results[0][0], results[1][0])  # values to the bit
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(*results, strict=True))
 
 
 def test_default_gradient_scale_counts_the_elements_that_share_a_step():
@@ -138,6 +155,14 @@ def test_signedness_follows_the_first_batch_unless_told(signed, batch, expected)
     other = LSQ(bits=2, signed=None).activation()
     other.load_state_dict(quantizer.state_dict())
     assert other.signed is expected and torch.equal(other.step, quantizer.step)
+
+
+def test_only_the_first_batch_sets_the_step():
+    quantizer = LSQ(bits=2).activation()
+    quantizer(torch.randn(8, 8))
+    step = quantizer.step.detach().clone()
+    quantizer(100 * torch.randn(8, 8))
+    assert torch.equal(quantizer.step, step)
 
 
 def test_activation_gradient_scale_does_not_depend_on_the_batch_size():

@@ -39,6 +39,12 @@ def test_ranks_share_the_batches_of_one_process(few, quick, augmented):
         assert torch.equal(torch.cat([parts[0][step][1], parts[1][step][1]]), y)
 
 
+def test_each_epoch_has_its_own_order(few, quick):
+    batches = Batches(few, quick(), ONE)
+    first, again, second = (torch.cat([y for _, y in batches.epoch(epoch)]) for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
 def test_test_items_are_all_seen_once_by_two_processes(few, quick):
     seen = [x for rank in range(3) for x, _ in Batches(few, quick(batch_size=3), Processes(rank, 3, ONE.device)).test()]
     seen = torch.cat(seen).flatten(1).tolist()
