@@ -173,19 +173,28 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
 
     Args:
         model: a quantised model; one without activation quantisers is left alone.
-        x: one normalised input batch, on the model's device. Leaves the model's mode, gradients and normalisation
-            statistics as they were.
+        x: one normalised input batch, on the model's device. BatchNorm layers normalise it by its own statistics, as
+            in training: those gathered before may not fit quantised weights at all. The model's mode, gradients and
+            running statistics stay as they were.
     """
     if all(found.activation is None or found.activation.calibrated for found in quantized_layers(model)):
         return model
     was_training = {module: module.training for module in model.modules()}
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     model.eval()
+    if len(x) > 1:
+        for norm in norms:
+            norm.train()
     try:
         with torch.no_grad():
             model(x)
     finally:
         for module, training in was_training.items():
             module.training = training
+        for norm, kept in zip(norms, statistics, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(kept[name])
     return model
 
 

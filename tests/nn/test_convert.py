@@ -209,6 +209,17 @@ def test_torch_attention_is_left_out_aloud():
     assert {found.name for found in quantized_layers(model)} == {"1.linear1", "1.linear2"}
 
 
+def test_calibration_does_not_trust_statistics_gathered_before():
+    """Raw ±2^p weights make the outputs huge for the old running statistics; training normalises by the batch."""
+    model = quantize_(create("resnet20"), QuantConfig(weight=DenseShift(bits=2), activation=LSQ(bits=4)))
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    calibrate(model, x)
+    assert all(found.activation.step.max() < 10 for found in quantized_layers(model))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.training
+
+
 def test_denseshift_random_and_projected_starts():
     torch.manual_seed(0)
     start = create("resnet20")
