@@ -67,6 +67,19 @@ class WeightQuantizer(nn.Module):
     def initialize_(self, *latents: Tensor) -> None:
         """Overwrites the latents in place where the method starts from its own random draw; else does nothing."""
 
+    def penalty(self, *latents: Tensor) -> Tensor:
+        """A differentiable scalar that `lowbit.train` adds to the loss, for methods that override this."""
+        raise NotImplementedError
+
+    def before_step_(self, progress: float, *latents: Tensor) -> None:
+        """Called by `lowbit.train` before each step's forward pass, for methods that override this.
+
+        Args:
+            progress: share of the training's steps that is done, 0 <= progress < 1.
+            latents: may be changed in place, without gradient.
+        """
+        raise NotImplementedError
+
 
 class ActivationQuantizer(nn.Module):
     """A module that stands in front of a layer: float in, fake-quantised float of the same shape and dtype out."""

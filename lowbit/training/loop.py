@@ -18,6 +18,7 @@ from lowbit.training import checkpoint, distillation, optim, record, seeds
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig, differences
 from lowbit.training.distributed import Processes, processes
+from lowbit.training.hooks import QuantizerHooks
 from lowbit.training.memory import keep_freed_memory
 
 LOOK_EVERY = 20  # steps between looks at the loss on a GPU, where each look waits for the device
@@ -105,7 +106,7 @@ def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) 
         model.eval()
         return done
 
-    forward = here.wrap(model)
+    forward, hooks = here.wrap(model), QuantizerHooks(model)
     if config.compile == "quantizers":
         lowbit.nn.compile_quantizers(model)
     elif config.compile == "model":
@@ -114,7 +115,7 @@ def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) 
         for epoch in range(len(history), config.epochs):
             state.epoch = epoch
             started = time.perf_counter()
-            row = _one_epoch(state, forward, teacher, batches, callbacks, here, bar)
+            row = _one_epoch(state, forward, hooks, teacher, batches, callbacks, here, bar)
             last = epoch + 1 == config.epochs
             row |= dict.fromkeys(("test_loss", "test_acc"))
             if last or (epoch + 1) % config.eval_every == 0:
@@ -134,7 +135,9 @@ def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) 
     return done
 
 
-def _one_epoch(state: State, forward, teacher, batches: Batches, callbacks, here: Processes, bar) -> dict[str, Any]:
+def _one_epoch(
+    state: State, forward, hooks: QuantizerHooks, teacher, batches: Batches, callbacks, here: Processes, bar
+) -> dict[str, Any]:
     config, model = state.config, state.model
     look = 1 if here.device.type == "cpu" else LOOK_EVERY
     losses = torch.zeros(batches.steps, device=here.device)
@@ -146,12 +149,14 @@ def _one_epoch(state: State, forward, teacher, batches: Batches, callbacks, here
         state.step = state.epoch * batches.steps + index
         state.lr = optim.learning_rate(state.step, batches.steps, config)
         optim.set_learning_rate(state.optimizer, state.lr)
+        hooks.before_step(state.step / (config.epochs * batches.steps))
         state.optimizer.zero_grad()
         with _autocast(config, here):
             output = forward(x)
             with torch.no_grad():
                 target = teacher(x) if weight else None
         loss = distillation.loss(output, y, config.label_smoothing, target, weight, config.temperature)
+        loss = hooks.add_penalty(loss)
         loss.backward()
         list(_call(callbacks, "on_gradients", state))
         if config.clip_grad is not None:
