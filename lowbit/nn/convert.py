@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from lowbit.errors import LowbitError
 from lowbit.nn.config import QuantConfig, check_not_empty
 from lowbit.quantizers import ActivationQuantizer, Method, WeightQuantizer
+from lowbit.quantizers.base import refuse_nonfinite
 from lowbit.quantizers.lsq import LSQ
 
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -60,22 +61,24 @@ def quantize_(
         The same model.
 
     Raises:
-        LowbitError: nothing to quantise, or the model is quantised already. The model is then unchanged.
+        LowbitError: nothing to quantise, weights that are not finite, or a model that is quantised already. The model
+            is then unchanged.
     """
     check_not_empty(config)
     if any(True for _ in quantized_layers(model)):
         raise LowbitError("this model is quantised already; quantize_ starts from a full-precision model")
-    plan = [
-        (layer, methods) for name, layer, methods in _plan(model, config) if filter_fn is None or filter_fn(layer, name)
-    ]
+    plan = [found for found in _plan(model, config) if filter_fn is None or filter_fn(found[1], found[0])]
     if not plan:
         kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
         raise LowbitError(
             f"no layer of {type(model).__name__} is left to quantise: it takes a {kinds} that is neither kept back by "
             f"first_last={config.first_last!r} nor refused by filter_fn"
         )
-    # Everything that can refuse is built before anything is changed.
-    built = [(layer, *_build(layer, *methods)) for layer, methods in plan]
+    # Everything that can refuse is asked before anything is changed.
+    for name, layer, (weight, _) in plan:
+        if weight is not None:
+            refuse_nonfinite(f"the weight of layer {name!r}", layer.weight)
+    built = [(layer, *_build(layer, *methods)) for _, layer, methods in plan]
     for layer, weight, activation in built:
         _attach(layer, weight, activation)
     return model

@@ -5,6 +5,7 @@ settings (decorated with `method`, which also registers it), and a thin module o
 package imports every file in it, so a new file is all that a new method needs.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import ClassVar, TypeVar, dataclass_transform
 
@@ -43,6 +44,12 @@ class WeightQuantizer(nn.Module):
     Whatever the method, ``forward(*latents) == scale(*latents) * levels[codes(*latents)]`` holds exactly.
     """
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Every method's `right_inverse` refuses a weight that is not finite."""
+        super().__init_subclass__(**kwargs)
+        if "right_inverse" in cls.__dict__:
+            cls.right_inverse = _finite_only(cls.right_inverse)
+
     def forward(self, *latents: Tensor) -> Tensor:
         """The fake-quantised weight, float, of the weight's shape; differentiable as the method defines."""
         raise NotImplementedError
@@ -62,6 +69,7 @@ class WeightQuantizer(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Latents for which `forward` gives (the quantised form of) ``weight``; lets one assign ``layer.weight``."""
+        refuse_nonfinite("the weight", weight)
         return weight
 
     def initialize_(self, *latents: Tensor) -> None:
@@ -138,6 +146,39 @@ def methods() -> Iterator[type[Method]]:
 
 def _choices(kind: str) -> str:
     return ", ".join(_registry[name].__name__ for name in names(kind))
+
+
+def refuse_nonfinite(what: str, x: Tensor) -> None:
+    """Raises LowbitError if ``x`` (float, called ``what`` in the message) holds NaN or infinity."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise LowbitError(
+            f"{what} holds {bad} NaN or infinite value(s) of {x.numel()}; it has to be finite to be quantised: "
+            "look for a damaged checkpoint or a training run that diverged"
+        )
+
+
+def refuse_nan(what: str, *latents: Tensor) -> None:
+    """Raises LowbitError if one of ``latents`` holds NaN, which a comparison would quietly take for a closed gate.
+
+    Only eagerly and on the CPU, where it costs one reading of the latents: a GPU would have to be waited for.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for latent in latents:
+        if latent.device.type == "cpu" and latent.numel() and latent.detach().amin().isnan():
+            raise LowbitError(
+                f"{what} holds NaN in a latent; latents are numbers (±inf too): did the training diverge?"
+            )
+
+
+def _finite_only(right_inverse: Callable) -> Callable:
+    @functools.wraps(right_inverse)
+    def checked(self: WeightQuantizer, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        refuse_nonfinite("the weight", weight)
+        return right_inverse(self, weight)
+
+    return checked
 
 
 def per_row(weight: Tensor) -> tuple[int, ...]:

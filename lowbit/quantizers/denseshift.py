@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, nearest, per_row
+from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, nearest, per_row, refuse_nan
 
 __all__ = ["DenseShift", "denseshift", "denseshift_exponent", "denseshift_latents", "denseshift_levels"]
 
@@ -27,11 +27,14 @@ def denseshift_levels(bits: int) -> Tensor:
     return torch.cat([-positive.flip(0), positive])
 
 
-def denseshift_exponent(*w_t: Tensor) -> Tensor:
-    """The exponent S_N of the recursion S_k = (S_(k-1)+1)·[t_k > 0], S_0 = 0, float: the trailing run of open gates."""
+def denseshift_exponent(*w_t: Tensor, recursion: Literal["nested", "sum"] = "nested") -> Tensor:
+    """The exponent S_N, float: of the nested recursion the trailing run of open gates, of the sum all open gates.
+
+    Nested (as published): S_k = (S_(k-1)+1)·[t_k > 0], S_0 = 0. Sum: S_k = S_(k-1) + [t_k > 0].
+    """
     exponent = (w_t[0] > 0).to(w_t[0].dtype)
     for t in w_t[1:]:
-        exponent = (exponent + 1) * (t > 0)
+        exponent = (exponent + 1) * (t > 0) if recursion == "nested" else exponent + (t > 0)
     return exponent
 
 
@@ -44,10 +47,10 @@ class _DenseShift(torch.autograd.Function):
     """sgn·2^S forward; backward as if the value were sgn·sqrt(S+1) (or the true power), gates by identity."""
 
     @staticmethod
-    def forward(ctx, surrogate: str, w_sign: Tensor, *w_t: Tensor) -> Tensor:
-        ctx.surrogate = surrogate
+    def forward(ctx, surrogate: str, recursion: str, w_sign: Tensor, *w_t: Tensor) -> Tensor:
+        ctx.surrogate, ctx.recursion = surrogate, recursion
         ctx.save_for_backward(w_sign, *w_t)
-        return _sign(w_sign) * torch.exp2(denseshift_exponent(*w_t))
+        return _sign(w_sign) * torch.exp2(denseshift_exponent(*w_t, recursion=recursion))
 
     @staticmethod
     @once_differentiable
@@ -56,7 +59,7 @@ class _DenseShift(torch.autograd.Function):
         gates = [(t > 0).to(grad.dtype) for t in w_t]
         before = [torch.zeros_like(gates[0])]  # S_(k-1) for k = 1 ... N, then S_N
         for gate in gates:
-            before.append((before[-1] + 1) * gate)
+            before.append((before[-1] + 1) * gate if ctx.recursion == "nested" else before[-1] + gate)
         exponent = before[-1]
         if ctx.surrogate == "sqrt":
             size = torch.sqrt(exponent + 1)
@@ -65,43 +68,55 @@ class _DenseShift(torch.autograd.Function):
             size = torch.exp2(exponent)
             slope = size * 0.6931471805599453  # d(2^S)/dS = 2^S·ln 2
         grad_exponent = grad * _sign(w_sign) * slope
+        if ctx.recursion == "sum":
+            return None, None, grad * size, *(grad_exponent for _ in gates)
         grads = []
         for gate, previous in zip(reversed(gates), reversed(before[:-1]), strict=True):
             grads.append(grad_exponent * (previous + 1))
             grad_exponent = grad_exponent * gate
-        return None, grad * size, *reversed(grads)
+        return None, None, grad * size, *reversed(grads)
 
 
-def denseshift(w_sign: Tensor, *w_t: Tensor, surrogate: Literal["sqrt", "identity"] = "sqrt") -> Tensor:
+def denseshift(
+    w_sign: Tensor,
+    *w_t: Tensor,
+    surrogate: Literal["sqrt", "identity"] = "sqrt",
+    recursion: Literal["nested", "sum"] = "nested",
+) -> Tensor:
     """The DenseShift weight sgn(t_sign)·2^S_N of 2, 4 or 8 latents (2, 3 or 4 bits).
 
     S_1 = [t_1 > 0], S_k = (S_(k-1)+1)·[t_k > 0]. Backward, both binarisations are straight-through without a
     clipping window. With ``surrogate="sqrt"`` (as published) the gradient is that of sgn·sqrt(S_N+1):
     dL/dt_sign = G·sqrt(S_N+1), dL/dS_N = G·sgn/(2·sqrt(S_N+1)), dL/dt_k = dL/dS_k·(S_(k-1)+1),
-    dL/dS_(k-1) = dL/dS_k·[t_k > 0]. With ``"identity"`` it is that of the true value sgn·2^S_N.
+    dL/dS_(k-1) = dL/dS_k·[t_k > 0]. With ``"identity"`` it is that of the true value sgn·2^S_N. With
+    ``recursion="sum"`` (ours, for comparison) S_N counts the open gates, and dL/dt_k = dL/dS_N for every k.
 
     Args:
         w_sign: the sign latent, float, any shape; ±0.0 count as positive.
         w_t: 1, 3 or 7 gate latents of the same shape; a gate is open where its latent is > 0.
         surrogate: whose gradient is taken.
+        recursion: how the gates make the exponent.
 
     Returns:
         Float tensor of the latents' shape, every element ±2^p.
 
     Raises:
-        LowbitError: another number of latents, or an unknown surrogate.
+        LowbitError: another number of latents, an unknown surrogate or recursion, or NaN (see `refuse_nan`).
     """
     if len(w_t) not in GATES.values():
         raise LowbitError(f"{len(w_t)} gate latents were given; DenseShift has 1, 3 or 7 (2, 3 or 4 bits)")
     if surrogate not in ("sqrt", "identity"):
         raise LowbitError(f"surrogate={surrogate!r} is not allowed; 'sqrt' and 'identity' are")
-    return _DenseShift.apply(surrogate, w_sign, *w_t)
+    if recursion not in ("nested", "sum"):
+        raise LowbitError(f"recursion={recursion!r} is not allowed; 'nested' and 'sum' are")
+    refuse_nan("denseshift", w_sign, *w_t)
+    return _DenseShift.apply(surrogate, recursion, w_sign, *w_t)
 
 
 def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ...]:
     """Latents of magnitude ``size`` that give level index ``codes`` (int, 0 ... 2^bits-1): the inverse of `denseshift`.
 
-    The last S gates are open and the one before them is closed; gates further back do not matter and are closed.
+    The last S gates are open and all before them closed, which is right for both recursions.
     """
     half, gates = 2 ** (bits - 1), GATES[bits]
     positive = codes >= half
@@ -112,13 +127,17 @@ def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Te
 
 @method("denseshift")
 class DenseShift(Method):
-    """Zero-free power-of-two weights by sign-scale decomposition. Costs 2, 4 or 8 latents a weight in training.
+    """Zero-free power-of-two weights by sign-scale decomposition.
+
+    Training holds 2, 4 or 8 latents a weight (2, 3 or 4 bits) instead of one, and as many of each of the optimiser's
+    states: with SGD and momentum 24, 48 or 96 bytes a weight (latent, gradient, momentum in float32) instead of 12.
 
     Args:
         bits: 2, 3 or 4; 1 sign bit and bits-1 exponent bits.
         scale: "none" uses ±2^p raw, as published, where a normalisation follows; "statistical" keeps each output
             channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
         surrogate: "sqrt" as published, or "identity"; see `denseshift`.
+        recursion: "nested" as published, or "sum"; see `denseshift`.
         init: "random" draws every latent from N(0, sigma), as published; "project" starts from the given weight.
         sigma: standard deviation of the latents at the start, 1e-3 as published.
     """
@@ -126,6 +145,7 @@ class DenseShift(Method):
     bits: Literal[2, 3, 4] = 4
     scale: Literal["none", "statistical", "pow2"] = "none"
     surrogate: Literal["sqrt", "identity"] = "sqrt"
+    recursion: Literal["nested", "sum"] = "nested"
     init: Literal["random", "project"] = "random"
     sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
 
@@ -146,7 +166,7 @@ class DenseShiftWeight(WeightQuantizer):
             self.register_buffer("rms", _rms(weight))
 
     def forward(self, *latents: Tensor) -> Tensor:
-        weight = denseshift(*latents, surrogate=self.config.surrogate)
+        weight = denseshift(*latents, surrogate=self.config.surrogate, recursion=self.config.recursion)
         return weight if self.config.scale == "none" else weight * self.scale(*latents)
 
     @property
@@ -155,7 +175,7 @@ class DenseShiftWeight(WeightQuantizer):
 
     def codes(self, *latents: Tensor) -> Tensor:
         with torch.no_grad():
-            exponent = denseshift_exponent(*latents[1:]).to(torch.int16)
+            exponent = self._exponent(latents).to(torch.int16)
             half = 2 ** (self.config.bits - 1)
             return torch.where(latents[0] >= 0, half + exponent, half - 1 - exponent)
 
@@ -163,8 +183,11 @@ class DenseShiftWeight(WeightQuantizer):
         with torch.no_grad():
             if self.config.scale == "none":
                 return torch.ones((1,) * latents[0].ndim, dtype=latents[0].dtype, device=latents[0].device)
-            scale = self.rms / _rms(torch.exp2(denseshift_exponent(*latents[1:])))
+            scale = self.rms / _rms(torch.exp2(self._exponent(latents)))
             return scale if self.config.scale == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
+
+    def _exponent(self, latents: tuple[Tensor, ...]) -> Tensor:
+        return denseshift_exponent(*latents[1:], recursion=self.config.recursion)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():

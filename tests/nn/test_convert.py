@@ -202,6 +202,26 @@ def test_a_refusal_half_way_leaves_the_model_alone():
     assert not any("parametrizations" in key for key in model.state_dict())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_the_layers_name(bad):
+    model = tiny()
+    with torch.no_grad():
+        model[7].weight[3, 4] = bad
+    with pytest.raises(LowbitError, match=r"layer '7' holds 1 NaN or infinite value\(s\) of 512"):
+        quantize_(model, QuantConfig(weight=StatsQ()))
+    assert not list(quantized_layers(model))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_assigning_a_weight_that_is_not_finite_is_refused(name, bad):
+    model = quantize_(tiny(), QuantConfig(weight=get(name)()))
+    before = [t.detach().clone() for t in model.state_dict().values()]
+    with pytest.raises(LowbitError, match="NaN or infinite"):
+        model[7].weight = torch.full((16, 32), bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
 def test_torch_attention_is_left_out_aloud():
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 2))
     with pytest.warns(UserWarning, match="MultiheadAttention"):

@@ -53,9 +53,21 @@ def test_identity_surrogate_is_the_gradient_of_the_true_power():
     assert t.grad.item() == pytest.approx(2 * math.log(2))
 
 
+def test_the_sum_counts_open_gates_and_every_gate_gets_the_same_gradient():
+    t1, t2, t3 = (torch.tensor(row) for row in ([1.0, 1, 1, -1, 1], [1.0, -1, 1, 1, 1], [1.0, 1, -1, 1, 0.0]))
+    assert denseshift_exponent(t1, t2, t3, recursion="sum").tolist() == [3, 2, 2, 2, 2]
+    sign, t1, t2, t3 = (torch.tensor([v], requires_grad=True) for v in (-1.0, 1.0, -1.0, 1.0))
+    weight = denseshift(sign, t1, t2, t3, recursion="sum")
+    weight.backward()
+    assert weight.item() == -4 and sign.grad.item() == pytest.approx(math.sqrt(3))
+    assert [t.grad.item() for t in (t1, t2, t3)] == pytest.approx([-1 / (2 * math.sqrt(3))] * 3)
+
+
+@pytest.mark.parametrize("recursion", ["nested", "sum"])
+@pytest.mark.parametrize("surrogate", ["sqrt", "identity"])
 @pytest.mark.parametrize("gates", BITS.values())
-def test_gradient_equals_the_composed_recursion(gates):
-    """The same graph from torch's own operations: straight-through gates and sgn·sqrt(S+1)."""
+def test_gradient_equals_the_composed_recursion(gates, surrogate, recursion):
+    """The same graph from torch's own operations: straight-through gates, then sgn·sqrt(S+1) or sgn·2^S."""
     torch.manual_seed(gates)
     latents = [torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(gates + 1)]
     grad = torch.randn(50, dtype=torch.float64)
@@ -65,10 +77,12 @@ def test_gradient_equals_the_composed_recursion(gates):
 
     exponent = torch.zeros(50, dtype=torch.float64)
     for t in latents[1:]:
-        exponent = (exponent + 1) * through((t > 0).double(), t)
+        gate = through((t > 0).double(), t)
+        exponent = (exponent + 1) * gate if recursion == "nested" else exponent + gate
     sign = through(torch.where(latents[0] >= 0, 1.0, -1.0).double(), latents[0])
-    expected = torch.autograd.grad(sign * torch.sqrt(exponent + 1), latents, grad)
-    actual = torch.autograd.grad(denseshift(*latents), latents, grad)
+    size = torch.sqrt(exponent + 1) if surrogate == "sqrt" else torch.exp2(exponent)
+    expected = torch.autograd.grad(sign * size, latents, grad)
+    actual = torch.autograd.grad(denseshift(*latents, surrogate=surrogate, recursion=recursion), latents, grad)
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-12)
 
@@ -95,11 +109,23 @@ def test_starting_distribution_does_not_depend_on_sigma(bits, sigma):
         assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / size)
 
 
+@pytest.mark.parametrize("recursion", ["nested", "sum"])
 @pytest.mark.parametrize("bits", BITS)
-def test_latents_are_the_inverse(bits):
+def test_latents_are_the_inverse(bits, recursion):
     codes = torch.arange(2**bits)
     latents = denseshift_latents(codes, bits)
-    assert torch.equal(denseshift(*latents), denseshift_levels(bits)[codes])
+    assert torch.equal(denseshift(*latents, recursion=recursion), denseshift_levels(bits)[codes])
+
+
+@pytest.mark.parametrize("scale", ["none", "statistical"])
+def test_the_sum_as_a_module_keeps_to_its_codes(scale):
+    torch.manual_seed(0)
+    quantizer = DenseShift(bits=3, recursion="sum", scale=scale).weight(torch.randn(4, 16))
+    latents = [torch.randn(4, 16) for _ in range(4)]
+    weight = quantizer(*latents)
+    assert torch.equal(weight, quantizer.levels[quantizer.codes(*latents).long()] * quantizer.scale(*latents))
+    nested = DenseShift(bits=3, scale=scale).weight(torch.ones(4, 16))
+    assert not torch.equal(nested.codes(*latents), quantizer.codes(*latents))
 
 
 @pytest.mark.parametrize("scale", ["none", "statistical", "pow2"])
@@ -140,3 +166,16 @@ def test_a_wrong_number_of_latents_is_refused(count):
 def test_an_unknown_surrogate_is_refused():
     with pytest.raises(LowbitError, match="surrogate"):
         denseshift(torch.ones(1), torch.ones(1), surrogate="tanh")
+
+
+def test_an_unknown_recursion_is_refused():
+    with pytest.raises(LowbitError, match="recursion"):
+        denseshift(torch.ones(1), torch.ones(1), recursion="max")
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_nan_in_any_latent_is_refused(place):
+    latents = [torch.randn(5) for _ in range(4)]
+    latents[place][2] = float("nan")
+    with pytest.raises(LowbitError, match="denseshift holds NaN"):
+        denseshift(*latents)
