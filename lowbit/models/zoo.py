@@ -22,6 +22,14 @@ def _register(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 @_register
+def resnet8(num_classes: int = 10, in_chans: int = 3, img_size: int = 32, **options: Any) -> nn.Module:
+    """ResNet-8, 0.08 M parameters: one block a stage, for experiments with many runs."""
+    from lowbit.models.resnet import SmallResNet
+
+    return SmallResNet(1, num_classes, in_chans, **options)
+
+
+@_register
 def resnet20(num_classes: int = 10, in_chans: int = 3, img_size: int = 32, **options: Any) -> nn.Module:
     """ResNet-20, 0.27 M parameters; takes images of any size."""
     from lowbit.models.resnet import SmallResNet

@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loop": ["State", "train"],
         "record": ["RunRecord"],
         "runfile": ["RunConfig"],
+        "sweeps": ["sweep"],
     },
 )
 
@@ -24,3 +25,4 @@ if TYPE_CHECKING:
     from lowbit.training.loop import State, train
     from lowbit.training.record import RunRecord
     from lowbit.training.runfile import RunConfig
+    from lowbit.training.sweeps import sweep
