@@ -88,6 +88,7 @@ def test_two_processes_train_it_and_go_on_after_being_killed(imagenet_folder, tm
     assert 1 <= len(kept) < epochs and card["history"][: len(kept)] == kept  # went on, did not begin again
     model = lowbit.load(out / "model.safetensors")
     layers = list(quantized_layers(model))
-    assert len(layers) == 20  # 16 in the blocks, 4 downsampling (full width has 3); stem and classifier are not among them
+    # 16 in the blocks, 4 downsampling (at full width 3); stem and classifier are not among them.
+    assert len(layers) == 20
     allowed = {1.0, 2.0, 4.0, 8.0}
     assert all(set(layer.layer.weight.abs().unique().tolist()) <= allowed for layer in layers)
