@@ -56,8 +56,8 @@ class Execution:
         self.output = folder / f"{notebook.name}.ipynb"
         self.records = folder / "records" / f"{notebook.name}.jsonl"
         self.log = folder / "logs" / f"{notebook.name}.log"
-        self.figures = folder / "figures" / notebook.name
-        _clear(self.output, self.output.with_suffix(".html"), self.records, self.log, self.figures)
+        self.figures, self.tables = (folder / kind / notebook.name for kind in ("figures", "tables"))
+        _clear(self.output, self.output.with_suffix(".html"), self.records, self.log, self.figures, self.tables)
         for place in (self.records.parent, self.log.parent, self.figures):
             place.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
@@ -94,6 +94,8 @@ class Execution:
             MARK: self.mark,
             "LOWBIT_RECORD": str(self.records.resolve()),
             "LOWBIT_FIGURES": str(self.figures.resolve()),
+            "LOWBIT_TABLES": str(self.tables.resolve()),
+            "LOWBIT_NOTEBOOK": self.notebook.name,
             # The user's own Jupyter and IPython start-up files must not change what a notebook does.
             "JUPYTER_RUNTIME_DIR": str(self.private),
             "IPYTHONDIR": str(self.private / "ipython"),

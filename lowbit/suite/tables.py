@@ -1,0 +1,32 @@
+"""``lowbit.save_table``: a measured table leaves a notebook as a CSV file with its run card."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lowbit import environment, paths
+
+
+def save_table(frame, name: str, **settings: Any):
+    """Writes ``frame`` (pandas) as ``<name>.csv``, and ``<name>.json`` beside it: what was run, with what, where.
+
+    Under ``lowbit run`` both go to the run's ``tables/<notebook>`` folder, else to ``results/scratch/tables``.
+
+    Args:
+        frame: one row a measurement, the seed among its columns where there is one.
+        name: of the two files, such as ``"02_accuracy"``.
+        settings: what the numbers depend on (profile, data set, seeds, epochs, ...), as plain values.
+
+    Returns:
+        The frame, so that a cell can end with it.
+    """
+    folder = Path(os.environ.get("LOWBIT_TABLES") or paths.results() / "scratch" / "tables")
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    notebook = os.environ.get("LOWBIT_NOTEBOOK")
+    command = f"lowbit run {notebook} --profile {settings.get('profile', 'smoke')}" if notebook else "interactive"
+    card = {"table": name, "rows": len(frame), "settings": settings, "command": command}
+    card["environment"] = environment.describe()
+    (folder / f"{name}.json").write_text(json.dumps(card, indent=1, default=str) + "\n", encoding="utf-8")
+    return frame
