@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "data",
         "environment",
         "functional",
+        "metrics",
         "models",
         "nn",
         "paths",
@@ -28,14 +29,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "nn": ["QuantConfig", "calibrate", "quantize_"],
         "serialization": ["load", "save"],
         "suite.record": ["record"],
+        "suite.tables": ["save_table"],
         "training": ["RunRecord", "TrainConfig", "train"],
     },
 )
 
 if TYPE_CHECKING:
-    from lowbit import data, environment, functional, models, nn, paths, plotting, quantizers, suite, training
+    from lowbit import data, environment, functional, metrics, models, nn, paths, plotting, quantizers, suite, training
     from lowbit.errors import LowbitError
     from lowbit.nn import QuantConfig, calibrate, quantize_
     from lowbit.serialization import load, save
     from lowbit.suite.record import record
+    from lowbit.suite.tables import save_table
     from lowbit.training import RunRecord, TrainConfig, train

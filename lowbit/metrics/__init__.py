@@ -1,0 +1,24 @@
+"""Measuring: what weights do in training, what a model costs, and what the seeds allow one to say.
+
+The names below are loaded on first use, so that the command line starts quickly.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "costs": ["cost", "totals", "training_memory"],
+        "freezing": ["FreezingTracker"],
+        "oscillation": ["OscillationState", "OscillationTracker", "oscillation_step"],
+        "statistics": ["Effect", "interval", "paired_difference", "summarize", "verdict"],
+    },
+)
+
+if TYPE_CHECKING:
+    from lowbit.metrics.costs import cost, totals, training_memory
+    from lowbit.metrics.freezing import FreezingTracker
+    from lowbit.metrics.oscillation import OscillationState, OscillationTracker, oscillation_step
+    from lowbit.metrics.statistics import Effect, interval, paired_difference, summarize, verdict

@@ -1,0 +1,221 @@
+"""What a model costs: bits, multiply-accumulates and what remains of them, bytes shipped, memory in training.
+
+Counting conventions, those of fvcore where it has one:
+
+- one MAC is one multiplication with its addition, for one sample; only matrix products and convolutions count: not
+  biases, normalisation, activation functions, softmax, pooling, nor the quantisation of activations;
+- attention's own products (logits, and their product with the values) are one row, "(other matrix products)", as
+  float multiplications, since `quantize_` leaves both factors as they are;
+- a MAC whose weight is one of several powers of two (times a common factor) is a shift and an addition; with at most
+  one size for each sign an addition alone; else it stays a multiplication, of integers if the layer's input is
+  quantised too. Zeros are not skipped, and 2^0 counts as a shift;
+- scaling a finished sum is counted apart, one multiplication an output where the scale is no power of two: most often
+  it can be folded into what follows.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowbit.errors import LowbitError
+from lowbit.nn.convert import INPUT, QUANTIZABLE, QuantizedLayer, quantized_layers
+
+if TYPE_CHECKING:
+    import pandas
+
+STATES = {"sgd": 1, "adamw": 2, "radam": 2}
+"""Numbers that an optimiser keeps for each trained one: SGD its momentum, the Adam family two moments."""
+
+OTHER, REST = "(other matrix products)", "(rest)"
+FLOAT_BITS = 32
+
+
+def cost(model: nn.Module, input_shape: Sequence[int]) -> "pandas.DataFrame":
+    """Counts for each linear and convolution layer, and two rows for all else; conventions above.
+
+    Columns: layer, kind, weights; weight_bits, ``ceil(log2(levels))``, and activation_bits (32 is full precision); macs
+    and what they are made of: float_multiplications, integer_multiplications, shifts, additions;
+    scale_multiplications; bytes as shipped (packed codes, and 32 bits for each scale unless all are 1);
+    full_precision_bytes. The row "(rest)" holds all other parameters and running statistics, 32 bits each.
+
+    Args:
+        model: quantised or not; it is copied, not changed.
+        input_shape: of one sample, without the batch: (3, 32, 32).
+
+    Raises:
+        LowbitError: the model does not take such an input.
+    """
+    import pandas
+
+    macs = _macs(model, input_shape)
+    rows = [_layer_row(layer, macs.get(layer.name, 0)) for layer in _layers(model)]
+    other = macs[""] - sum(row["macs"] for row in rows)
+    if other:
+        rows.append({"layer": OTHER, "kind": "matmul", "macs": other, "float_multiplications": other})
+    shipped, original = _rest(model)
+    rows.append(
+        {"layer": REST, "kind": "rest", "weights": shipped, "weight_bits": FLOAT_BITS, "bytes": 4 * shipped}
+        | {"full_precision_bytes": 4 * original}
+    )
+    columns = [
+        *("layer", "kind", "weights", "weight_bits", "activation_bits", "macs", "float_multiplications"),
+        *("integer_multiplications", "shifts", "additions", "scale_multiplications", "bytes", "full_precision_bytes"),
+    ]
+    frame = pandas.DataFrame(rows, columns=columns)
+    numbers = columns[2:]
+    frame[numbers] = frame[numbers].fillna(0).astype("int64")
+    frame["additions"] = frame["macs"]
+    return frame
+
+
+def totals(frame: "pandas.DataFrame") -> dict[str, int | float]:
+    """Sums over the rows of `cost`, and ``compression``: full-precision bytes over bytes as shipped."""
+    sums = frame.drop(columns=["layer", "kind", "weight_bits", "activation_bits"]).sum()
+    result: dict[str, int | float] = {name: int(value) for name, value in sums.items()}
+    result["compression"] = result["full_precision_bytes"] / result["bytes"]
+    return result
+
+
+def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"] = "adamw") -> "pandas.DataFrame":
+    """Bytes that training keeps for the parameters of each layer; activations are not in it.
+
+    Columns: layer, weights, latents (tensors a weight: 2, 4 or 8 for DenseShift), parameter_bytes (latents, and the
+    weight quantiser's own parameters), gradient_bytes, state_bytes, bytes (their sum), full_precision_bytes (that sum
+    for the layer unquantised) and ratio. The last row, "(rest)", holds all other parameters.
+
+    Args:
+        model: quantised or not.
+        optimizer: "sgd" (with momentum) keeps one number for each trained one, "adamw" and "radam" two.
+
+    Raises:
+        LowbitError: another optimiser.
+    """
+    import pandas
+
+    if optimizer not in STATES:
+        raise LowbitError(f"optimizer={optimizer!r} is not allowed; {', '.join(map(repr, STATES))} are")
+    states = STATES[optimizer]
+
+    def row(name: str, latents: int, parameters: list[nn.Parameter], original: list[nn.Parameter]) -> dict[str, Any]:
+        held, trained, full, full_trained = (
+            sum(p.nbytes for p in some if p.requires_grad or not only_trained)
+            for some in (parameters, original)
+            for only_trained in (False, True)
+        )
+        return {
+            "layer": name,
+            "weights": sum(p.numel() for p in original),
+            "latents": latents,
+            "parameter_bytes": held,
+            "gradient_bytes": trained,
+            "state_bytes": states * trained,
+            "bytes": held + (1 + states) * trained,
+            "full_precision_bytes": full + (1 + states) * full_trained,
+        }
+
+    rows, seen = [], set()
+    for found in _layers(model):
+        quantized = found.weight is not None
+        parameters = list(found.layer.parametrizations.weight.parameters()) if quantized else [found.layer.weight]
+        seen |= {id(p) for p in parameters}
+        rows.append(row(found.name, len(found.latents), parameters, [found.latents[0]]))
+    steps = {id(p) for found in quantized_layers(model) if found.activation for p in found.activation.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in seen]
+    rows.append(row(REST, 1, rest, [p for p in rest if id(p) not in steps]))
+    frame = pandas.DataFrame(rows)
+    return frame.assign(ratio=frame.bytes / frame.full_precision_bytes)
+
+
+def _layers(model: nn.Module) -> Iterator[QuantizedLayer]:
+    """Every linear and convolution layer in order, quantised or not."""
+    quantized = {found.name: found for found in quantized_layers(model)}
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTIZABLE):
+            yield quantized.get(name) or QuantizedLayer(name, module, None, None)
+
+
+def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
+    """MACs of one sample in each module by its name, those of the modules inside it included; "" is the model."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # A copy, since a first forward pass calibrates activation quantisers and changes running statistics.
+    own = copy.deepcopy(model).eval()
+    x = torch.zeros(1, *input_shape, device=next(own.parameters()).device)
+    counter = FlopCounterMode(display=False, depth=None)
+    # Attention as plain matrix products, and with gradients, which keeps torch.nn.MultiheadAttention off its fast path:
+    # the counter does not know the fused forms.
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        try:
+            own(x)
+        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LowbitError(
+                f"{type(model).__name__} does not take an input of shape {list(x.shape)} ({reason}); give the shape "
+                "of one sample, without the batch, e.g. (3, 32, 32)"
+            ) from error
+    root = type(own).__name__
+    found = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
+    return {"": found["Global"]} | {name.removeprefix(f"{root}."): n for name, n in found.items() if name != root}
+
+
+def _layer_row(found: QuantizedLayer, macs: int) -> dict[str, Any]:
+    weight, quantizer = found.layer.weight.detach(), found.weight
+    row: dict[str, Any] = {
+        "layer": found.name,
+        "kind": parametrize.type_before_parametrizations(found.layer).__name__,
+        "weights": weight.numel(),
+        "weight_bits": FLOAT_BITS if quantizer is None else code_bits(quantizer.levels),
+        "activation_bits": FLOAT_BITS if found.activation is None else code_bits(found.activation.levels),
+        "macs": macs,
+        "full_precision_bytes": 4 * weight.numel(),
+    }
+    if quantizer is None:
+        return row | {"float_multiplications": macs, "bytes": 4 * weight.numel()}
+    scale = quantizer.scale(*found.latents)
+    stored = 0 if (scale == 1).all() else 4 * scale.numel()
+    row["bytes"] = math.ceil(weight.numel() * row["weight_bits"] / 8) + stored
+    if not _powers_of_two(scale):
+        row["scale_multiplications"] = macs * len(weight) // weight.numel()  # one for each output
+    product = kind_of_product(quantizer.levels)
+    if product == "shift":
+        row["shifts"] = macs
+    elif product == "multiplication":
+        row[f"{'float' if found.activation is None else 'integer'}_multiplications"] = macs
+    return row
+
+
+def _rest(model: nn.Module) -> tuple[int, int]:
+    """Floating-point numbers outside the weights of `_layers`: as shipped, and of the model unquantised."""
+    weights = {id(t) for found in _layers(model) for t in found.latents}
+    saved = model.state_dict().keys()
+    held = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]
+    counts = {
+        name: tensor.numel()
+        for name, tensor in held
+        if tensor.is_floating_point() and id(tensor) not in weights and ".parametrizations." not in f".{name}"
+    }
+    steps = [n for name, n in counts.items() if f".{INPUT}." in f".{name}"]
+    return sum(counts.values()), sum(counts.values()) - sum(steps)
+
+
+def code_bits(levels: Tensor) -> int:
+    """Bits that tell the levels apart: ``ceil(log2(L))``, at least 1."""
+    return max(1, math.ceil(math.log2(len(levels))))
+
+
+def kind_of_product(levels: Tensor) -> Literal["addition", "shift", "multiplication"]:
+    """What is left of a multiplication by one of ``levels``, up to a common factor (see the module)."""
+    if (levels > 0).sum() <= 1 and (levels < 0).sum() <= 1:
+        return "addition"  # sums of the inputs with each sign
+    sizes = levels[levels != 0].abs()
+    return "shift" if _powers_of_two(sizes / sizes.min()) else "multiplication"
+
+
+def _powers_of_two(values: Tensor) -> bool:
+    return bool((torch.frexp(values.detach())[0] == 0.5).all())

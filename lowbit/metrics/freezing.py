@@ -1,0 +1,155 @@
+"""Weight freezing: which weights of a model still change their discrete value, and how often.
+
+DenseShift (arXiv 2208.09708, first version) announces such a metric without a formula; these definitions are ours. A
+weight's discrete value is its level; the level has a sign (0 for the level zero) and a size (its magnitude, for
+power-of-two sets the exponent).
+
+- flip rate r(t, Δ): the fraction of weights whose discrete value, sign or size at t differs from that at t-Δ;
+- frozen fraction F(t0, t1): the fraction whose value, sign or size never changed in [t0, t1].
+
+The moving average of oscillations is that of `lowbit.metrics.oscillation`, so that both papers share one instrument.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.metrics.oscillation import OscillationTracker
+
+if TYPE_CHECKING:
+    import pandas
+
+KINDS = ("", "sign_", "size_")  # prefixes of the columns: the whole value, its sign, its size
+BITS = (1, 2, 4)  # their bits in the masks of changed weights
+FULL = 255  # looks that a uint8 can count
+
+
+class FreezingTracker(OscillationTracker):
+    """Follows flips, frozen weights and oscillation of every weight of a model in training.
+
+    Call `update` after each optimiser step and `mark` where a new window [t0, ...] begins. As a callback of
+    `lowbit.train` it does both, with one window an epoch, and adds to the history: ``flip_rate``, ``sign_flip_rate``,
+    ``size_flip_rate`` of the epoch; ``frozen``, ``sign_frozen``, ``size_frozen`` since the run's start and the same
+    with ``_epoch`` within the epoch; ``frequency`` and ``oscillating``.
+
+    It holds 14 bytes a weight, 9 of which are `OscillationTracker`'s.
+
+    Args:
+        model: see `OscillationTracker`.
+        every: Δ in steps; a change that is undone between two looks stays unseen.
+        momentum, threshold, grid: see `OscillationTracker`. Give a full-precision twin the ``grid`` of the method that
+            it is compared with.
+    """
+
+    def reset(self) -> None:
+        """Starts afresh from the weights as they are."""
+        super().reset()
+        size, device, layers = self.codes.size, self.codes.device, len(self.codes.layers)
+        self._counts = torch.zeros(3, size, dtype=torch.uint8, device=device)  # flips since the last _collect
+        self._counted = 0
+        # Since the mark, and from the start to the mark: which weights changed, flips of each layer, and looks.
+        self._changed = torch.zeros(2, size, dtype=torch.uint8, device=device)
+        self._flips = torch.zeros(2, 3, layers, dtype=torch.int64)
+        self._looks = [0, 0]
+        self._mark_due = False
+
+    def mark(self) -> None:
+        """Begins a new window, at the latest look."""
+        self._collect()
+        self._changed[1] |= self._changed[0]
+        self._flips[1] += self._flips[0]
+        self._looks[1] += self._looks[0]
+        self._changed[0], self._flips[0], self._looks[0] = 0, 0, 0
+        self._mark_due = False
+
+    def summary(self, total: bool = False, since: Literal["mark", "start"] = "mark") -> "pandas.DataFrame":
+        """One row a layer.
+
+        Columns: layer, weights; flip_rate, sign_flip_rate, size_flip_rate (means over the looks since then, NaN if
+        there were none); frozen, sign_frozen, size_frozen; frequency, oscillating (see `OscillationTracker.summary`).
+
+        Args:
+            total: adds a row "(all)" over all weights of all layers.
+            since: the last `mark` (in `lowbit.train` the epoch's beginning), or the start (the last `reset`).
+        """
+        if since not in ("mark", "start"):
+            raise LowbitError(f"since={since!r} is not allowed; 'mark' and 'start' are")
+        return self._frame(self._rates(since) | self._frozen(since) | self._sums(), total)
+
+    def changed(self, layer: str, since: Literal["mark", "start"] = "mark") -> Tensor:
+        """Which weights of ``layer`` changed their value since then: bool, of the weight's shape, on the CPU."""
+        return self._of(layer, self._masks(since) & 1 > 0)
+
+    def update(self) -> None:
+        """Takes note of the weights; to be called after each optimiser step."""
+        if self._mark_due:
+            self.mark()
+        super().update()
+
+    def on_epoch(self, state: Any) -> dict[str, float | None]:
+        """Callback of `lowbit.train`: means over all weights for the history, see the class."""
+        within = {f"{key}_epoch": value for key, value in self._frozen("mark").items()}
+        metrics = self._overall(self._rates("mark") | self._frozen("start") | within | self._sums())
+        self._mark_due = True  # at the next update, so that a summary after training still shows the last epoch
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on: tensors, numbers and strings."""
+        self._collect()
+        return super().state_dict() | {
+            "changed": self._changed,
+            "flips": self._flips,
+            "looks": list(self._looks),
+            "mark_due": self._mark_due,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        super().load_state_dict(state)
+        self._counts.zero_()
+        self._counted = 0
+        self._changed.copy_(state["changed"])
+        self._flips.copy_(state["flips"])
+        self._looks = list(state["looks"])
+        self._mark_due = state["mark_due"]
+
+    def _look(self, codes: Tensor) -> None:
+        before = self._state.codes
+        self._counts[0] += codes != before
+        self._counts[1] += codes.sign() != before.sign()
+        self._counts[2] += codes.abs() != before.abs()
+        self._counted += 1
+        if self._counted == FULL:
+            self._collect()
+        super()._look(codes)
+
+    def _collect(self) -> None:
+        """Moves the counts of single weights to the layers' sums: rarely, since only sums over layers are slow."""
+        if self._counted:
+            for counts, bit in zip(self._counts, BITS, strict=True):
+                self._changed[0] |= (counts > 0).to(torch.uint8) * bit
+            self._flips[0] += self.codes.sums(self._counts)
+            self._looks[0] += self._counted
+            self._counts.zero_()
+            self._counted = 0
+
+    def _move(self, device: torch.device) -> None:
+        super()._move(device)
+        self._counts, self._changed = self._counts.to(device), self._changed.to(device)
+
+    def _masks(self, since: str) -> Tensor:
+        self._collect()
+        return self._changed[0] if since == "mark" else self._changed[0] | self._changed[1]
+
+    def _frozen(self, since: str) -> dict[str, Tensor]:
+        masks = self._masks(since)
+        return {
+            f"{kind}frozen": self.codes.sums(masks & bit == 0).double() for kind, bit in zip(KINDS, BITS, strict=True)
+        }
+
+    def _rates(self, since: str) -> dict[str, Tensor]:
+        self._collect()
+        flips, looks = (self._flips[0], self._looks[0]) if since == "mark" else (self._flips.sum(0), sum(self._looks))
+        return {f"{kind}flip_rate": flips[i].double() / looks for i, kind in enumerate(KINDS)}

@@ -1,0 +1,191 @@
+"""What a handful of seeds allows one to say: intervals, paired effects and verdicts.
+
+Means of n seeds with Student's t interval, n-1 degrees of freedom: mean ± t·s/√n. It takes seeds as independent and
+their scatter as about normal.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lowbit.errors import LowbitError
+
+if TYPE_CHECKING:
+    import pandas
+
+LEAST_SEEDS = 5
+"""Fewer seeds never decide a claim."""
+
+EXPECTED = ("positive", "negative", "not worse", "equal")
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and confidence interval ``(mean, low, high)`` over seeds; one value alone has the interval (NaN, NaN).
+
+    Args:
+        values: one number a seed.
+        confidence: coverage, between 0 and 1.
+
+    Raises:
+        LowbitError: no value, one that is not finite, or a confidence out of range.
+    """
+    from scipy import stats
+
+    if not 0 < confidence < 1:
+        raise LowbitError(f"confidence={confidence!r} is not allowed; numbers between 0 and 1 are, e.g. 0.95")
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not len(array):
+        raise LowbitError(f"values of shape {list(array.shape)} are not allowed; give one number a seed")
+    if not np.isfinite(array).all():
+        raise LowbitError(f"{values!r} has a value that is not finite; leave that seed out, and say so, or repair it")
+    mean = float(array.mean())
+    if len(array) == 1:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf((1 + confidence) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
+    return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A measured difference with its interval: ``+0.8 points (95 % interval -0.2 ... +1.8, 5 seeds)``.
+
+    Attributes:
+        mean: the estimate, in ``unit``.
+        low, high: its confidence interval; NaN for one seed.
+        n: seeds, or pairs of seeds.
+        confidence: coverage of the interval.
+        unit: what is counted, e.g. "points"; may be empty.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    confidence: float = 0.95
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.n == 1 and math.isfinite(self.mean)) and not self.low <= self.mean <= self.high:
+            raise LowbitError(f"the mean {self.mean} with the interval {self.low} ... {self.high} is no effect")
+
+    def __str__(self) -> str:
+        half = (self.high - self.low) / 2
+        # Two significant digits of the uncertainty say how many decimals mean anything.
+        decimals = max(0, 1 - math.floor(math.log10(half))) if half > 0 else None
+        mean, low, high = (
+            f"{value:+.3g}" if decimals is None else f"{value:+.{decimals}f}"
+            for value in (self.mean, self.low, self.high)
+        )
+        unit = f" {self.unit}" if self.unit else ""
+        if self.n == 1:
+            return f"{mean}{unit} (1 seed, no interval)"
+        return f"{mean}{unit} ({100 * self.confidence:g} % interval {low} ... {high}, {self.n} seeds)"
+
+
+Scores = Sequence[float] | Mapping[Any, float]
+
+
+def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str = "") -> Effect:
+    """The mean of ``a - b`` over seeds that both have: the paired t interval, as in ``scipy.stats.ttest_rel``.
+
+    A pair shares a seed, thus data order and initialisation, whose scatter cancels.
+
+    Args:
+        a, b: one number a seed: two sequences in the same order of seeds, or two mappings (or pandas Series) from seed
+            to number, in any order.
+        confidence: coverage of the interval.
+        unit: of the numbers.
+
+    Raises:
+        LowbitError: different seeds, no seed, or a number that is not finite.
+    """
+    if hasattr(a, "keys") != hasattr(b, "keys"):
+        raise LowbitError("a and b are not alike: give two sequences, or two mappings from seed to number")
+    if hasattr(a, "keys"):
+        seeds = list(a.keys())
+        if len(set(seeds)) != len(seeds) or sorted(map(str, seeds)) != sorted(map(str, b.keys())):
+            raise LowbitError(f"a has the seeds {seeds}, b {list(b.keys())}: a pair needs the same seeds, each once")
+        a, b = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+    if len(a) != len(b):
+        raise LowbitError(f"a has {len(a)} values, b has {len(b)}: a pair needs one of each for every seed")
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    return Effect(*interval(differences, confidence), n=len(differences), confidence=confidence, unit=unit)
+
+
+def verdict(
+    effect: Effect, expected: Literal["positive", "negative", "not worse", "equal"], margin: float = 0.0
+) -> Literal["reproduced", "not reproduced", "inconclusive"]:
+    """What the whole interval of ``effect`` says about a claim; fewer than 5 seeds say nothing.
+
+    ============  ========================  ======================  ==========================================
+    expected      the claim                 reproduced              not reproduced
+    ============  ========================  ======================  ==========================================
+    "positive"    effect > margin           low > margin            high <= margin
+    "negative"    effect < -margin          high < -margin          low >= -margin
+    "not worse"   effect >= -margin         low >= -margin          high < -margin
+    "equal"       \\|effect\\| <= margin      both bounds within it   the interval lies outside, on either side
+    ============  ========================  ======================  ==========================================
+
+    Everything else is inconclusive. "equal" is the test of equivalence by two one-sided tests, at half the error that
+    ``confidence`` leaves on each side.
+
+    Args:
+        effect: see `paired_difference`.
+        expected: the claim's kind. Where lower is better, "not worse" wants the difference the other way round.
+        margin: in the effect's unit, at least 0; "equal" needs one above 0.
+
+    Raises:
+        LowbitError: an unknown kind or a margin that makes no sense.
+    """
+    if expected not in EXPECTED:
+        raise LowbitError(f"expected={expected!r} is not allowed; {', '.join(map(repr, EXPECTED))} are")
+    if not (math.isfinite(margin) and margin >= 0) or (expected == "equal" and margin == 0):
+        least = "above 0 (measured values never agree exactly)" if expected == "equal" else "from 0"
+        raise LowbitError(f"margin={margin!r} is not allowed for expected={expected!r}; numbers {least} are")
+    if effect.n < LEAST_SEEDS:
+        return "inconclusive"
+    low, high = effect.low, effect.high
+    holds, fails = {
+        "positive": (low > margin, high <= margin),
+        "negative": (high < -margin, low >= -margin),
+        "not worse": (low >= -margin, high < -margin),
+        "equal": (-margin <= low and high <= margin, low > margin or high < -margin),
+    }[expected]
+    return "reproduced" if holds else "not reproduced" if fails else "inconclusive"
+
+
+def summarize(
+    frame: "pandas.DataFrame",
+    by: str | Sequence[str],
+    value: str = "accuracy",
+    confidence: float = 0.95,
+    seed: str = "seed",
+) -> "pandas.DataFrame":
+    """Mean and interval of ``value`` for each group of runs: the columns ``by``, mean, low, high, seeds.
+
+    Args:
+        frame: one row a run.
+        by: the column(s) that make a group, in the order in which groups appear.
+        value: the column to average.
+        confidence: coverage of the interval.
+        seed: the column that names the seed, if there is one; no group may have a seed twice, since a repeated run
+            would narrow the interval without telling anything.
+
+    Raises:
+        LowbitError: a missing column, a value that is not finite, or a seed that occurs twice.
+    """
+    import pandas
+
+    by = [by] if isinstance(by, str) else list(by)
+    missing = [column for column in (*by, value) if column not in frame.columns]
+    if missing or not by:
+        raise LowbitError(f"there is no column {missing or by}; the frame has {list(frame.columns)}")
+    rows = []
+    for key, group in frame.groupby(by, sort=False, dropna=False):
+        if seed in frame.columns and group[seed].duplicated().any():
+            raise LowbitError(f"the group {dict(zip(by, key, strict=True))} has a seed twice: {group[seed].tolist()}")
+        rows.append((*key, *interval(group[value].tolist(), confidence), len(group)))
+    return pandas.DataFrame(rows, columns=[*by, "mean", "low", "high", "seeds"])

@@ -1,0 +1,212 @@
+"""S3: zero and ±2^p, trained through a sign, a sparsity gate and a chain of shift gates.
+
+Li et al., "S^3: Sign-Sparse-Shift Reparametrization for Effective Training of Low-bit Shift Networks",
+NeurIPS 2021, arXiv 2107.03453. The 3-bit form, its gradient, its penalty and its initialisation are those of
+the authors' code; 2 and 4 bits continue the same chain.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, per_row
+from lowbit.quantizers.denseshift import _project, _rms, _sign
+
+__all__ = ["S3", "s3", "s3_codes", "s3_latents", "s3_levels"]
+
+SHIFTS = {2: 0, 3: 2, 4: 6}  # bits -> shift latents, 2^(b-1) - 2
+
+
+def s3_levels(bits: int) -> Tensor:
+    """The value set {0, ±2^p : p = 0 ... 2^(bits-1)-2}, float32, ascending: 3, 7 or 15 values at 2, 3 or 4 bits."""
+    if bits not in SHIFTS:
+        raise LowbitError(f"bits={bits!r} is not allowed: S3 takes 2, 3 or 4 bits")
+    positive = 2.0 ** torch.arange(SHIFTS[bits] + 1, dtype=torch.float32)
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+
+
+def _runs(w_t: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
+    """S_1 ... S_N, 0 of S_k = [t_k > 0]·(S_(k+1)+1): how many gates in a row are open from the k-th on."""
+    runs = [torch.zeros_like(like)]
+    for t in reversed(w_t):
+        runs.append((runs[-1] + 1) * (t > 0))
+    return runs[::-1]
+
+
+class _S3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
+        ctx.save_for_backward(w_sign, w_sparse, *w_t)
+        return torch.where(w_sparse > 0, _sign(w_sign) * torch.exp2(_runs(w_t, w_sign)[0]), 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        w_sign, w_sparse, *w_t = ctx.saved_tensors
+        runs = _runs(tuple(w_t), w_sign)
+        size, sign, kept = torch.exp2(runs[0]), _sign(w_sign), (w_sparse > 0).to(grad.dtype)
+        grad_run = grad * sign * kept * size * math.log(2)  # d(2^S)/dS = 2^S·ln 2
+        grads = []
+        for t, run in zip(w_t, runs[1:], strict=True):
+            grads.append(grad_run * (run + 1))
+            grad_run = grad_run * (t > 0)
+        return grad * kept * size, grad * sign * size, *grads
+
+
+def s3(w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
+    """The S3 weight sgn(t_sign)·[t_sparse > 0]·2^(S_1) of 2, 4 or 8 latents (2, 3 or 4 bits).
+
+    S_k = [t_k > 0]·(S_(k+1)+1), S_(N+1) = 0: at 3 bits S_1 = [t_1 > 0]·([t_2 > 0]+1), as published. So t_1 is the
+    master gate, the first of a leading run of open ones: the opposite order to `denseshift`, whose last latent is.
+
+    Backward, all binarisations are straight-through, without a clipping window, and the rest is the true value:
+    dL/dt_sign = G·[t_sparse > 0]·2^S_1, dL/dt_sparse = G·sgn·2^S_1, dL/dS_1 = G·W·ln 2,
+    dL/dt_k = dL/dS_k·(S_(k+1)+1), dL/dS_(k+1) = dL/dS_k·[t_k > 0]. A weight that is zero moves its sparsity latent
+    only.
+
+    Args:
+        w_sign: the sign latent, float, any shape; ±0.0 count as positive.
+        w_sparse: the sparsity latent of the same shape; the weight is zero unless it is > 0.
+        w_t: 0, 2 or 6 shift latents of the same shape, t_1 first; a gate is open where its latent is > 0.
+
+    Returns:
+        Float tensor of the latents' shape, every element 0 or ±2^p.
+
+    Raises:
+        LowbitError: another number of shift latents.
+    """
+    if len(w_t) not in SHIFTS.values():
+        raise LowbitError(f"{len(w_t)} shift latents were given; S3 has 0, 2 or 6 (2, 3 or 4 bits)")
+    return _S3.apply(w_sign, w_sparse, *w_t)
+
+
+def s3_codes(w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
+    """Indices into `s3_levels` of the weight that these latents give, int16."""
+    with torch.no_grad():
+        size = torch.where(w_sparse > 0, _runs(w_t, w_sign)[0] + 1, 0.0).to(torch.int16)
+        return len(w_t) + 1 + torch.where(w_sign >= 0, size, -size)
+
+
+def s3_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ...]:
+    """Latents of magnitude ``size`` that give level index ``codes`` (int, 0 ... 2^bits-2): the inverse of `s3`.
+
+    The first S shift gates are open, the others closed; those of a zero are closed, and its sign is positive.
+    """
+    index = codes - (SHIFTS[bits] + 1)
+    sign = torch.where(index >= 0, size, -size)
+    return sign, *(torch.where(index.abs() > k, size, -size) for k in range(SHIFTS[bits] + 1))
+
+
+@method("s3")
+class S3(Method):
+    """Power-of-two weights with zero by sign-sparse-shift decomposition. Costs 2, 4 or 8 latents a weight in training.
+
+    Args:
+        bits: 2 (ternary, no shift latent), 3 (as published) or 4; one bit pattern in 2^bits is unused.
+        scale: "none" uses 0, ±2^p raw, as published, where a normalisation follows; "statistical" keeps each output
+            channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
+        init: "kaiming" draws every latent from N(0, sqrt(2/(k²·C_out))), as published; "dense" is the authors' variant
+            of it, sparsity latents positive and shift latents negative, so that all weights start at ±1; "normal" draws
+            from N(0, sigma); "project" starts from the given weight.
+        sigma: standard deviation ("normal") or magnitude ("project", and weights assigned later) of the latents.
+        sparse_penalty: α of the term α·Σ max(-t_sparse, 0) in the loss, which pulls zeros back towards ±2^p; 1e-5 as
+            published, 0 for none.
+    """
+
+    bits: Literal[2, 3, 4] = 4
+    scale: Literal["none", "statistical", "pow2"] = "none"
+    init: Literal["kaiming", "dense", "normal", "project"] = "kaiming"
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    sparse_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-5
+
+    def weight(self, weight: Tensor) -> WeightQuantizer:
+        """See `Method.weight`."""
+        return S3Weight(self, weight)
+
+
+class S3Weight(WeightQuantizer):
+    """`s3` as a parametrisation with 2, 4 or 8 latents, times the optional per-channel scale."""
+
+    rms: Tensor
+
+    def __init__(self, config: S3, weight: Tensor):
+        super().__init__()
+        self.config = config
+        if config.scale != "none":
+            self.register_buffer("rms", _rms(weight))
+
+    def forward(self, *latents: Tensor) -> Tensor:
+        weight = s3(*latents)
+        if self.config.scale == "none":
+            return weight
+        return (weight * row_scale(weight, self.rms, self.config.scale)).to(weight.dtype)
+
+    @property
+    def levels(self) -> Tensor:
+        return s3_levels(self.config.bits)
+
+    def codes(self, *latents: Tensor) -> Tensor:
+        return s3_codes(*latents)
+
+    def scale(self, *latents: Tensor) -> Tensor:
+        if self.config.scale == "none":
+            return torch.ones((1,) * latents[0].ndim, dtype=latents[0].dtype, device=latents[0].device)
+        with torch.no_grad():
+            return row_scale(s3(*latents), self.rms, self.config.scale)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            if self.config.scale != "none":
+                self.rms.copy_(_rms(weight))
+            codes = nearest_codes(weight, self.levels.to(weight.device), raw=self.config.scale == "none")
+            return tuple(t.to(weight.dtype) for t in s3_latents(codes, self.config.bits, self.config.sigma))
+
+    def initialize_(self, *latents: Tensor) -> None:
+        if self.config.init == "project":
+            return
+        std = self.config.sigma
+        if self.config.init != "normal":
+            rows, _, *kernel = latents[0].shape
+            std = math.sqrt(2 / (rows * math.prod(kernel)))
+        with torch.no_grad():
+            for t in latents:
+                t.normal_(std=std)
+            if self.config.init == "dense":
+                _, w_sparse, *w_t = latents
+                w_sparse.abs_()
+                for t in w_t:
+                    t.abs_().neg_()
+
+    def penalty(self, *latents: Tensor) -> Tensor:
+        if self.config.sparse_penalty == 0:
+            return latents[1].new_zeros(())
+        return self.config.sparse_penalty * torch.relu(-as_float(latents[1])).sum()
+
+
+def row_scale(weight: Tensor, rms: Tensor, kind: str) -> Tensor:
+    """What brings each row of ``weight`` to the root mean square ``rms``, detached ``[rows, 1, ...]``, never infinite.
+
+    ``kind`` "pow2" rounds it to a power of two, "statistical" does not. A row of zeros has no say: it gets ``rms``.
+    """
+    now = _rms(weight)
+    scale = rms / torch.where(now > torch.finfo(now.dtype).tiny, now, 1.0)
+    return scale if kind == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
+
+
+def nearest_codes(weight: Tensor, levels: Tensor, raw: bool) -> Tensor:
+    """Codes of the levels (which hold 0 and ±1) nearest to each row of ``weight`` after a search for its best scale.
+
+    A row that is a scale times levels keeps its ratios exactly; with ``raw`` one that is levels keeps its codes.
+    """
+    weight = as_float(weight)
+    if not raw:
+        size = weight.abs()
+        smallest = torch.where(size > 0, size, math.inf).amin(dim=per_row(weight), keepdim=True)
+        # The floor keeps squares of the quotient finite; no row on a grid of up to 6 bits is below it.
+        weight = weight / torch.where(smallest < math.inf, smallest, 1.0).maximum(_rms(weight) * 2.0**-32)
+    return _project(weight, levels)
