@@ -262,7 +262,7 @@ WRONG = [
     (lambda: DenseShift(scale="pow"), "scale='pow'.*'none', 'statistical' or 'pow2'"),
     (lambda: DenseShift(sigma=0.0), "sigma=0.0"),
     (lambda: DenseShift(sigma=float("nan")), "sigma=nan"),
-    (lambda: QuantConfig(weight=StatsQ), "weight=.*DenseShift, LSQ"),
+    (lambda: QuantConfig(weight=StatsQ), "weight=.*DenseShift.*LSQ"),
     (lambda: QuantConfig(activation=StatsQ()), "activation=.*LSQ"),
     (lambda: QuantConfig(weight={"bits": 2}), "method"),
     (lambda: QuantConfig(weight={"method": "statq"}), "statq.*statsq"),

@@ -1,0 +1,132 @@
+"""PACT: activations clipped at a learnt threshold, then put on a uniform grid.
+
+Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", arXiv 1805.06085, equations 1-3.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers.base import ActivationQuantizer, Method, as_float, method
+
+__all__ = ["PACT", "pact", "pact_codes"]
+
+SMALLEST_ALPHA = 1e-8
+
+
+def _steps(bits: int) -> int:
+    if not (isinstance(bits, int) and 1 <= bits <= 8):
+        raise LowbitError(f"bits={bits!r} is not allowed: PACT takes 1 to 8 bits")
+    return 2**bits - 1
+
+
+def _position(x: Tensor, alpha: Tensor, steps: int) -> Tensor:
+    """``round(clip(x, 0, α)/α · steps)``: whole numbers 0 ... steps, as floats."""
+    return torch.round((x / alpha).clamp(0, 1) * steps)
+
+
+class _PACT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: Tensor, steps: int) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        return (_position(x, alpha, steps) / steps) * alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, alpha = ctx.saved_tensors
+        clipped = x >= alpha
+        grad_x = torch.where((x >= 0) & ~clipped, grad, 0)
+        return grad_x, torch.where(clipped, grad, 0).sum_to_size(alpha.shape), None
+
+
+def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """Fake-quantises ``x`` to ``round(y·(2^k-1)/α)·α/(2^k-1)`` with ``y = clip(x, 0, α)`` (equations 1 and 2).
+
+    The gradient to ``x`` passes for 0 <= x < α; that to ``α`` is the sum of the gradients where x >= α (equation 3:
+    the rounding's share inside the range is left out, unlike in LSQ).
+
+    Args:
+        x: float, any shape; half precision is computed in float32 and cast back.
+        alpha: positive float, a scalar or broadcastable against ``x``.
+        bits: 1 to 8.
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        LowbitError: ``bits`` out of range.
+    """
+    return _PACT.apply(as_float(x), as_float(alpha), _steps(bits)).to(x.dtype)  # cast outside, see statsq
+
+
+def pact_codes(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    """The whole numbers 0 ... 2^bits-1 that `pact` multiplies by α/(2^bits-1), int16."""
+    with torch.no_grad():
+        return _position(as_float(x), as_float(alpha), _steps(bits)).to(torch.int16)
+
+
+@method("pact")
+class PACT(Method):
+    """Learnt clipping of a layer's input, one threshold for each layer. Takes the place of the ReLU before it.
+
+    The paper regularises α by an L2 penalty as strong as that of the weights: that is the optimiser's weight decay,
+    as long as α is not excluded from it.
+
+    Args:
+        bits: 1 to 8.
+        alpha: starting threshold. The penalty is there to shrink one that starts too large, such as the customary
+            10.0; None starts at the largest value of the first batch.
+    """
+
+    bits: Annotated[int, Field(ge=1, le=8)] = 4
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
+
+    def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
+        """See `Method.activation`; the channels play no part."""
+        return PACTActivation(self)
+
+
+class PACTActivation(ActivationQuantizer):
+    """`pact` in front of a layer; with ``alpha=None`` the threshold is an empty parameter until the first batch."""
+
+    def __init__(self, config: PACT):
+        super().__init__()
+        self.config = config
+        self.alpha = nn.Parameter(torch.empty(0) if config.alpha is None else torch.tensor(config.alpha))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.alpha.numel() > 0
+
+    def positive_alpha(self) -> Tensor:
+        """The threshold, kept positive at use without cutting its gradient, so that it can come back."""
+        alpha = self.alpha
+        return alpha.clamp_min(SMALLEST_ALPHA).detach() + (alpha - alpha.detach())  # the bracket is exactly zero
+
+    @torch.compiler.disable
+    def _calibrate(self, x: Tensor) -> None:
+        self.alpha.data = as_float(x.detach()).amax().clamp_min(SMALLEST_ALPHA)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.alpha.numel() == 0:
+            self._calibrate(x)
+        return pact(x, self.positive_alpha(), self.config.bits)
+
+    @property
+    def levels(self) -> Tensor:
+        steps = _steps(self.config.bits)
+        return torch.arange(steps + 1, dtype=torch.float32, device=self.alpha.device) / steps
+
+    def codes(self, x: Tensor) -> Tensor:
+        return pact_codes(x, self.positive_alpha(), self.config.bits)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        saved = state_dict.get(prefix + "alpha")
+        if saved is not None and self.alpha.numel() == 0:
+            self.alpha.data = torch.empty_like(saved, device=self.alpha.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
