@@ -167,7 +167,7 @@ class DenseShiftWeight(WeightQuantizer):
 
     def forward(self, *latents: Tensor) -> Tensor:
         weight = denseshift(*latents, surrogate=self.config.surrogate, recursion=self.config.recursion)
-        return weight if self.config.scale == "none" else weight * self.scale(*latents)
+        return weight if self.config.scale == "none" else (weight * self.scale(*latents)).to(weight.dtype)
 
     @property
     def levels(self) -> Tensor:

@@ -8,10 +8,15 @@ from typing import Any
 from lowbit import environment, paths
 
 
+def tables() -> Path:
+    """Where tables go: the run's ``tables/<notebook>`` folder under ``lowbit run``, else ``results/scratch/tables``."""
+    return Path(os.environ.get("LOWBIT_TABLES") or paths.results() / "scratch" / "tables")
+
+
 def save_table(frame, name: str, **settings: Any):
     """Writes ``frame`` (pandas) as ``<name>.csv``, and ``<name>.json`` beside it: what was run, with what, where.
 
-    Under ``lowbit run`` both go to the run's ``tables/<notebook>`` folder, else to ``results/scratch/tables``.
+    Both go to the folder `tables`.
 
     Args:
         frame: one row a measurement, the seed among its columns where there is one.
@@ -21,7 +26,7 @@ def save_table(frame, name: str, **settings: Any):
     Returns:
         The frame, so that a cell can end with it.
     """
-    folder = Path(os.environ.get("LOWBIT_TABLES") or paths.results() / "scratch" / "tables")
+    folder = tables()
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     notebook = os.environ.get("LOWBIT_NOTEBOOK")

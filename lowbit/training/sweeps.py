@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.suite.tables import save_table, tables
 
 
 def sweep(
@@ -31,7 +32,8 @@ def sweep(
         A pandas frame in order of arms and seeds: the arm's arguments, ``seed``, and what was returned.
 
     Raises:
-        LowbitError: nothing to run; or a run failed: which one, and why.
+        LowbitError: nothing to run; or a run failed: which one, and why. What had been measured until then is kept
+            by `lowbit.save_table`, and the message says where.
     """
     import pandas as pd
     from joblib import Parallel, delayed, parallel_config
@@ -49,10 +51,19 @@ def sweep(
     with tqdm(total=len(jobs), desc=description, unit="run") as bar, parallel_config("loky", inner_max_num_threads=1):
         # One worker is this process (joblib's sequential form): no start-up, no copies, a debugger works.
         done = Parallel(workers, return_as="generator")(delayed(_one)(run, arm, seed) for arm, seed in jobs)
-        for (arm, seed), result in zip(jobs, done, strict=True):
-            for row in [result] if isinstance(result, Mapping) else result:
-                rows.append({**arm, "seed": seed, **row})
-            bar.update()
+        try:
+            for (arm, seed), result in zip(jobs, done, strict=True):
+                for row in [result] if isinstance(result, Mapping) else result:
+                    rows.append({**arm, "seed": seed, **row})
+                bar.update()
+        except LowbitError as error:
+            if not rows:
+                raise
+            name = "unfinished_" + "_".join(description.split())
+            save_table(pd.DataFrame(rows), name)
+            raise LowbitError(
+                f"{error}; the {len(rows)} rows measured before it are in {tables() / name}.csv"
+            ) from None
     return pd.DataFrame(rows)
 
 

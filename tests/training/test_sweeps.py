@@ -1,5 +1,6 @@
 """`sweep`: every arm with every seed, the same numbers in one process and in several, failures by name."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -51,6 +52,19 @@ def test_a_failed_run_is_named():
 
     with pytest.raises(LowbitError, match=r"lr=3, seed=7 failed: ValueError: too large"):
         sweep(run, [{"lr": 3}], [7], workers=1)
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_TABLES", str(tmp_path))
+
+    def run(lr, seed):
+        if lr > 2:
+            raise ValueError("too large")
+        return {"loss": lr}
+
+    with pytest.raises(LowbitError, match="lr=3.*2 rows measured before it are in .*unfinished_the_runs.csv"):
+        sweep(run, [{"lr": 1}, {"lr": 3}], [0, 1], workers=1, description="the runs")
+    assert pd.read_csv(tmp_path / "unfinished_the_runs.csv").values.tolist() == [[1, 0, 1], [1, 1, 1]]
 
 
 def test_nothing_to_run_is_refused():
