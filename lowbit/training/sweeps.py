@@ -61,9 +61,8 @@ def sweep(
                 raise
             name = "unfinished_" + "_".join(description.split())
             save_table(pd.DataFrame(rows), name)
-            raise LowbitError(
-                f"{error}; the {len(rows)} rows measured before it are in {tables() / name}.csv"
-            ) from None
+            kept = f"the {len(rows)} rows measured before it are in {tables() / name}.csv"
+            raise LowbitError(f"{error}; {kept}") from None
     return pd.DataFrame(rows)
 
 

@@ -62,7 +62,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
             raise ValueError("too large")
         return {"loss": lr}
 
-    with pytest.raises(LowbitError, match="lr=3.*2 rows measured before it are in .*unfinished_the_runs.csv"):
+    with pytest.raises(LowbitError, match=r"lr=3.*2 rows measured before it are in .*unfinished_the_runs\.csv"):
         sweep(run, [{"lr": 1}, {"lr": 3}], [0, 1], workers=1, description="the runs")
     assert pd.read_csv(tmp_path / "unfinished_the_runs.csv").values.tolist() == [[1, 0, 1], [1, 1, 1]]
 
