@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,6 +107,21 @@ class Data:
         return dataclasses.replace(
             self, train=_draw(self.train, train, seed, self.name), test=_draw(self.test, test, seed + 1, self.name)
         )
+
+    def only(self, chosen: Sequence[str]) -> "Data":
+        """The same task with only the classes ``chosen`` (names, in their new label order)."""
+        if missing := [name for name in chosen if name not in self.classes]:
+            raise DataError(f"{self.name} has no class {missing[0]!r}; it has {', '.join(self.classes)}")
+        if len(set(chosen)) != len(chosen) or not chosen or not isinstance(self.train, ArrayDataset):
+            raise LowbitError(f"only({list(chosen)}) of {self.name}: give each class once; the set has to be in memory")
+        relabel = torch.full((len(self.classes),), -1)
+        relabel[[self.classes.index(name) for name in chosen]] = torch.arange(len(chosen))
+
+        def keep(split: ArrayDataset) -> ArrayDataset:
+            part = split.take((relabel[split.y] >= 0).nonzero()[:, 0])
+            return dataclasses.replace(part, y=relabel[part.y])
+
+        return dataclasses.replace(self, classes=tuple(chosen), train=keep(self.train), test=keep(self.test))
 
     def hold_out(self, fraction: float = 0.1, seed: int = 0) -> "Data":
         """The same task without its test set: ``test`` becomes a stratified ``fraction`` of the training split.

@@ -8,7 +8,7 @@ from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer,
 MODULES = {
     info.name: importlib.import_module(f"{__name__}.{info.name}")
     for info in pkgutil.iter_modules(__path__)
-    if info.name != "base"
+    if info.name not in ("base", "scaling")  # every other file is a method
 }
 
 # The settings classes are offered here under their own names, whichever files there are.

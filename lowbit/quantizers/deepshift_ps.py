@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
 from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method
-from lowbit.quantizers.denseshift import _rms
-from lowbit.quantizers.s3 import nearest_codes, row_scale
+from lowbit.quantizers.scaling import nearest_codes, rms, row_scale
 
 __all__ = ["DeepShiftPS", "deepshift_ps", "deepshift_ps_codes", "deepshift_ps_latents", "deepshift_ps_levels"]
 
@@ -123,7 +122,7 @@ class DeepShiftPSWeight(WeightQuantizer):
         super().__init__()
         self.config = config
         if config.scale != "none":
-            self.register_buffer("rms", _rms(weight))
+            self.register_buffer("rms", rms(weight))
 
     def forward(self, p: Tensor, s: Tensor) -> Tensor:
         weight = deepshift_ps(p, s, self.config.bits)
@@ -150,7 +149,7 @@ class DeepShiftPSWeight(WeightQuantizer):
             if self.config.scale == "none":
                 p, s = torch.round(torch.log2(as_float(weight).abs())).clamp(lowest, 0), torch.sign(weight)
             else:
-                self.rms.copy_(_rms(weight))
+                self.rms.copy_(rms(weight))
                 whole = self.levels.to(weight.device) * 2.0**-lowest
                 p, s = deepshift_ps_latents(nearest_codes(weight, whole, raw=False), self.config.bits)
             return p.to(weight.dtype), s.to(weight.dtype)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, nearest, per_row, refuse_nan
+from lowbit.quantizers.base import Method, WeightQuantizer, method, refuse_nan
+from lowbit.quantizers.scaling import kaiming_std, nearest_codes, rms, row_scale
 
 __all__ = ["DenseShift", "denseshift", "denseshift_exponent", "denseshift_latents", "denseshift_levels"]
 
@@ -138,7 +139,8 @@ class DenseShift(Method):
             channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
         surrogate: "sqrt" as published, or "identity"; see `denseshift`.
         recursion: "nested" as published, or "sum"; see `denseshift`.
-        init: "random" draws every latent from N(0, sigma), as published; "project" starts from the given weight.
+        init: "random" draws every latent from N(0, sigma), as published; "kaiming" from N(0, sqrt(2/(k²·C_out))), the
+            start of S3 and the published ablation's other arm; "project" starts from the given weight.
         sigma: standard deviation of the latents at the start, 1e-3 as published.
     """
 
@@ -146,7 +148,7 @@ class DenseShift(Method):
     scale: Literal["none", "statistical", "pow2"] = "none"
     surrogate: Literal["sqrt", "identity"] = "sqrt"
     recursion: Literal["nested", "sum"] = "nested"
-    init: Literal["random", "project"] = "random"
+    init: Literal["random", "kaiming", "project"] = "random"
     sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
 
     def weight(self, weight: Tensor) -> WeightQuantizer:
@@ -163,7 +165,7 @@ class DenseShiftWeight(WeightQuantizer):
         super().__init__()
         self.config = config
         if config.scale != "none":
-            self.register_buffer("rms", _rms(weight))
+            self.register_buffer("rms", rms(weight))
 
     def forward(self, *latents: Tensor) -> Tensor:
         weight = denseshift(*latents, surrogate=self.config.surrogate, recursion=self.config.recursion)
@@ -183,8 +185,7 @@ class DenseShiftWeight(WeightQuantizer):
         with torch.no_grad():
             if self.config.scale == "none":
                 return torch.ones((1,) * latents[0].ndim, dtype=latents[0].dtype, device=latents[0].device)
-            scale = self.rms / _rms(torch.exp2(self._exponent(latents)))
-            return scale if self.config.scale == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
+            return row_scale(torch.exp2(self._exponent(latents)), self.rms, self.config.scale)
 
     def _exponent(self, latents: tuple[Tensor, ...]) -> Tensor:
         return denseshift_exponent(*latents[1:], recursion=self.config.recursion)
@@ -192,37 +193,15 @@ class DenseShiftWeight(WeightQuantizer):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             if self.config.scale != "none":
-                self.rms.copy_(_rms(weight))
-            codes = _project(as_float(weight), self.levels.to(weight.device))
+                self.rms.copy_(rms(weight))
+            codes = nearest_codes(weight, self.levels.to(weight.device), raw=self.config.scale == "none")
             latents = denseshift_latents(codes, self.config.bits, self.config.sigma)
             return tuple(t.to(weight.dtype) for t in latents)
 
     def initialize_(self, *latents: Tensor) -> None:
-        if self.config.init == "random":
-            with torch.no_grad():
-                for t in latents:
-                    t.normal_(std=self.config.sigma)
-
-
-def _rms(w: Tensor) -> Tensor:
-    """Root mean square of each row, ``[rows, 1, ...]``, never zero."""
-    rms = as_float(w.detach()).square().mean(dim=per_row(w), keepdim=True).sqrt()
-    return rms.clamp_min(torch.finfo(rms.dtype).tiny)
-
-
-def _project(w: Tensor, levels: Tensor) -> Tensor:
-    """Codes of the nearest levels after the best per-row scale of a small search; on-grid weights keep their codes."""
-    smallest = w.abs().amin(dim=per_row(w), keepdim=True)
-    rms = _rms(w)
-    candidates = [torch.ones_like(rms), smallest.clamp_min(torch.finfo(w.dtype).tiny)]
-    candidates += [rms * 2.0 ** (-k / 4) for k in range(-4, 24)]
-    best_codes, best_error = None, None
-    for scale in candidates:
-        codes = nearest(w / scale, levels)
-        error = (levels[codes.long()] * scale - w).square().sum(dim=per_row(w), keepdim=True)
-        if best_codes is None:
-            best_codes, best_error = codes, error
-        else:
-            better = error < best_error
-            best_codes, best_error = torch.where(better, codes, best_codes), torch.where(better, error, best_error)
-    return best_codes
+        if self.config.init == "project":
+            return
+        std = kaiming_std(latents[0]) if self.config.init == "kaiming" else self.config.sigma
+        with torch.no_grad():
+            for t in latents:
+                t.normal_(std=std)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, per_row
-from lowbit.quantizers.denseshift import _project, _rms, _sign
+from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method
+from lowbit.quantizers.denseshift import _sign
+from lowbit.quantizers.scaling import kaiming_std, nearest_codes, rms, row_scale
 
 __all__ = ["S3", "s3", "s3_codes", "s3_latents", "s3_levels"]
 
@@ -138,7 +139,7 @@ class S3Weight(WeightQuantizer):
         super().__init__()
         self.config = config
         if config.scale != "none":
-            self.register_buffer("rms", _rms(weight))
+            self.register_buffer("rms", rms(weight))
 
     def forward(self, *latents: Tensor) -> Tensor:
         weight = s3(*latents)
@@ -162,17 +163,14 @@ class S3Weight(WeightQuantizer):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             if self.config.scale != "none":
-                self.rms.copy_(_rms(weight))
+                self.rms.copy_(rms(weight))
             codes = nearest_codes(weight, self.levels.to(weight.device), raw=self.config.scale == "none")
             return tuple(t.to(weight.dtype) for t in s3_latents(codes, self.config.bits, self.config.sigma))
 
     def initialize_(self, *latents: Tensor) -> None:
         if self.config.init == "project":
             return
-        std = self.config.sigma
-        if self.config.init != "normal":
-            rows, _, *kernel = latents[0].shape
-            std = math.sqrt(2 / (rows * math.prod(kernel)))
+        std = self.config.sigma if self.config.init == "normal" else kaiming_std(latents[0])
         with torch.no_grad():
             for t in latents:
                 t.normal_(std=std)
@@ -186,27 +184,3 @@ class S3Weight(WeightQuantizer):
         if self.config.sparse_penalty == 0:
             return latents[1].new_zeros(())
         return self.config.sparse_penalty * torch.relu(-as_float(latents[1])).sum()
-
-
-def row_scale(weight: Tensor, rms: Tensor, kind: str) -> Tensor:
-    """What brings each row of ``weight`` to the root mean square ``rms``, detached ``[rows, 1, ...]``, never infinite.
-
-    ``kind`` "pow2" rounds it to a power of two, "statistical" does not. A row of zeros has no say: it gets ``rms``.
-    """
-    now = _rms(weight)
-    scale = rms / torch.where(now > torch.finfo(now.dtype).tiny, now, 1.0)
-    return scale if kind == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
-
-
-def nearest_codes(weight: Tensor, levels: Tensor, raw: bool) -> Tensor:
-    """Codes of the levels (which hold 0 and ±1) nearest to each row of ``weight`` after a search for its best scale.
-
-    A row that is a scale times levels keeps its ratios exactly; with ``raw`` one that is levels keeps its codes.
-    """
-    weight = as_float(weight)
-    if not raw:
-        size = weight.abs()
-        smallest = torch.where(size > 0, size, math.inf).amin(dim=per_row(weight), keepdim=True)
-        # The floor keeps squares of the quotient finite; no row on a grid of up to 6 bits is below it.
-        weight = weight / torch.where(smallest < math.inf, smallest, 1.0).maximum(_rms(weight) * 2.0**-32)
-    return _project(weight, levels)

@@ -112,3 +112,19 @@ def test_every_set_says_what_it_is(name):
 
 def test_manifest_of_a_generated_set_follows_its_code():
     assert len(lowbit.data.manifest("shapes")["generator_sha256"]) == 64
+
+
+def test_only_some_classes_in_the_order_given():
+    whole = load("digits")
+    part = whole.only(["7", "2"])
+    assert part.classes == ("7", "2") and part.num_classes == 2
+    for split, before in ((part.train, whole.train), (part.test, whole.test)):
+        kept = (before.y == 7) | (before.y == 2)
+        assert torch.equal(split.x, before.x[kept])
+        assert torch.equal(split.y, (before.y[kept] == 2).long())
+
+
+@pytest.mark.parametrize("chosen", [["7", "ten"], ["7", "7"], []])
+def test_only_refuses_what_is_not_there(chosen):
+    with pytest.raises(LowbitError, match=r"ten|once"):
+        load("digits").only(chosen)

@@ -179,3 +179,13 @@ def test_nan_in_any_latent_is_refused(place):
     latents[place][2] = float("nan")
     with pytest.raises(LowbitError, match="denseshift holds NaN"):
         denseshift(*latents)
+
+
+@pytest.mark.parametrize(("init", "std"), [("random", 1e-3), ("kaiming", math.sqrt(2 / (9 * 32)))])
+def test_latents_start_with_the_deviation_that_init_names(init, std):
+    torch.manual_seed(0)
+    latents = [torch.empty(32, 16, 3, 3) for _ in range(4)]
+    DenseShift(bits=3, init=init).weight(latents[0]).initialize_(*latents)
+    for t in latents:
+        assert t.std().item() == pytest.approx(std, rel=0.05)
+    assert not torch.equal(latents[0], latents[1])

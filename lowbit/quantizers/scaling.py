@@ -1,0 +1,62 @@
+"""What the shift methods share: the size of rows, scales that keep it, and the nearest weight on a grid."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowbit.quantizers.base import as_float, nearest, per_row
+
+
+def kaiming_std(weight: Tensor) -> float:
+    """Standard deviation sqrt(2/(k²·C_out)) of S3's initialisation, for a weight ``[C_out, C_in, ...]``."""
+    rows, _, *kernel = weight.shape
+    return math.sqrt(2 / (rows * math.prod(kernel)))
+
+
+def rms(w: Tensor) -> Tensor:
+    """Root mean square of each row, ``[rows, 1, ...]``, never zero."""
+    size = as_float(w.detach()).square().mean(dim=per_row(w), keepdim=True).sqrt()
+    return size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+def _search(w: Tensor, levels: Tensor) -> Tensor:
+    """Codes of the nearest levels after the best per-row scale of a small search; on-grid weights keep their codes."""
+    smallest = w.abs().amin(dim=per_row(w), keepdim=True)
+    size = rms(w)
+    candidates = [torch.ones_like(size), smallest.clamp_min(torch.finfo(w.dtype).tiny)]
+    candidates += [size * 2.0 ** (-k / 4) for k in range(-4, 24)]
+    best_codes, best_error = None, None
+    for scale in candidates:
+        codes = nearest(w / scale, levels)
+        error = (levels[codes.long()] * scale - w).square().sum(dim=per_row(w), keepdim=True)
+        if best_codes is None:
+            best_codes, best_error = codes, error
+        else:
+            better = error < best_error
+            best_codes, best_error = torch.where(better, codes, best_codes), torch.where(better, error, best_error)
+    return best_codes
+
+
+def row_scale(weight: Tensor, target: Tensor, kind: str) -> Tensor:
+    """What brings each row of ``weight`` to the root mean square ``target``: detached, ``[rows, 1, ...]``, finite.
+
+    ``kind`` "pow2" rounds it to a power of two, "statistical" does not. A row of zeros has no say: it gets ``target``.
+    """
+    now = rms(weight)
+    scale = target / torch.where(now > torch.finfo(now.dtype).tiny, now, 1.0)
+    return scale if kind == "statistical" else torch.exp2(torch.round(torch.log2(scale)))
+
+
+def nearest_codes(weight: Tensor, levels: Tensor, raw: bool) -> Tensor:
+    """Codes of the levels (which hold 0 and ±1) nearest to each row of ``weight`` after a search for its best scale.
+
+    A row that is a scale times levels keeps its ratios exactly; with ``raw`` one that is levels keeps its codes.
+    """
+    weight = as_float(weight)
+    if not raw:
+        size = weight.abs()
+        smallest = torch.where(size > 0, size, math.inf).amin(dim=per_row(weight), keepdim=True)
+        # The floor keeps squares of the quotient finite; no row on a grid of up to 6 bits is below it.
+        weight = weight / torch.where(smallest < math.inf, smallest, 1.0).maximum(rms(weight) * 2.0**-32)
+    return _search(weight, levels)
