@@ -146,7 +146,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
     # A copy, since a first forward pass calibrates activation quantisers and changes running statistics.
     own = copy.deepcopy(model).eval()
-    x = torch.zeros(1, *input_shape, device=next(own.parameters()).device)
+    x = torch.zeros(1, *input_shape, device=getattr(next(own.parameters(), None), "device", None))
     counter = FlopCounterMode(display=False, depth=None)
     # Attention as plain matrix products, and with gradients, which keeps torch.nn.MultiheadAttention off its fast path:
     # the counter does not know the fused forms.
