@@ -39,7 +39,9 @@ def _codes(w: Tensor, bits: int, n1: Tensor) -> Tensor:
     levels = inq_levels(bits).to(w)
     positive = levels[len(levels) // 2 :]
     # right=True: equation 4 gives a weight half-way between two magnitudes the larger.
-    index = torch.bucketize(w.abs() / torch.exp2(n1.to(w)), (positive[1:] + positive[:-1]) / 2, right=True)
+    index = torch.bucketize(
+        (w.abs() / torch.exp2(n1.to(w))).contiguous(), (positive[1:] + positive[:-1]) / 2, right=True
+    )
     return (len(levels) // 2 + torch.where(w < 0, -index, index)).to(torch.int16)
 
 

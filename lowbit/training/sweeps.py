@@ -1,5 +1,6 @@
 """The same experiment for every arm and seed, several at once: :func:`sweep`."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ def sweep(
         raise LowbitError(f"workers={workers} is not allowed; it takes 1 or more")
     workers = min(workers, len(jobs))
     rows = []
+    # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
     with tqdm(total=len(jobs), desc=description, unit="run") as bar, parallel_config("loky", inner_max_num_threads=1):
         # One worker is this process (joblib's sequential form): no start-up, no copies, a debugger works.
         done = Parallel(workers, return_as="generator")(delayed(_one)(run, arm, seed) for arm, seed in jobs)
