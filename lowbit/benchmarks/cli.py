@@ -17,7 +17,10 @@ def _benchmarks() -> None:
 @app.command()
 def training(
     model: Annotated[
-        list[str] | None, typer.Option(help="vit-d192 or resnet18; repeat for several; default both")
+        list[str] | None,
+        typer.Option(
+            help="vit-d192, resnet18, resnet18-shift or resnet18-shift-small; repeat for several; default all"
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; default: torch's own choice")] = None,
@@ -28,9 +31,9 @@ def training(
     from lowbit.benchmarks.report import show
     from lowbit.errors import LowbitError
 
-    chosen = model or list(bench.MODELS)
-    if unknown := sorted(set(chosen) - set(bench.MODELS)):
-        raise LowbitError(f"--model {unknown[0]!r} is not known; allowed: {', '.join(bench.MODELS)}")
+    chosen = model or list(bench.CASES)
+    if unknown := sorted(set(chosen) - set(bench.CASES)):
+        raise LowbitError(f"--model {unknown[0]!r} is not known; allowed: {', '.join(bench.CASES)}")
     results = bench.run(chosen, repeats=repeats, threads=threads)
     show(results)
     if json_file is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowbit.benchmarks import peers
 from lowbit.benchmarks.report import Result, summarize
 
-BATCH, PIXELS, CLASSES = 64, 32, 10
+CLASSES = 10
 BASELINE = "fp32"
 
 
@@ -24,23 +24,33 @@ class Engine:
     step: Callable[[], None]
 
 
-def _vit() -> nn.Module:
+@dataclass(frozen=True)
+class Case:
+    """What is timed: the model ``make(pixels)`` on ``batch`` images at a time, by what ``engines`` makes of it."""
+
+    make: Callable[[int], nn.Module]
+    batch: int
+    pixels: int
+    engines: Callable[[nn.Module, Tensor, Tensor], list[Engine]]
+
+
+def _vit(pixels: int) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=PIXELS, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=CLASSES)
+    return VisionTransformer(img_size=pixels, patch_size=4, embed_dim=192, depth=6, num_heads=3, num_classes=CLASSES)
 
 
-def _resnet18() -> nn.Module:
+def _resnet18(pixels: int) -> nn.Module:
     import timm
 
-    return timm.create_model("resnet18", num_classes=CLASSES)
+    return timm.create_model("resnet18", num_classes=CLASSES, zero_init_last=False)
 
 
-MODELS = {"vit-d192": _vit, "resnet18": _resnet18}
-
-
-def _engine(name: str, model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False) -> Engine:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def _engine(name: str, model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False, sgd: bool = False) -> Engine:
+    if sgd:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -83,6 +93,33 @@ def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engin
     return made + [_engine(name, peer, x, y) for name, peer in peers.training(model, bits)]
 
 
+def shift_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
+    """Full precision and DenseShift at 2, 3 and 4 bits (2, 4 and 8 latents a weight), with SGD as published.
+
+    Eager, and 3 bits also with compiled quantisers. Convolutions channels-last everywhere.
+    """
+    from lowbit.nn import QuantConfig, compile_quantizers, quantize_
+    from lowbit.quantizers import DenseShift
+
+    model, x = (part.to(memory_format=torch.channels_last) for part in (model, x))
+
+    def quantized(bits: int) -> nn.Module:
+        return quantize_(copy.deepcopy(model), QuantConfig(weight=DenseShift(bits=bits)))
+
+    made = [_engine(BASELINE, copy.deepcopy(model), x, y, sgd=True)]
+    made += [_engine(f"denseshift {bits}-bit eager", quantized(bits), x, y, sgd=True) for bits in (2, 3, 4)]
+    compiled = compile_quantizers(quantized(3))
+    return [*made, _engine("denseshift 3-bit compiled quantisers", compiled, x, y, sgd=True)]
+
+
+CASES = {
+    "vit-d192": Case(_vit, 64, 32, engines),
+    "resnet18": Case(_resnet18, 64, 32, engines),
+    "resnet18-shift": Case(_resnet18, 32, 224, shift_engines),
+    "resnet18-shift-small": Case(_resnet18, 64, 32, shift_engines),
+}
+
+
 def unfuse_attention(model: nn.Module) -> nn.Module:
     """Turns timm's fused attention off, whose backward is slow on the CPU."""
     for module in model.modules():
@@ -91,8 +128,8 @@ def unfuse_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def run(models: list[str], repeats: int = 15, warmup: int = 3, threads: int | None = None) -> list[Result]:
-    """Times one step of every engine, interleaved, ``repeats`` rounds after ``warmup``, for each of ``models``."""
+def run(names: list[str], repeats: int = 15, warmup: int = 3, threads: int | None = None) -> list[Result]:
+    """Times one step of every engine of the `CASES` named, interleaved, ``repeats`` rounds after ``warmup``."""
     from tqdm.auto import tqdm
 
     from lowbit.training.memory import keep_freed_memory
@@ -101,10 +138,11 @@ def run(models: list[str], repeats: int = 15, warmup: int = 3, threads: int | No
     if threads:
         torch.set_num_threads(threads)
     results = []
-    for name in models:
+    for name in names:
+        case = CASES[name]
         torch.manual_seed(0)
-        x, y = torch.randn(BATCH, 3, PIXELS, PIXELS), torch.randint(CLASSES, (BATCH,))
-        contestants = engines(MODELS[name](), x, y)
+        x, y = torch.randn(case.batch, 3, case.pixels, case.pixels), torch.randint(CLASSES, (case.batch,))
+        contestants = case.engines(case.make(case.pixels), x, y)
         seconds: dict[str, list[float]] = {engine.name: [] for engine in contestants}
         for engine in tqdm(contestants, desc=f"{name}: build and warm up"):
             for _ in range(warmup):
@@ -114,5 +152,5 @@ def run(models: list[str], repeats: int = 15, warmup: int = 3, threads: int | No
                 start = time.perf_counter()
                 engine.step()
                 seconds[engine.name].append(time.perf_counter() - start)
-        results += summarize(f"training step, {name}, batch {BATCH}", seconds, BASELINE)
+        results += summarize(f"training step, {name}, batch {case.batch}, {case.pixels} px", seconds, BASELINE)
     return results

@@ -1,6 +1,19 @@
-"""Small reference models, and any model of timm or torchvision, by name."""
+"""Small reference models, detectors on them, and any model of timm or torchvision, by name."""
 
-from lowbit.models.transfer import replace_head_
-from lowbit.models.zoo import checkpoints, create, names
+from typing import TYPE_CHECKING
 
-__all__ = ["checkpoints", "create", "names", "replace_head_"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "detection": ["detector"],
+        "transfer": ["replace_head_"],
+        "zoo": ["checkpoints", "create", "names"],
+    },
+)
+
+if TYPE_CHECKING:
+    from lowbit.models.detection import detector
+    from lowbit.models.transfer import replace_head_
+    from lowbit.models.zoo import checkpoints, create, names

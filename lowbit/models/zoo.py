@@ -5,7 +5,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,11 +14,17 @@ from lowbit.errors import LowbitError
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 _small: dict[str, Callable[..., nn.Module]] = {}
+_speech: set[str] = set()  # those of them that take sound
 
 
 def _register(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     _small[make.__name__] = make
     return make
+
+
+def _register_speech(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    _speech.add(make.__name__)
+    return _register(make)
 
 
 @_register
@@ -57,9 +63,25 @@ def vit_nano(
     )
 
 
-def names() -> list[str]:
-    """The project's own models; timm's and torchvision's names work too."""
-    return sorted(_small)
+@_register_speech
+def ds_cnn(num_classes: int = 10, sample_rate: int = 8000, **options: Any) -> nn.Module:
+    """Depthwise-separable CNN for keywords, 23 k parameters; takes sound ``[N, T]`` of any length."""
+    from lowbit.models.speech import DSCNN
+
+    return DSCNN(num_classes, sample_rate, **options)
+
+
+@_register_speech
+def kws_resnet(num_classes: int = 10, sample_rate: int = 8000, **options: Any) -> nn.Module:
+    """Residual net of ordinary convolutions for keywords, 56 k parameters; takes sound ``[N, T]`` of any length."""
+    from lowbit.models.speech import KWSResNet
+
+    return KWSResNet(num_classes, sample_rate, **options)
+
+
+def names(task: Literal["classification", "speech"] = "classification") -> list[str]:
+    """The project's own models for images or for sound; timm's and torchvision's names work too."""
+    return sorted(name for name in _small if (name in _speech) == (task == "speech"))
 
 
 def create(
@@ -75,16 +97,17 @@ def create(
     Args:
         name: one of `names`, a timm model (``deit_tiny_patch16_224``) or a torchvision one (``mobilenet_v2``).
         num_classes: outputs.
-        in_chans: input channels; torchvision's models have three.
+        in_chans: input channels; torchvision's models have three. Models of sound ignore this and ``img_size``.
         img_size: height and width of the images, where the architecture depends on it.
         pretrained: the name of a data set whose checkpoint the project ships (``"digits"``, see `checkpoints`) or
             the path of a file written by `lowbit.save`; for timm's models True fetches timm's own weights.
-        options: passed on to the constructor.
+        options: passed on to the constructor, for models of sound e.g. ``sample_rate`` (default 8000 a second).
 
     Raises:
         LowbitError: an unknown name or option, or no such checkpoint.
     """
-    spec = {"name": name, "num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, **options}
+    shape = {} if name in _speech else {"in_chans": in_chans, "img_size": img_size}
+    spec = {"name": name, "num_classes": num_classes, **shape, **options}
     try:
         model = _build(name, num_classes, in_chans, img_size, pretrained is True, options)
     except TypeError as error:
@@ -100,7 +123,8 @@ def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained
         if pretrained:
             have = ", ".join(sorted(checkpoints().get(name, {}))) or "none"
             raise LowbitError(f"pretrained=True: say which checkpoint of {name!r}; there is {have}")
-        return _small[name](num_classes=num_classes, in_chans=in_chans, img_size=img_size, **options)
+        shape = {} if name in _speech else {"in_chans": in_chans, "img_size": img_size}
+        return _small[name](num_classes=num_classes, **shape, **options)
     import timm
 
     if timm.is_model(name):

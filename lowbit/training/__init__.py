@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "config": ["TrainConfig"],
+        "detection": ["evaluate_detector"],
         "evaluation": ["evaluate", "reestimate_batchnorm_"],
         "loop": ["State", "train"],
         "record": ["RunRecord"],
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 
 if TYPE_CHECKING:
     from lowbit.training.config import TrainConfig
+    from lowbit.training.detection import evaluate_detector
     from lowbit.training.evaluation import evaluate, reestimate_batchnorm_
     from lowbit.training.loop import State, train
     from lowbit.training.record import RunRecord

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +61,10 @@ def train(
     random generators and torch settings are left as they were.
 
     Args:
-        model: maps float32 [N,C,H,W] (or [N,T]) to logits [N,K], or to two of them (distillation head) in training.
-        data: a :class:`lowbit.data.Data` with task "classification" or "speech".
+        model: maps float32 [N,C,H,W] (or [N,T]) to logits [N,K], or to two of them (distillation head) in training;
+            for detection a model of :func:`lowbit.models.detector`.
+        data: a :class:`lowbit.data.Data`; a "detection" set gives the history test_map and test_map50 in place of
+            accuracies and of test_loss (see `lowbit.training.detection`).
         config: the settings.
         teacher: a model to distil from; kept in evaluation mode, without gradients.
         callbacks: see :class:`State`.
@@ -73,7 +75,8 @@ def train(
         LowbitError: settings that do not fit the model, the data or the checkpoint; a loss that is not finite.
         CheckpointError: a checkpoint that is damaged or of another model.
     """
-    _check(data, config, teacher)
+    _check(config, teacher)
+    task = _task(model, data, config, teacher)
     with ExitStack() as stack:
         here = stack.enter_context(processes(device))
         stack.enter_context(seeds.preserved())
@@ -87,21 +90,61 @@ def train(
         if teacher is not None:
             teacher.to(here.device).eval()
         stack.enter_context(_fused_attention(config.fused_attention, here, model, teacher))
-        return _run(model, data, config, teacher, tuple(callbacks), here, fresh)
+        return _run(model, data, config, task, tuple(callbacks), here, fresh)
 
 
-def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) -> record.RunRecord:
+class Classification:
+    """What `train` asks of a task, answered for one label an item; `lowbit.training.detection` answers for boxes.
+
+    Attributes:
+        batches: the class that makes the batches ``(x, y)``.
+        record: the class of what `train` returns.
+        metrics: the columns of the history that ``evaluate`` fills; the progress bar shows the last.
+    """
+
+    batches = Batches
+    record = record.RunRecord
+    metrics = ("test_loss", "test_acc")
+
+    def __init__(self, config: TrainConfig, teacher: nn.Module | None = None):
+        self.config, self.teacher = config, teacher
+        self.weight = 0.0 if teacher is None else 0.5 if config.distill_weight is None else config.distill_weight
+
+    def loss(self, forward: Callable, x: Any, y: Any, here: Processes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one batch, and sums over its items of what the history shows as means."""
+        with _autocast(self.config, here):
+            output = forward(x)
+            with torch.no_grad():
+                target = self.teacher(x) if self.weight else None
+        smoothing, temperature = self.config.label_smoothing, self.config.temperature
+        loss = distillation.loss(output, y, smoothing, target, self.weight, temperature)
+        return loss, {"train_acc": (distillation.merge(output).detach().argmax(1) == y).sum()}
+
+    def evaluate(self, model: nn.Module, batches: Batches, here: Processes) -> dict[str, float]:
+        """The ``metrics`` on the test split, over all processes; leaves evaluation mode on."""
+        return dict(zip(self.metrics, evaluate(model, batches, self.config, here), strict=True))
+
+
+def _task(model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module | None) -> Any:
+    if data.task != "detection":
+        return Classification(config, teacher)
+    from lowbit.training.detection import Detection
+
+    return Detection(model, data, config, teacher)
+
+
+def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> record.RunRecord:
     import lowbit.nn
     from lowbit import environment
 
-    batches = Batches(data, config, here)
+    batches = task.batches(data, config, here)
     lowbit.nn.calibrate(model, batches.first())
     optimizer = optim.build_optimizer(model, config)
     state = State(model, optimizer, config, batches.steps)
-    identity = describe(model, data, teacher, here)
+    identity = describe(model, data, task.teacher, here)
     out = Path(config.out) if config.out is not None else None
     history = _resume(out, state, identity, callbacks, here, fresh)
-    done = record.RunRecord(history, config.to_dict(), environment.describe(), identity, out)
+    done = task.record(history, config.to_dict(), environment.describe(), identity, out)
     if len(history) == config.epochs:
         model.eval()
         return done
@@ -115,13 +158,14 @@ def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) 
         for epoch in range(len(history), config.epochs):
             state.epoch = epoch
             started = time.perf_counter()
-            row = _one_epoch(state, forward, hooks, teacher, batches, callbacks, here, bar)
+            row = _one_epoch(state, forward, hooks, task, batches, callbacks, here, bar)
             last = epoch + 1 == config.epochs
-            row |= dict.fromkeys(("test_loss", "test_acc"))
+            row |= dict.fromkeys(task.metrics)
             if last or (epoch + 1) % config.eval_every == 0:
-                row |= dict(zip(("test_loss", "test_acc"), evaluate(model, batches, config, here), strict=True))
-                if not math.isfinite(row["test_loss"]):
-                    raise _not_finite("test loss", row["test_loss"], state, out)
+                row |= task.evaluate(model, batches, here)
+                for name in task.metrics:
+                    if not math.isfinite(row[name]):
+                        raise _not_finite(name.replace("_", " "), row[name], state, out)
             state.row = row
             for metrics in _call(callbacks, "on_epoch", state):
                 row |= metrics or {}
@@ -130,19 +174,18 @@ def _run(model, data, config, teacher, callbacks, here: Processes, fresh: bool) 
             if out is not None:
                 due = last or (epoch + 1) % config.checkpoint_every == 0
                 _save(out, state, identity, callbacks, history, here, with_checkpoint=due)
-            bar.set_postfix(loss=row["train_loss"], test=row["test_acc"], refresh=False)
+            bar.set_postfix(loss=row["train_loss"], test=row[task.metrics[-1]], refresh=False)
     model.eval()
     return done
 
 
 def _one_epoch(
-    state: State, forward, hooks: QuantizerHooks, teacher, batches: Batches, callbacks, here: Processes, bar
+    state: State, forward, hooks: QuantizerHooks, task, batches: Batches, callbacks, here: Processes, bar
 ) -> dict[str, Any]:
     config, model = state.config, state.model
     look = 1 if here.device.type == "cpu" else LOOK_EVERY
     losses = torch.zeros(batches.steps, device=here.device)
-    correct = torch.zeros((), device=here.device, dtype=torch.int64)
-    weight = 0.0 if teacher is None else 0.5 if config.distill_weight is None else config.distill_weight
+    sums: dict[str, torch.Tensor] = {}
     started = time.perf_counter()
     model.train()
     for index, (x, y) in enumerate(batches.epoch(state.epoch)):
@@ -151,11 +194,7 @@ def _one_epoch(
         optim.set_learning_rate(state.optimizer, state.lr)
         hooks.before_step(state.step / (config.epochs * batches.steps))
         state.optimizer.zero_grad()
-        with _autocast(config, here):
-            output = forward(x)
-            with torch.no_grad():
-                target = teacher(x) if weight else None
-        loss = distillation.loss(output, y, config.label_smoothing, target, weight, config.temperature)
+        loss, parts = task.loss(forward, x, y, here)
         loss = hooks.add_penalty(loss)
         loss.backward()
         list(_call(callbacks, "on_gradients", state))
@@ -163,7 +202,8 @@ def _one_epoch(
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         state.optimizer.step()
         state.loss = losses[index] = loss.detach()
-        correct += (distillation.merge(output).detach().argmax(1) == y).sum()
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0) + value
         list(_call(callbacks, "on_step", state))
         if (index + 1) % look == 0 or index + 1 == batches.steps:
             bad = (~losses[: index + 1].isfinite()).nonzero()
@@ -177,7 +217,7 @@ def _one_epoch(
         "epoch": state.epoch + 1,
         "lr": state.lr,
         "train_loss": float(here.total(losses.double().mean())) / here.count,
-        "train_acc": int(here.total(correct)) / seen,
+        **{name: float(here.total(value)) / seen for name, value in sums.items()},
         "images_per_s": seen / (time.perf_counter() - started),
     }
 
@@ -242,9 +282,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _check(data: Any, config: TrainConfig, teacher: nn.Module | None) -> None:
-    if data.task == "detection":
-        raise LowbitError(f"lowbit.train is for classification and speech; {data.name} is a detection set")
+def _check(config: TrainConfig, teacher: nn.Module | None) -> None:
     if teacher is None and config.distill_weight is not None:
         raise LowbitError(f"distill_weight={config.distill_weight:g} needs a teacher; give teacher=, or leave it None")
 

@@ -174,7 +174,8 @@ def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
     from lowbit import models
 
     shape = tuple(data.input_shape)
-    fitting = {"in_chans": shape[0], "img_size": shape[-1]} if len(shape) == 3 else {}
+    image = len(shape) == 3
+    fitting = {"in_chans": shape[0], "img_size": shape[-1]} if image else {"sample_rate": data.sample_rate}
     try:
         return models.create(**{"num_classes": data.num_classes, **fitting, **spec})
     except LowbitError as error:

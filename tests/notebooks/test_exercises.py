@@ -1,12 +1,18 @@
 """The cells that check a reader's answers: right ones pass, wrong ones do not, missing ones are asked for."""
 
+import math
+
 import nbformat
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 
+import lowbit
 import lowbit.functional as F
-from lowbit import paths
+from lowbit import metrics, paths
+from lowbit.models.speech import LogMel
+from lowbit.quantizers import get
 
 
 def checking_cell(notebook: str) -> str:
@@ -19,9 +25,47 @@ def power(x):
     return low if x - low <= 2 * low - x else 2 * low
 
 
+def trailing_run(gates):
+    return 2 ** len("".join(map(str, gates)).split("0")[-1])
+
+
+def overlap(a, b):
+    width, height = (max(0, min(a[k + 2], b[k + 2]) - max(a[k], b[k])) for k in (0, 1))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def overlap_without_max(a, b):
+    width, height = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
 RIGHT = {
     "00_start_here": {"values": lambda b: 2**b, "largest_level": lambda b: (2**b - 1) / 2**b},
     "01_quantisation_basics": {"nearest_power": power, "lsq_thresholds": [-1.5, -0.5, 0.5]},
+    "02_zero_free_shifting": {
+        "largest_weight": lambda b: 2 ** (2 ** (b - 1) - 1),
+        "most_information_of_s3": lambda b: math.log2(2**b - 1),
+    },
+    "03_weight_freezing": {
+        "steps_until_flip": lambda d, lr, g: d / (lr * g),
+        "frozen_if_random": lambda r, T: (1 - r) ** T,
+    },
+    "04_sign_scale_decomposition": {"size_of": trailing_run, "all_open": [0.25, 0.5, 0.75]},
+    "05_low_variance_init_and_transfer": {
+        "random_walk": lambda lr, g, n: lr * g * n**0.5,
+        "sigma_for_half_within": lambda d: d / 0.6745,
+    },
+    "06_detection": {"iou": overlap, "precisions": [1, 0.5, 2 / 3]},
+    "07_speech": {
+        "window_samples": lambda rate: rate * 40 // 1000,
+        "frames": lambda rate: 1 + rate // (rate * 40 // 1000 // 2),
+    },
+    "08_shift_networks_compared": {
+        "shipped_bytes": lambda n, b, r: (n * b + 32 * r) / 8,
+        "left": 100 * 50_000 / 1_050_000,
+    },
 }
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
@@ -29,11 +73,30 @@ WRONG = [
     ("01_quantisation_basics", {"nearest_power": lambda x: 2.0 ** np.round(np.log2(x))}),
     ("01_quantisation_basics", {"lsq_thresholds": [-0.5, 0.5, 1.5]}),
     ("01_quantisation_basics", {"lsq_thresholds": [-0.5, 0.5]}),
+    ("02_zero_free_shifting", {"largest_weight": lambda b: 2 ** (b - 1)}),
+    ("02_zero_free_shifting", {"most_information_of_s3": lambda b: b}),
+    ("03_weight_freezing", {"steps_until_flip": lambda d, lr, g: d / g}),
+    ("03_weight_freezing", {"frozen_if_random": lambda r, T: 1 - r * T}),
+    ("04_sign_scale_decomposition", {"size_of": lambda gates: 2 ** sum(gates)}),
+    ("04_sign_scale_decomposition", {"all_open": [0.75, 0.5, 0.25]}),
+    ("05_low_variance_init_and_transfer", {"random_walk": lambda lr, g, n: lr * g * n}),
+    ("05_low_variance_init_and_transfer", {"sigma_for_half_within": lambda d: d}),
+    ("06_detection", {"iou": overlap_without_max}),
+    ("06_detection", {"precisions": [1, 0.5, 1]}),
+    ("07_speech", {"window_samples": lambda rate: 320}),
+    ("07_speech", {"frames": lambda rate: rate // (rate * 40 // 1000 // 2)}),
+    ("08_shift_networks_compared", {"shipped_bytes": lambda n, b, r: n * b / 8}),
+    ("08_shift_networks_compared", {"left": 5.0}),
 ]
 
 
 def run(notebook, answers):
-    exec(checking_cell(notebook), {"np": np, "torch": torch, "F": F, **answers})
+    imported = {"np": np, "torch": torch, "F": F, "math": math, "box_iou": box_iou, "LogMel": LogMel, "get": get}
+    exec(checking_cell(notebook), {**imported, "lowbit": lowbit, "metrics": metrics, **answers})
+
+
+def test_every_notebook_with_exercises_is_here():
+    assert set(RIGHT) == {path.stem for path in paths.notebooks().glob("[0-9][0-9]_*.ipynb")}
 
 
 @pytest.mark.parametrize("notebook", RIGHT)
@@ -51,5 +114,5 @@ def test_wrong_answers_do_not(notebook, wrong):
 @pytest.mark.parametrize("notebook", RIGHT)
 def test_missing_answers_are_asked_for(notebook, capsys):
     name = next(iter(RIGHT[notebook]))
-    run(notebook, RIGHT[notebook] | {name: lambda _: ...})
+    run(notebook, RIGHT[notebook] | {name: lambda *_: ...})
     assert "write your answers" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""Keyword and digit recognition: a log-mel front end and a small convolutional net in one module.
+
+Both nets take sound, float ``[N, T]``, and normalise after every convolution, which absorbs the gain of raw ±2^p
+weights. The front end has no parameters, and nothing of it is stored with the weights.
+"""
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from lowbit.errors import LowbitError
+
+
+class LogMel(nn.Module):
+    """Sound to a normalised log-mel spectrogram.
+
+    Windows of 40 ms every 20 ms, as in Zhang et al. 2017, section 3; decibels below the loudest point of the clip,
+    cut off at ``top_db``, then brought to zero mean and unit variance over the clip, so that neither how loud a clip
+    is nor the length of the silence around it makes the scale. Computed in float32 under autocast too.
+
+    Args:
+        sample_rate: samples per second.
+        n_mels: mel bands between 0 and half the sample rate.
+        top_db: what lies further than this below the loudest point counts as silence, dB.
+        freq_mask: SpecAugment (Park et al. 2019, arXiv 1904.08779): in training up to this many neighbouring bands
+            of each clip are set to the mean; 0 for none.
+        time_mask: the same for neighbouring frames.
+    """
+
+    def __init__(
+        self, sample_rate: int = 8000, n_mels: int = 20, top_db: float = 60.0, freq_mask: int = 0, time_mask: int = 0
+    ):
+        super().__init__()
+        window = sample_rate * 40 // 1000
+        transforms = torchaudio.transforms
+        self.mel = transforms.MelSpectrogram(
+            sample_rate,
+            n_fft=1 << (window - 1).bit_length(),
+            win_length=window,
+            hop_length=window // 2,
+            n_mels=n_mels,
+        )
+        self.decibels = transforms.AmplitudeToDB("power", top_db)
+        self.masks = nn.ModuleList()
+        if freq_mask:
+            self.masks.append(transforms.FrequencyMasking(freq_mask, iid_masks=True))
+        if time_mask:
+            self.masks.append(transforms.TimeMasking(time_mask, iid_masks=True))
+        for module in self.mel.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 1, n_mels, frames]``, float32, of sound ``[N, T]``; ``1 + T // hop`` frames."""
+        if x.ndim != 2:
+            raise LowbitError(f"a batch of sound is [N, T], not {list(x.shape)}: this model is for speech")
+        with torch.autocast(x.device.type, enabled=False):
+            # With a channel axis top_db counts from each clip's own loudest point, without from the batch's.
+            x = self.decibels(self.mel(x.float()).unsqueeze(1))
+            std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
+            x = (x - mean) / (std + 1e-5)
+            if self.training:
+                for mask in self.masks:
+                    x = mask(x)
+        return x
+
+
+class DSCNN(nn.Module):
+    """A depthwise-separable CNN for keywords, 24 k parameters.
+
+    Zhang, Suda, Lai and Chandra, "Hello Edge: Keyword Spotting on Microcontrollers", arXiv 1711.07128, table 9 and
+    section 4.5: a 10x4 convolution (time x frequency) of stride 2, four depthwise-separable blocks, average pooling.
+    Width 64 as in the small variant; the first block has stride 2 as in the medium and the large one, since 40 log-mel
+    bands are four times their 10 coefficients.
+
+    Args:
+        num_classes: outputs.
+        sample_rate: of the sound, samples per second.
+        width: channels.
+        blocks: depthwise-separable blocks.
+        front: further arguments of `LogMel`.
+    """
+
+    def __init__(self, num_classes: int = 10, sample_rate: int = 8000, width: int = 64, blocks: int = 4, **front):
+        super().__init__()
+        self.front = LogMel(sample_rate, **front)
+        stem = nn.Conv2d(1, width, (4, 10), stride=2, padding=(1, 4), bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(*(_separable(width, stride=1 if i else 2) for i in range(blocks)))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, num_classes]`` of sound ``[N, T]``."""
+        return self.fc(self.pool(self.blocks(self.stem(self.front(x)))).flatten(1))
+
+
+class KWSResNet(nn.Module):
+    """A residual net for keywords in the manner of res8: ordinary 3x3 convolutions only.
+
+    Tang and Lin, "Deep Residual Learning for Small-Footprint Keyword Spotting", arXiv 1710.10361, table 1: a 3x3
+    convolution, average pooling by 4x3 (time x frequency), three residual blocks of two convolutions, average pooling.
+    Here normalisation comes right after each convolution (theirs: after ReLU and sum), as shift weights need it.
+
+    Args:
+        num_classes: outputs.
+        sample_rate: of the sound, samples per second.
+        width: channels, 45 in the paper's res8 and 19 in its narrow one.
+        blocks: residual blocks.
+        front: further arguments of `LogMel`.
+    """
+
+    def __init__(self, num_classes: int = 10, sample_rate: int = 8000, width: int = 32, blocks: int = 3, **front):
+        super().__init__()
+        self.front = LogMel(sample_rate, **front)
+        stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.AvgPool2d((3, 4)))
+        self.blocks = nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks)))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(width, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, num_classes]`` of sound ``[N, T]``."""
+        return self.fc(self.pool(self.blocks(self.stem(self.front(x)))).flatten(1))
+
+
+def _separable(width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, stride, padding=1, groups=width, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _initialize(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            # Of a depthwise convolution fan_out counts all channels though each output sees one: fan_in is per output.
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
