@@ -1,6 +1,7 @@
 """Further runs of the same notebooks with other seeds, to measure how far their numbers scatter."""
 
 from pathlib import Path
+from typing import Any
 
 from lowbit import environment
 from lowbit.errors import LowbitError
@@ -12,13 +13,13 @@ from lowbit.suite.runfile import Entry, Run
 def repeat(
     run: Run, seeds: int, folder: Path, *, jobs: int = 1, progress: Progress | None = None
 ) -> dict[str, list[Entry]]:
-    """Runs each notebook of ``run`` that has an integer parameter ``seed`` with ``seeds - 1`` further seeds.
+    """Runs each notebook of ``run`` that has a parameter ``seed`` or ``seeds`` with ``seeds - 1`` further ones.
 
     Everything else is as in ``run``. Results go to ``folder/seeds/<seed>``. Returns the passed entries by notebook;
     a notebook that does not pass with another seed is a `LowbitError`, for then its number is luck.
     """
     found: dict[str, list[Entry]] = {}
-    seeded = [entry for entry in run.notebooks if type(entry.parameters.get("seed")) is int]
+    seeded = [entry for entry in run.notebooks if further(entry.parameters, 1)]
     profile = profiles.get(run.profile)
     if seeds > 1:
         _same_code(run, [entry.name for entry in seeded], profile, folder)
@@ -26,7 +27,7 @@ def repeat(
         chosen = notebooks.select([entry.name for entry in seeded])
         parameters = {}
         for entry in seeded:
-            parameters[entry.name] = {**entry.parameters, "seed": entry.parameters["seed"] + step}
+            parameters[entry.name] = {**entry.parameters, **further(entry.parameters, step)}
         plan = runner.Plan(
             run.profile,
             profile,
@@ -39,10 +40,23 @@ def repeat(
         )
         for entry in runner.execute(plan, progress=progress).notebooks:
             if entry.status != "passed":
-                seed = entry.parameters.get("seed")
-                raise LowbitError(f"{entry.name} with seed={seed} is {entry.status}: {entry.reason}")
+                seed = further(entry.parameters, 0)
+                raise LowbitError(f"{entry.name} with {seed} is {entry.status}: {entry.reason}")
             found.setdefault(entry.name, []).append(entry)
     return found
+
+
+def further(parameters: dict[str, Any], step: int) -> dict[str, Any]:
+    """The ``step``-th seeds after those in ``parameters``: an integer ``seed``, or a list ``seeds`` of them.
+
+    A list of n becomes the ``step``-th next n, so that no seed counts twice. Empty if there is neither.
+    """
+    seed, seeds = parameters.get("seed"), parameters.get("seeds")
+    if type(seed) is int:
+        return {"seed": seed + step}
+    if isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds):
+        return {"seeds": [s + step * (max(seeds) - min(seeds) + 1) for s in seeds]}
+    return {}
 
 
 def _same_code(run: Run, names: list[str], profile: profiles.Profile, folder: Path) -> None:

@@ -79,6 +79,15 @@ def test_a_nan_runs_but_fails_the_check_and_cannot_be_accepted(project, call):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_list_of_seeds_is_measured_too(project, call):
+    project.add("00_a", "import lowbit; lowbit.record('score', 10.0 + sum(seeds))", parameters="seeds = [0, 1]")
+    assert call("run").exit_code == 0
+    assert call("accept", "--seeds", "3", "--yes").exit_code == 0
+    metric = baselines.load("smoke", "cpu").notebooks["00_a"].metrics["score"]
+    assert metric.values == [11.0, 15.0, 19.0] and metric.tolerance > 0
+
+
 def test_accepting_asks_and_refuses_seeds_of_other_code(project, call):
     project.add("00_a", "import lowbit; lowbit.record('x', seed)", parameters="seed = 0")
     assert call("run").exit_code == 0
