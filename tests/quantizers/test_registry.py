@@ -13,7 +13,20 @@ from lowbit.quantizers.base import method
 
 
 def test_names_and_get_agree():
-    assert {"lsq", "statsq", "pot", "denseshift"} <= set(quantizers.names())
+    shelf = {
+        "lsq",
+        "statsq",
+        "pot",
+        "denseshift",
+        "s3",
+        "deepshift_q",
+        "deepshift_ps",
+        "inq",
+        "apot",
+        "ternary",
+        "binary",
+    }
+    assert shelf | {"dorefa", "pact"} <= set(quantizers.names())
     for name in quantizers.names():
         cls = quantizers.get(name)
         assert cls.name == name and cls() == cls()
@@ -33,7 +46,7 @@ def test_two_methods_of_one_name_are_refused():
 
 
 def test_every_public_function_is_offered_and_documented():
-    assert {"denseshift", "statsq", "lsq", "pot"} <= set(lowbit.functional.names())
+    assert {"denseshift", "s3", "statsq", "lsq", "pot", "oscillation_step"} <= set(lowbit.functional.names())
     for name in lowbit.functional.names():
         assert getattr(lowbit.functional, name).__doc__
 
