@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -81,6 +82,7 @@ def train(
         here = stack.enter_context(processes(device))
         stack.enter_context(seeds.preserved())
         stack.enter_context(_torch_settings(config, here))
+        _warn_of_emulated_bf16(config, here)
         if here.device.type == "cpu":
             keep_freed_memory()
         seeds.seed_everything(config.seed, here.rank)
@@ -280,6 +282,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _warn_of_emulated_bf16(config: TrainConfig, here: Processes) -> None:
+    if config.amp == "bf16" and here.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        warnings.warn(
+            "amp='bf16' on a processor without AVX512-BF16 is emulated: right, but several times slower than 'none'",
+            stacklevel=3,
+        )
 
 
 def _check(config: TrainConfig, teacher: nn.Module | None) -> None:
