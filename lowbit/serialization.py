@@ -137,24 +137,47 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
     """Which layer has which method: enough to put the same quantisers back, whatever configuration made them."""
     from lowbit.nn import QuantConfig, quantized_layers
+    from lowbit.nn.attention import low_bit_attentions
 
-    layers = {}
+    layers, attentions = {}, low_bit_attentions(model)
+    inside = {f"{name}.{layer}" for name in attentions for layer in ("qk", "v")}  # their attention puts these back
     for found in quantized_layers(model):
+        if found.name in inside:
+            continue
         config = QuantConfig(
             weight=found.weight and found.weight.config, activation=found.activation and found.activation.config
         )
         layers[found.name] = {
             kind: value for kind, value in config.to_dict().items() if kind in ("weight", "activation")
         }
-    return {"layers": layers} if layers else None
+    made: dict[str, Any] = {"layers": layers} if layers or attentions else {}
+    if attentions:
+        made["attention"] = {name: _attention_settings(attention) for name, attention in attentions.items()}
+    return made or None
+
+
+def _attention_settings(attention: nn.Module) -> dict[str, Any]:
+    from lowbit.nn import QuantConfig
+
+    settings = attention.settings
+    return settings | {kind: QuantConfig(**{kind: settings[kind]}).to_dict()[kind] for kind in ("weight", "activation")}
 
 
 def _restore_quantization(model: nn.Module, quantization: dict[str, Any] | None, path: str | Path) -> None:
     from lowbit.nn import QuantConfig
+    from lowbit.nn.attention import LowBitAttention, is_attention
     from lowbit.nn.convert import attach_
 
     if quantization is None:
         return
+    for name, settings in quantization.get("attention", {}).items():
+        modules = dict(model.named_modules())
+        if name not in modules or not is_attention(modules[name]):
+            raise CheckpointError(f"{path} quantises an attention {name!r} that {model.spec['name']!r} has not")
+        methods = QuantConfig(**{kind: settings[kind] for kind in ("weight", "activation")})
+        settings = settings | {"weight": methods.weight, "activation": methods.activation}
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LowBitAttention(modules[name], **settings))
     modules = dict(model.named_modules())
     for name, methods in quantization["layers"].items():
         if name not in modules:

@@ -46,7 +46,16 @@ def _resnet18(pixels: int) -> nn.Module:
     return timm.create_model("resnet18", num_classes=CLASSES, zero_init_last=False)
 
 
-def _engine(name: str, model: nn.Module, x: Tensor, y: Tensor, bf16: bool = False, sgd: bool = False) -> Engine:
+def _engine(
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    bf16: bool = False,
+    sgd: bool = False,
+    after: Callable[[], None] | None = None,
+) -> Engine:
+    """Forward, backward, optimiser, and then ``after`` if there is one."""
     if sgd:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=True)
     else:
@@ -58,6 +67,8 @@ def _engine(name: str, model: nn.Module, x: Tensor, y: Tensor, bf16: bool = Fals
             loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
+        if after is not None:
+            after()
 
     return Engine(name, model, step)
 
@@ -96,8 +107,10 @@ def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engin
 def shift_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
     """Full precision and DenseShift at 2, 3 and 4 bits (2, 4 and 8 latents a weight), with SGD as published.
 
-    Eager, and 3 bits also with compiled quantisers. Convolutions channels-last everywhere.
+    Eager, and 3 bits also with compiled quantisers, and with a `FreezingTracker` that looks at every step. Convolutions
+    channels-last everywhere.
     """
+    from lowbit.metrics import FreezingTracker
     from lowbit.nn import QuantConfig, compile_quantizers, quantize_
     from lowbit.quantizers import DenseShift
 
@@ -108,6 +121,9 @@ def shift_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
 
     made = [_engine(BASELINE, copy.deepcopy(model), x, y, sgd=True)]
     made += [_engine(f"denseshift {bits}-bit eager", quantized(bits), x, y, sgd=True) for bits in (2, 3, 4)]
+    tracked = quantized(3)
+    after = FreezingTracker(tracked).update
+    made.append(_engine("denseshift 3-bit eager, tracked", tracked, x, y, sgd=True, after=after))
     compiled = compile_quantizers(quantized(3))
     return [*made, _engine("denseshift 3-bit compiled quantisers", compiled, x, y, sgd=True)]
 

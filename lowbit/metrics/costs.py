@@ -4,8 +4,9 @@ Counting conventions, those of fvcore where it has one:
 
 - one MAC is one multiplication with its addition, for one sample; only matrix products and convolutions count: not
   biases, normalisation, activation functions, softmax, pooling, nor the quantisation of activations;
-- attention's own products (logits, and their product with the values) are one row, "(other matrix products)", as
-  float multiplications, since `quantize_` leaves both factors as they are;
+- attention's own products (logits, and their product with the values) are one row, "(other matrix products)": float
+  multiplications, or integer ones where `quantize_` quantised both factors (``attention=True``);
+- with query-key reparameterisation the product of query and key weights counts as one layer, as it is shipped;
 - a MAC whose weight is one of several powers of two (times a common factor) is a shift and an addition; with at most
   one size for each sign an addition alone; else it stays a multiplication, of integers if the layer's input is
   quantised too. Zeros are not skipped, and 2^0 counts as a shift;
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
-from lowbit.nn.convert import INPUT, QUANTIZABLE, QuantizedLayer, quantized_layers
+from lowbit.nn.attention import low_bit_attentions
+from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers
+from lowbit.nn.query_key import QueryKeyProduct
+from lowbit.quantizers import ActivationQuantizer
 
 if TYPE_CHECKING:
     import pandas
@@ -55,8 +59,11 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> "pandas.DataFrame":
     macs = _macs(model, input_shape)
     rows = [_layer_row(layer, macs.get(layer.name, 0)) for layer in _layers(model)]
     other = macs[""] - sum(row["macs"] for row in rows)
+    inside = {name: [row["macs"] for row in rows if row["layer"].startswith(f"{name}.")] for name in _integer(model)}
+    integer = sum(macs.get(name, 0) - sum(layers) for name, layers in inside.items())
     if other:
-        rows.append({"layer": OTHER, "kind": "matmul", "macs": other, "float_multiplications": other})
+        products = {"float_multiplications": other - integer, "integer_multiplications": integer}
+        rows.append({"layer": OTHER, "kind": "matmul", "macs": other, **products})
     shipped, original = _rest(model)
     rows.append(
         {"layer": REST, "kind": "rest", "weights": shipped, "weight_bits": FLOAT_BITS, "bytes": 4 * shipped}
@@ -161,7 +168,20 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
             ) from error
     root = type(own).__name__
     found = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
-    return {"": found["Global"]} | {name.removeprefix(f"{root}."): n for name, n in found.items() if name != root}
+    macs = {"": found["Global"]} | {name.removeprefix(f"{root}."): n for name, n in found.items() if name != root}
+    # The product of query and key weights is made once, not for each sample.
+    for layer in quantized_layers(model):
+        if isinstance(layer.weight, QueryKeyProduct):
+            parts = layer.name.split(".")
+            for name in (".".join(parts[:i]) for i in range(len(parts) + 1)):
+                macs[name] -= layer.latents[0].numel() * layer.layer.in_features
+    return macs
+
+
+def _integer(model: nn.Module) -> list[str]:
+    """Names of the attentions whose own products have quantised factors."""
+    attentions = low_bit_attentions(model).items()
+    return [name for name, attention in attentions if isinstance(attention.softmax_quantizer, ActivationQuantizer)]
 
 
 def _layer_row(found: QuantizedLayer, macs: int) -> dict[str, Any]:
@@ -200,7 +220,9 @@ def _rest(model: nn.Module) -> tuple[int, int]:
         for name, tensor in held
         if tensor.is_floating_point() and id(tensor) not in weights and ".parametrizations." not in f".{name}"
     }
-    steps = [n for name, n in counts.items() if f".{INPUT}." in f".{name}"]
+    quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer)]
+    own = {id(t) for q in quantizers for t in q.parameters()}
+    steps = [counts[name] for name, tensor in held if id(tensor) in own and name in counts]
     return sum(counts.values()), sum(counts.values()) - sum(steps)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.nn.config import QuantConfig
 from lowbit.nn.convert import QuantizedLayer, _plan, quantized_layers
+from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers import Method
 from lowbit.quantizers.base import as_float, nearest
 
@@ -64,7 +65,9 @@ class TrackedLayer:
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
-        """The tensors that are trained: one, or several for DenseShift-like methods."""
+        """What is rounded: one tensor of the weight's shape, or several for DenseShift-like methods."""
+        if isinstance(self.found.weight, QueryKeyProduct):
+            return (self.found.weight.product(*self.found.latents),)
         return self.found.latents
 
     def codes(self) -> Tensor:
@@ -79,7 +82,7 @@ class TrackedLayer:
         """Scale times level, float, of the weight's shape: the weight itself for a quantised layer."""
         codes, levels, scale = self.codes().long(), self.levels, self.fixed_scale
         if scale is None:
-            levels, scale = self.found.weight.levels, self.found.weight.scale(*self.latents)
+            levels, scale = self.found.weight.levels, self.found.weight.scale(*self.found.latents)
         return levels.to(codes.device)[codes] * scale
 
 
@@ -127,7 +130,7 @@ class FlatCodes:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.layers[0].latents[0].device
+        return self.layers[0].found.latents[0].device
 
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from lowbit.errors import LowbitError
 from lowbit.quantizers import Method, get, names
@@ -20,13 +20,23 @@ class QuantConfig:
         activation: the same for the inputs of the quantised layers, e.g. ``LSQ(bits=2)``.
         first_last: the first and the last layers: None keeps them in full precision (as DenseShift does), 8 gives
             them 8-bit LSQ weights per channel and 8-bit LSQ inputs (as OFQ does), "same" treats them like the rest.
-        qkr: query-key reparameterisation of attention. Not available yet: only False is allowed.
+        unsigned: names of layers (or patterns, ``"*.fc2"``) whose inputs get unsigned codes, though they are not all
+            positive: OFQ has it so after GELU. For activation methods with the setting ``signed``.
+        attention: also quantise, by ``activation``, the factors of attention's own two products, in timm's vision
+            transformers and Swin (see `lowbit.nn.attention`); else only the inputs of its layers.
+        qkr: query-key reparameterisation of that attention; alone, without any method, it changes no output but for
+            the dropped biases of queries and keys.
+        attention_start: "pretrained" keeps the weights of attention; "as_published" draws ``proj``, without ``qkr``
+            also ``qkv``, and Swin's table of relative positions anew, as the code released with OFQ does.
     """
 
     weight: Any = None
     activation: Any = None
     first_last: Literal[8, "same"] | None = None
+    unsigned: tuple[str, ...] = ()
+    attention: bool = False
     qkr: bool = False
+    attention_start: Literal["pretrained", "as_published"] = "pretrained"
 
     @field_validator("weight", "activation", mode="before")
     @classmethod
@@ -50,16 +60,25 @@ class QuantConfig:
             raise ValueError("None (full precision), 8 (8 bits) and 'same' (like the other layers) are allowed")
         return value
 
-    @field_validator("qkr")
+    @field_validator("unsigned", mode="before")
     @classmethod
-    def _qkr(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("query-key reparameterisation is not available yet; only False is allowed")
-        return value
+    def _unsigned(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> "QuantConfig":
+        if self.attention and self.activation is None:
+            raise ValueError("attention=True needs an activation method, e.g. activation=LSQ(bits=4)")
+        if self.unsigned and not hasattr(self.activation, "signed"):
+            raise ValueError("unsigned=... needs an activation method with the setting 'signed', e.g. LSQ")
+        if self.attention_start != "pretrained" and not (self.attention or self.qkr):
+            raise ValueError("attention_start='as_published' is about attention=True or qkr=True, and neither is set")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers, for files; ``QuantConfig(**d)`` gives the configuration back."""
-        made: dict[str, Any] = {"first_last": self.first_last, "qkr": self.qkr}
+        made: dict[str, Any] = {"first_last": self.first_last, "unsigned": list(self.unsigned)}
+        made |= {"attention": self.attention, "qkr": self.qkr, "attention_start": self.attention_start}
         for kind in ("weight", "activation"):
             value = getattr(self, kind)
             made[kind] = None if value is None else {"method": value.name, **dataclasses.asdict(value)}
@@ -68,7 +87,7 @@ class QuantConfig:
 
 def check_not_empty(config: QuantConfig) -> None:
     """Refuses a configuration that would change nothing."""
-    if config.weight is None and config.activation is None:
+    if config.weight is None and config.activation is None and not config.qkr:
         raise LowbitError(
             "QuantConfig: neither weight nor activation is set, so there is nothing to quantise; "
             "give one, e.g. QuantConfig(weight=StatsQ(bits=2))"

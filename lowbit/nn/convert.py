@@ -5,6 +5,8 @@ weight while the optimiser sees the latents; a layer's input goes through a quan
 pre-hook. Both live in the module tree, so ``state_dict``, ``deepcopy``, ``.to`` and DDP treat them as usual.
 """
 
+import dataclasses
+import fnmatch
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
+from lowbit.nn.attention import INPUT, LowBitAttention, check_reparameterizable, is_attention, low_bit_attentions
 from lowbit.nn.config import QuantConfig, check_not_empty
 from lowbit.quantizers import ActivationQuantizer, Method, WeightQuantizer
 from lowbit.quantizers.base import refuse_nonfinite
 from lowbit.quantizers.lsq import LSQ
 
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
-INPUT = "input_quantizer"  # the submodule's name on a layer
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,14 @@ def quantize_(
             is then unchanged.
     """
     check_not_empty(config)
-    if any(True for _ in quantized_layers(model)):
+    if any(True for _ in quantized_layers(model)) or low_bit_attentions(model):
         raise LowbitError("this model is quantised already; quantize_ starts from a full-precision model")
     plan = [found for found in _plan(model, config) if filter_fn is None or filter_fn(found[1], found[0])]
-    if not plan:
+    attentions = _attentions(model, config, filter_fn)
+    if config.qkr:
+        replaced = {f"{name}.qkv" for name in attentions}
+        plan = [found for found in plan if found[0] not in replaced]
+    if not plan and not attentions:
         kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
         raise LowbitError(
             f"no layer of {type(model).__name__} is left to quantise: it takes a {kinds} that is neither kept back by "
@@ -78,9 +84,19 @@ def quantize_(
     for name, layer, (weight, _) in plan:
         if weight is not None:
             refuse_nonfinite(f"the weight of layer {name!r}", layer.weight)
-    built = [(layer, *_build(layer, *methods)) for _, layer, methods in plan]
-    for layer, weight, activation in built:
-        _attach(layer, weight, activation)
+    for _, layer, methods in plan:
+        _build(layer, *methods)
+    for name, attention in attentions.items():
+        if config.qkr:
+            check_reparameterizable(name, attention, config.weight)
+            refuse_nonfinite(f"the weight of layer {name + '.qkv'!r}", attention.qkv.weight)
+    for name, attention in attentions.items():
+        fresh = config.attention_start == "as_published"
+        low = LowBitAttention(attention, config.weight, config.activation, config.qkr, config.attention, fresh)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, low.train(attention.training))
+    for _, layer, methods in plan:
+        _attach(layer, *_build(layer, *methods))
     return model
 
 
@@ -105,19 +121,45 @@ def _attach(layer: nn.Module, weight: WeightQuantizer | None, activation: Activa
         layer.register_forward_pre_hook(_quantize_input)
 
 
+def _attentions(
+    model: nn.Module, config: QuantConfig, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> dict[str, nn.Module]:
+    """The attention layers to replace by `LowBitAttention`, by name."""
+    if not (config.attention or config.qkr):
+        return {}
+    found = {name: module for name, module in model.named_modules() if is_attention(module)}
+    found = {name: m for name, m in found.items() if filter_fn is None or filter_fn(m.qkv, f"{name}.qkv")}
+    if not found:
+        raise LowbitError(
+            f"attention={config.attention}, qkr={config.qkr}: {type(model).__name__} has no attention for it (timm's "
+            "Attention and WindowAttention, in ViT, DeiT and Swin, have), or filter_fn refused its qkv layers"
+        )
+    return found
+
+
 def _plan(
     model: nn.Module, config: QuantConfig
 ) -> Iterator[tuple[str, nn.Module, tuple[Method | None, Method | None]]]:
     """Each layer to quantise with its weight and activation methods, first and last layers as configured."""
     layers = dict(_quantizable(model))
+    for pattern in config.unsigned:
+        if not fnmatch.filter(layers, pattern):
+            raise LowbitError(f"unsigned: {pattern!r} is the name of no layer; there are {', '.join(layers)}")
+    if config.weight is None and config.activation is None:
+        return
     ends = first_and_last(model)
     for name, layer in layers.items():
         if name not in ends or config.first_last == "same":
-            yield name, layer, (config.weight, config.activation)
+            activation = config.activation
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.unsigned):
+                activation = dataclasses.replace(activation, signed=False)
+            yield name, layer, (config.weight, activation)
         elif config.first_last is not None:
             weight = config.weight and LSQ(bits=config.first_last, granularity="channel")
-            activation = config.activation and LSQ(bits=config.first_last)
-            yield name, layer, (weight, activation)
+            # As published: a step for each colour of the image, one for the input of the head.
+            by_colour = getattr(config.activation, "granularity", None) == "token" and not isinstance(layer, nn.Linear)
+            shared = "channel" if by_colour else "tensor"
+            yield name, layer, (weight, config.activation and LSQ(bits=config.first_last, granularity=shared))
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -180,7 +222,7 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
             in training: those gathered before may not fit quantised weights at all. The model's mode, gradients and
             running statistics stay as they were.
     """
-    if all(found.activation is None or found.activation.calibrated for found in quantized_layers(model)):
+    if all(module.calibrated for module in model.modules() if isinstance(module, ActivationQuantizer)):
         return model
     was_training = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -202,12 +244,13 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def compile_quantizers(model: nn.Module) -> nn.Module:
-    """Compiles the quantisers of ``model`` with torch.compile, each for its own shape, and nothing else.
+    """Compiles the quantisers of ``model`` (all but those inside another) with torch.compile, each for its own shape, and nothing else.
 
     The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
     full-precision one.
     """
-    quantizers = [q for found in quantized_layers(model) for q in (found.weight, found.activation) if q is not None]
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
+    quantizers = [q for q in quantizers if not any(q is p.quantizer for p in quantizers if hasattr(p, "quantizer"))]
     # All quantisers of a method share one forward, and each shape counts as a recompilation of it.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(quantizers))

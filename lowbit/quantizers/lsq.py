@@ -17,6 +17,7 @@ from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer,
 __all__ = ["LSQ", "lsq", "lsq_codes", "lsq_range", "lsq_step"]
 
 SMALLEST_STEP = 1e-8
+BIASES = ("bias_in", "bias_out")
 
 
 def lsq_range(bits: int, signed: bool = True) -> tuple[int, int]:
@@ -145,11 +146,16 @@ class LSQ(Method):
             or an input channel of an activation, or a "token" (every place of the ``[batch, ..., channel]`` input of a
             linear layer, as in OFQ; ties the model to its sequence length).
         signed: None signs weights, and signs activations when the first batch has a negative value.
+        learn_step: False keeps the step as it starts.
+        bias: of an activation: learnt shifts b1 before and b2 after quantisation, one number a channel each, as in
+            OFQ's code: ``lsq(x + b1) + b2``.
     """
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     granularity: Literal["tensor", "channel", "token"] = "tensor"
     signed: bool | None = None
+    learn_step: bool = True
+    bias: bool = False
 
     def weight(self, weight: Tensor) -> WeightQuantizer:
         """See `Method.weight`; a weight has no tokens."""
@@ -157,6 +163,8 @@ class LSQ(Method):
             raise LowbitError("LSQ: granularity='token' is not allowed for weights; 'tensor' and 'channel' are")
         if self.signed is False:
             raise LowbitError("LSQ: signed=False is not allowed for weights; True and None are")
+        if self.bias:
+            raise LowbitError("LSQ: bias=True is not allowed for weights; False is (it shifts activations)")
         return LSQWeight(self, weight)
 
     def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
@@ -170,7 +178,7 @@ class LSQ(Method):
 
 
 class _PositiveStep(nn.Module):
-    """The learnt step, kept positive at use without cutting its gradient, so that it can come back."""
+    """The step, kept positive at use without cutting its gradient, so that it can come back."""
 
     step: nn.Parameter
 
@@ -188,7 +196,7 @@ class LSQWeight(_PositiveStep, WeightQuantizer):
         self.config = config
         shape = (weight.shape[0],) + (1,) * len(per_row(weight)) if config.granularity == "channel" else ()
         shape = shape or (1,) * weight.ndim
-        self.step = nn.Parameter(lsq_step(weight, shape, config.bits))
+        self.step = nn.Parameter(lsq_step(weight, shape, config.bits), requires_grad=config.learn_step)
 
     def forward(self, latent: Tensor) -> Tensor:
         return lsq(latent, self.positive_step(), self.config.bits)
@@ -207,11 +215,14 @@ class LSQWeight(_PositiveStep, WeightQuantizer):
 
 
 class LSQActivation(_PositiveStep, ActivationQuantizer):
-    """`lsq` in front of a layer.
+    """`lsq` in front of a layer, with ``bias=True`` between two learnt shifts: ``lsq(x + bias_in) + bias_out``.
 
     The step is an empty parameter until the first batch arrives; that batch gives it its shape and value (the
-    parameter object stays the same, so an optimiser built earlier keeps it). The paper's gradient scale counts
-    the elements of one sample, so it does not depend on the batch size or on the number of processes.
+    parameter object stays the same, so an optimiser built earlier keeps it). So it is with the two biases, which
+    start at zero; without ``bias`` they are None. The paper's gradient scale counts the elements of one sample, so
+    it does not depend on the batch size or on the number of processes.
+
+    `levels`, `codes` and the step describe ``lsq(x + bias_in)``; ``bias_out`` comes on top.
     """
 
     def __init__(self, config: LSQ, channel_dim: int = -1):
@@ -219,7 +230,9 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         self.config = config
         self.channel_dim = channel_dim
         self.signed = config.signed is not False
-        self.step = nn.Parameter(torch.empty(0))
+        self.step = nn.Parameter(torch.empty(0), requires_grad=config.learn_step)
+        for name in BIASES:
+            self.register_parameter(name, nn.Parameter(torch.empty(0)) if config.bias else None)
 
     @property
     def calibrated(self) -> bool:
@@ -231,13 +244,21 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
             self.signed = bool(x.detach().amin() < 0)
         shape = self._step_shape(x)
         self.step.data = lsq_step(x, shape, self.config.bits, self.signed)
+        if self.config.bias:
+            for name in BIASES:
+                getattr(self, name).data = self.step.new_zeros(self._channel_shape(x))
 
     def _step_shape(self, x: Tensor) -> tuple[int, ...]:
-        shape = [1] * x.ndim
         if self.config.granularity == "channel":
-            shape[self.channel_dim] = x.shape[self.channel_dim]
-        elif self.config.granularity == "token":
+            return self._channel_shape(x)
+        shape = [1] * x.ndim
+        if self.config.granularity == "token":
             shape[1:-1] = x.shape[1:-1]
+        return tuple(shape)
+
+    def _channel_shape(self, x: Tensor) -> tuple[int, ...]:
+        shape = [1] * x.ndim
+        shape[self.channel_dim] = x.shape[self.channel_dim]
         return tuple(shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +267,15 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         step = self.positive_step()
         high = lsq_range(self.config.bits, self.signed)[1]
         shared = x.numel() / (x.shape[0] * step.numel())
-        return lsq(x, step, self.config.bits, self.signed, grad_scale=1 / math.sqrt(high * shared))
+        grad_scale = 1 / math.sqrt(high * shared)
+        if not self.config.bias:
+            return lsq(x, step, self.config.bits, self.signed, grad_scale)
+        y = lsq(self._shifted(x), step, self.config.bits, self.signed, grad_scale)
+        return (y + as_float(self.bias_out)).to(x.dtype)
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        """What is rounded: ``x + bias_in`` in at least float32, or ``x`` itself without biases."""
+        return as_float(x) + as_float(self.bias_in) if self.config.bias else x
 
     @property
     def levels(self) -> Tensor:
@@ -254,9 +283,10 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         return torch.arange(low, high + 1, dtype=torch.float32, device=self.step.device)
 
     def codes(self, x: Tensor) -> Tensor:
+        """Indices into `levels` of ``lsq(x + bias_in)``: int16, shape of ``x``."""
         with torch.no_grad():
             low = lsq_range(self.config.bits, self.signed)[0]
-            return lsq_codes(x, self.positive_step(), self.config.bits, self.signed) - low
+            return lsq_codes(self._shifted(x), self.positive_step(), self.config.bits, self.signed) - low
 
     def get_extra_state(self) -> Tensor:
         """Signedness is decided by the first batch, so it travels with the state dict (int8, 0 or 1)."""
@@ -267,7 +297,8 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
         self.signed = bool(state)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        saved = state_dict.get(prefix + "step")
-        if saved is not None and self.step.numel() == 0:
-            self.step.data = torch.empty_like(saved, device=self.step.device)
+        for name in ("step", *BIASES):
+            own, saved = getattr(self, name), state_dict.get(prefix + name)
+            if own is not None and saved is not None and own.numel() == 0:
+                own.data = torch.empty_like(saved, device=own.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

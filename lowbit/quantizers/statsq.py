@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, per_row
 
-__all__ = ["StatsQ", "statsq", "statsq_codes", "statsq_scale"]
+__all__ = ["StatsQ", "cga_mask", "statsq", "statsq_codes", "statsq_scale"]
 
 EDGE = 1e-6  # keeps the top of the clip range inside the last level
 
@@ -69,6 +69,38 @@ def statsq_codes(w: Tensor, bits: int) -> Tensor:
     """Level indices of `statsq`, 0 ... 2^bits-1, int16."""
     with torch.no_grad():
         return (_half_steps(w, statsq_scale(w), bits) + 2 ** (bits - 1)).to(torch.int16)
+
+
+def cga_mask(w: Tensor, bits: int, boundary: float) -> Tensor:
+    """Which weights confidence-guided annealing lets move: those near a decision boundary of `statsq`.
+
+    With ``y = clip(w/s, -1, 1)·n`` the boundaries are the whole numbers k from -(n-1) to n-1; a weight may move if
+    ``|y - k| <= boundary`` for one of them. Farther away the network is confident of its level.
+
+    Args:
+        w: float ``[rows, ...]``, the latent weights.
+        bits: 1 to 8, as in `statsq`.
+        boundary: BR, in units of the distance between boundaries, 0 to 0.5; 0.005 in the paper.
+
+    Returns:
+        bool, of ``w``'s shape; True = may move.
+
+    Raises:
+        LowbitError: ``bits`` or ``boundary`` out of range.
+    """
+    check_boundary(boundary)
+    if not (isinstance(bits, int) and 1 <= bits <= 8):
+        raise LowbitError(f"bits={bits!r} is not allowed: StatsQ takes 1 to 8 bits")
+    n = 2 ** (bits - 1)
+    with torch.no_grad():
+        y = torch.clamp(as_float(w) / statsq_scale(w), -1, 1) * n
+        return (y - y.round().clamp(1 - n, n - 1)).abs() <= boundary
+
+
+def check_boundary(boundary: float) -> None:
+    """Refuses a boundary range outside [0, 0.5]."""
+    if not 0 <= boundary <= 0.5:
+        raise LowbitError(f"boundary={boundary!r} is not allowed; 0 to 0.5 steps are (0.005 in the paper)")
 
 
 @method("statsq")

@@ -10,6 +10,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "annealing": ["ConfidenceGuidedAnnealing"],
         "config": ["TrainConfig"],
         "detection": ["evaluate_detector"],
         "evaluation": ["evaluate", "reestimate_batchnorm_"],
@@ -21,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
+    from lowbit.training.annealing import ConfidenceGuidedAnnealing
     from lowbit.training.config import TrainConfig
     from lowbit.training.detection import evaluate_detector
     from lowbit.training.evaluation import evaluate, reestimate_batchnorm_

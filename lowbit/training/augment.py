@@ -6,6 +6,7 @@ several processes can draw for the whole batch and each apply its own share.
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowbit.errors import LowbitError
@@ -61,10 +62,68 @@ def flip(x: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     return torch.where(flips.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
+def mix(
+    x: torch.Tensor, y: torch.Tensor, classes: int, mixup: float, cutmix: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixes each item with its mirror place in the batch, the last with the first.
+
+    Mixup (Zhang et al., arXiv 1710.09412) blends them, λ·x + (1-λ)·x'; CutMix (Yun et al., arXiv 1905.04899) pastes a
+    rectangle of x' that covers 1-λ of the image. λ ~ Beta(α, α), one for the batch; with both, a coin decides.
+
+    Args:
+        x: float [N,C,H,W], normalised.
+        y: labels int64 [N].
+        classes: K.
+        mixup, cutmix: their α; 0 leaves one out.
+        seed: of the draw.
+
+    Returns:
+        The mixed images, and the label probabilities float32 [N,K].
+    """
+    random = np.random.default_rng(seed)
+    cut = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
+    share = random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup)
+    if cut:
+        height, width = x.shape[-2:]
+        side = (1 - share) ** 0.5
+        middle = random.integers(height), random.integers(width)
+        ends = [
+            [int(np.clip(c + sign * round(side * size / 2), 0, size)) for sign in (-1, 1)]
+            for c, size in zip(middle, (height, width), strict=True)
+        ]
+        (top, bottom), (left, right) = ends
+        mixed = x.clone()
+        mixed[..., top:bottom, left:right] = x.flip(0)[..., top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    else:
+        mixed = share * x + (1 - share) * x.flip(0)
+    labels = torch.nn.functional.one_hot(y, classes).float()
+    return mixed, share * labels + (1 - share) * labels.flip(0)
+
+
+class Erase:
+    """Random erasing (Zhong et al., arXiv 1708.04896): with probability p a rectangle becomes Gaussian noise.
+
+    Takes and returns uint8 [C,H,W]; the noise has about the mean and deviation of photographs.
+    """
+
+    def __init__(self, p: float):
+        from torchvision.transforms import v2
+
+        self.choose = v2.RandomErasing(p=p)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        keep = self.choose(torch.ones(1, *x.shape[-2:]))
+        noise = (120 + 58 * torch.randn(x.shape)).clamp_(0, 255).to(torch.uint8)
+        return torch.where(keep.bool(), x, noise)
+
+
 def check(kind: str, shape: tuple[int, ...], in_memory: bool) -> None:
     """Refuse an augmentation that does not fit items of ``shape`` ((C,H,W) or (T,))."""
     if len(shape) == 1 and kind not in ("none", "shift"):
         raise LowbitError(f"augment={kind!r} is for images; allowed for sounds: none, shift")
+    if kind == "deit" and in_memory:
+        raise LowbitError("augment='deit' is for image folders; for sets held in memory use crop_flip or randaugment")
     if kind == "randaugment" and min(shape[-2:]) < RANDAUGMENT_LEAST:
         raise LowbitError(
             f"augment='randaugment' needs images of at least {RANDAUGMENT_LEAST}×{RANDAUGMENT_LEAST} pixels, these are "
@@ -72,7 +131,7 @@ def check(kind: str, shape: tuple[int, ...], in_memory: bool) -> None:
         )
     if kind == "shift" and not in_memory:
         raise LowbitError(
-            "augment='shift' is for sets held in memory; for image folders use none, crop_flip, randaugment"
+            "augment='shift' is for sets held in memory; for image folders use none, crop_flip, randaugment, deit"
         )
 
 
@@ -90,16 +149,28 @@ def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
     if kind == "none" and not in_memory:
         steps += [v2.Resize(round(min(size) * 256 / 224), antialias=True), v2.CenterCrop(size)]
     elif kind != "none":
-        crop = v2.RandomCrop(size, padding=min(size) // 8) if in_memory else v2.RandomResizedCrop(size, antialias=True)
+        crop = (
+            v2.RandomCrop(size, padding=min(size) // 8)
+            if in_memory
+            else v2.RandomResizedCrop(
+                size, interpolation=v2.InterpolationMode.BICUBIC if kind == "deit" else v2.InterpolationMode.BILINEAR
+            )
+        )
         steps += [crop, v2.RandomHorizontalFlip()]
     if kind == "randaugment":
         steps.append(v2.RandAugment(num_ops=2, magnitude=9))
-    return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
+    if kind == "deit":
+        from timm.data.auto_augment import rand_augment_transform
+
+        shifts = {"translate_const": int(0.45 * min(size)), "img_mean": (124, 116, 104)}
+        steps.append(rand_augment_transform("rand-m9-mstd0.5-inc1", shifts))
+    last = [Erase(0.25)] if kind == "deit" else []
+    return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor(), *last])
 
 
 class Samples(torch.utils.data.Dataset):
-    """A dataset seen through a transform, asked for ``(epoch, index)``: what a sample looks like depends on the seed
-    and these two only, never on the number of workers or on what came before."""
+    """A dataset seen through a transform, asked for ``(epoch, index, copy)``: what a sample looks like depends on the
+    seed and these three only, never on the number of workers or on what came before."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, transform: Any, seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
@@ -107,9 +178,9 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = place
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index, copy = place
         item, label = self.dataset[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(self.seed, seeds.SAMPLE, epoch, index))
+        with seeds.preserved():  # timm's transforms draw from Python's and NumPy's generators
+            seeds.set_all(seeds.derive(self.seed, seeds.SAMPLE, epoch, index, *([copy] if copy else [])))
             return self.transform(item), int(label)

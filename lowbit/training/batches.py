@@ -17,9 +17,14 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 KEEP_ON_DEVICE = 4 * 2**30  # bytes; larger sets stay in main memory
 
 
-def order(n: int, batch_size: int, seed: int, epoch: int) -> torch.Tensor:
-    """Indices int64 [steps, batch_size] of one epoch: a random permutation, its incomplete last batch left out."""
+def order(n: int, batch_size: int, seed: int, epoch: int, repeats: int = 1) -> torch.Tensor:
+    """Indices int64 [steps, batch_size] of one epoch: a random permutation, its incomplete last batch left out.
+
+    With ``repeats`` each index comes that often in a row and an epoch, as long as ever, sees fewer of them (repeated
+    augmentation, Hoffer et al., arXiv 1901.09335).
+    """
     shuffled = torch.randperm(n, generator=seeds.generator(seed, seeds.ORDER, epoch))
+    shuffled = shuffled.repeat_interleave(repeats)[:n]
     steps = n // batch_size
     return shuffled[: steps * batch_size].view(steps, batch_size)
 
@@ -53,6 +58,10 @@ class Batches:
                 f"batch_size={config.batch_size} (of all processes together) should be a multiple of the "
                 f"{here.count} processes"
             )
+        if config.repeats > 1 and self.in_memory and config.augment != "randaugment":
+            raise LowbitError(f"repeats={config.repeats} is for image folders and randaugment; elsewhere 1 is allowed")
+        if (config.mixup or config.cutmix) and len(data.input_shape) != 3:
+            raise LowbitError("mixup and cutmix are for images; they have to be 0 here")
         self.n, self.steps = n, n // config.batch_size
         # Whole-batch augmentation needs items of one size and cheap geometry; the rest goes through DataLoader.
         self.batched = self.in_memory and config.augment != "randaugment"
@@ -85,25 +94,34 @@ class Batches:
         indices = order(self.n, self.config.batch_size, self.config.seed, epoch=0)[0]
         if self.in_memory:
             return self._ready(self.data.train.x[indices], self.data.train.y[indices])[0]
-        loader = self._loader(self.data.train, "none", [[(0, i) for i in indices.tolist()]], in_memory=False)
+        loader = self._loader(self.data.train, "none", [[(0, i, 0) for i in indices.tolist()]], in_memory=False)
         return self._ready(*next(iter(loader)))[0]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """This process's share of each global batch of one epoch, augmented."""
         config, here = self.config, self.here
-        indices = order(self.n, config.batch_size, config.seed, epoch)
+        indices = order(self.n, config.batch_size, config.seed, epoch, config.repeats)
         mine = slice(here.rank * here.share(config.batch_size), (here.rank + 1) * here.share(config.batch_size))
         if not self.batched:
-            places = [[(epoch, index) for index in row] for row in indices[:, mine].tolist()]
-            for x, y in self._loader(self.data.train, config.augment, places, self.in_memory):
-                yield self._ready(x, y)
+            copies = (torch.arange(indices.numel()) % config.repeats).view(indices.shape)
+            numbered = torch.stack([torch.full_like(indices, epoch), indices, copies], -1)[:, mine]
+            places = [[tuple(place) for place in row] for row in numbered.tolist()]
+            for step, (x, y) in enumerate(self._loader(self.data.train, config.augment, places, self.in_memory)):
+                yield self._mixed(*self._ready(x, y), epoch, step)
             return
         shape = tuple(self.x.shape[1:])
         for step, batch in enumerate(indices.to(self.x.device)):
             random = seeds.generator(config.seed, seeds.AUGMENT, epoch, step)
             drawn = augment.draw(config.augment, config.batch_size, shape, random)
             x = augment.apply(self.x[batch[mine]], {name: values[mine] for name, values in drawn.items()})
-            yield self._ready(x, self.y[batch[mine]])
+            yield self._mixed(*self._ready(x, self.y[batch[mine]]), epoch, step)
+
+    def _mixed(self, x: torch.Tensor, y: torch.Tensor, epoch: int, step: int) -> Batch:
+        config = self.config
+        if not (config.mixup or config.cutmix):
+            return x, y
+        seed = seeds.derive(config.seed, seeds.MIX, epoch, step)
+        return augment.mix(x, y, self.data.num_classes, config.mixup, config.cutmix, seed)
 
     def test(self) -> Iterator[Batch]:
         """This process's share of the test split: every ``count``-th item, in order, none left out."""
@@ -114,6 +132,6 @@ class Batches:
                 part = part.to(self.test_x.device)
                 yield self._ready(self.test_x[part], self.test_y[part])
             return
-        places = [[(0, index) for index in part.tolist()] for part in mine.split(size)]
+        places = [[(0, index, 0) for index in part.tolist()] for part in mine.split(size)]
         for x, y in self._loader(self.data.test, "none", places, in_memory=False):
             yield self._ready(x, y)

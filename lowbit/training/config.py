@@ -36,15 +36,24 @@ class TrainConfig:
         label_smoothing: of the cross-entropy, in [0, 1).
         augment: ``"none"``; ``"shift"`` (random shift by up to 1/8 of a side; of a sound: 1/10 of its length);
             ``"crop_flip"`` (shift and left-right flip, for photographs; random-resized crop and flip for image
-            folders); ``"randaugment"`` (crop_flip and RandAugment 2×9; images of at least 64 pixels).
+            folders); ``"randaugment"`` (crop_flip and RandAugment 2×9; images of at least 64 pixels); ``"deit"``
+            (image folders: crop_flip, timm's RandAugment m9-mstd0.5-inc1, erasing with probability 0.25).
+        mixup, cutmix: α of these mixtures within each process's share of a batch; 0 is without.
+        repeats: augmented copies of each image in an epoch of unchanged length (repeated augmentation).
         amp: ``"bf16"`` runs the forward pass under bfloat16 autocast; parameters stay float32.
         compile: ``"quantizers"`` compiles the quantisers only, ``"model"`` the whole training step's forward pass.
         channels_last: lay images and convolution weights out channels-last.
         fused_attention: ``False`` turns timm's ``fused_attn`` off for the run, ``True`` on, ``None`` chooses: off on
             the CPU (there its backward pass is slow), as the model has it elsewhere.
         clip_grad: largest norm of the gradient, or ``None``.
+        cga_epochs: epochs of confidence-guided annealing (OFQ) that follow, with the same optimiser, for models with
+            StatsQ weights: at the constant rate ``cga_lr`` only weights within ``cga_boundary`` steps of a decision
+            boundary move, in the layers ``cga_layers`` (names or patterns; None is all). ``cga_query_key``: see
+            `lowbit.training.ConfidenceGuidedAnnealing`.
         distill_weight: w in (1-w)·CE + w·T²·soft-CE against the teacher; ``None`` = 0.5 if there is a teacher.
         temperature: T of the distillation.
+        teacher_mode: "eval" distils from the teacher as it predicts; "as_published" keeps it in training mode, as the
+            code released with OFQ does, where only the class head of a distilled DeiT teaches.
         seed: of batch order, augmentation and dropout.
         deterministic: ask torch for deterministic algorithms during the run.
         eval_every: epochs between evaluations on the test split; the last epoch is always evaluated.
@@ -65,14 +74,23 @@ class TrainConfig:
     warmup_epochs: NonNegative = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
     label_smoothing: Fraction = 0.0
-    augment: Literal["none", "shift", "crop_flip", "randaugment"] = "none"
+    augment: Literal["none", "shift", "crop_flip", "randaugment", "deit"] = "none"
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    repeats: Count = 1
     amp: Literal["none", "bf16"] = "none"
     compile: Literal["none", "quantizers", "model"] = "none"
     channels_last: bool = False
     fused_attention: bool | None = None
     clip_grad: Positive | None = None
+    cga_epochs: Annotated[int, Ge(0)] = 0
+    cga_lr: Positive = 1e-5
+    cga_boundary: Annotated[float, Ge(0), pydantic.Field(le=0.5)] = 0.005
+    cga_layers: tuple[str, ...] | None = None
+    cga_query_key: Literal["effective", "as_published"] = "effective"
     distill_weight: Weight | None = None
     temperature: Positive = 1.0
+    teacher_mode: Literal["eval", "as_published"] = "eval"
     seed: Annotated[int, Ge(0)] = 0
     deterministic: bool = True
     eval_every: Count = 1
@@ -80,6 +98,11 @@ class TrainConfig:
     workers: Annotated[int, Ge(0)] = 0
     out: str | None = None
     progress: bool = True
+
+    @pydantic.field_validator("cga_layers", mode="before")
+    @classmethod
+    def _cga_layers(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @pydantic.model_validator(mode="after")
     def _agree(self) -> "TrainConfig":
@@ -89,9 +112,15 @@ class TrainConfig:
             raise ValueError(f"min_lr={self.min_lr:g} should be at most lr={self.lr:g}")
         return self
 
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of the whole run, those of the annealing included."""
+        return self.epochs + self.cga_epochs
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a run card or a checkpoint."""
-        return dataclasses.asdict(self)
+        made = dataclasses.asdict(self)
+        return made | {"cga_layers": None if self.cga_layers is None else list(self.cga_layers)}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], ignore: tuple[str, ...] = NOT_COMPARED) -> list[str]:

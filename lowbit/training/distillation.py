@@ -1,5 +1,8 @@
 """The training loss: cross-entropy, and what a teacher adds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +23,7 @@ def loss(
     weight: float = 0.0,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """(1-w)·CE(labels) + w·T²·soft-CE(teacher), a float32 scalar.
+    """(1-w)·CE(labels) + w·T²·soft-CE(teacher), a float32 scalar; ``labels`` int64 [N], or probabilities [N,K].
 
     T² keeps the soft term's gradient at the size it has for T = 1 (Hinton et al., 2015). A model with a
     distillation head returns two logits in training (class head, distillation head): the first learns from the
@@ -32,6 +35,33 @@ def loss(
         return hard
     soft = soft_cross_entropy(by_teacher, merge(teacher), temperature)
     return (1 - weight) * hard + weight * temperature**2 * soft
+
+
+def prepare_teacher(teacher: torch.nn.Module, mode: str = "eval") -> None:
+    """Puts ``teacher`` into evaluation mode, or with "as_published" into training mode, each head for itself."""
+    teacher.train(mode == "as_published")
+    if mode == "as_published" and hasattr(teacher, "set_distilled_training"):
+        teacher.set_distilled_training(True)
+
+
+@contextmanager
+def separate_heads(model: torch.nn.Module) -> Iterator[None]:
+    """While it lasts, a distilled DeiT of timm returns both heads' logits in training mode."""
+    if not hasattr(model, "set_distilled_training"):
+        yield
+        return
+    before = model.distilled_training
+    model.set_distilled_training(True)
+    try:
+        yield
+    finally:
+        model.set_distilled_training(before)
+
+
+def target(teacher: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What ``teacher`` says of the batch ``x``: logits [N,K]; of two heads (training mode only) those of the class."""
+    output = teacher(x)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def merge(output: Logits) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.training import checkpoint, distillation, optim, record, seeds
+from lowbit.training.annealing import ConfidenceGuidedAnnealing
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig, differences
 from lowbit.training.distributed import Processes, processes
@@ -29,8 +30,8 @@ LOOK_EVERY = 20  # steps between looks at the loss on a GPU, where each look wai
 class State:
     """What callbacks see: the run so far.
 
-    A callback is any object with some of the methods ``on_gradients(state)`` (after backward, before the step),
-    ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return metrics for the history),
+    A callback is any object with some of the methods ``before_forward(state)``, ``on_gradients(state)`` (after
+    backward, before the step), ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return metrics for the history),
     ``state_dict()`` and ``load_state_dict(d)`` (saved in, and restored from, the checkpoint).
     """
 
@@ -90,9 +91,19 @@ def train(
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         if teacher is not None:
-            teacher.to(here.device).eval()
+            distillation.prepare_teacher(teacher.to(here.device), config.teacher_mode)
+        if teacher is not None:
+            stack.enter_context(distillation.separate_heads(model))
         stack.enter_context(_fused_attention(config.fused_attention, here, model, teacher))
         return _run(model, data, config, task, tuple(callbacks), here, fresh)
+
+
+def _annealing(model: nn.Module, config: TrainConfig, steps: int) -> list[ConfidenceGuidedAnnealing]:
+    """The phase after ``config.epochs``. It goes before other callbacks: trackers are to see the weights put back."""
+    if not config.cga_epochs:
+        return []
+    settings = (config.cga_boundary, config.cga_layers, config.cga_query_key)
+    return [ConfidenceGuidedAnnealing(model, *settings, from_step=config.epochs * steps)]
 
 
 class Classification:
@@ -117,10 +128,11 @@ class Classification:
         with _autocast(self.config, here):
             output = forward(x)
             with torch.no_grad():
-                target = self.teacher(x) if self.weight else None
+                target = distillation.target(self.teacher, x) if self.weight else None
         smoothing, temperature = self.config.label_smoothing, self.config.temperature
         loss = distillation.loss(output, y, smoothing, target, self.weight, temperature)
-        return loss, {"train_acc": (distillation.merge(output).detach().argmax(1) == y).sum()}
+        label = y if y.ndim == 1 else y.argmax(1)  # of a mixture the one with the larger share
+        return loss, {"train_acc": (distillation.merge(output).detach().argmax(1) == label).sum()}
 
     def evaluate(self, model: nn.Module, batches: Batches, here: Processes) -> dict[str, float]:
         """The ``metrics`` on the test split, over all processes; leaves evaluation mode on."""
@@ -140,6 +152,7 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
     from lowbit import environment
 
     batches = task.batches(data, config, here)
+    callbacks = (*_annealing(model, config, batches.steps), *callbacks)
     lowbit.nn.calibrate(model, batches.first())
     optimizer = optim.build_optimizer(model, config)
     state = State(model, optimizer, config, batches.steps)
@@ -147,7 +160,7 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
     out = Path(config.out) if config.out is not None else None
     history = _resume(out, state, identity, callbacks, here, fresh)
     done = task.record(history, config.to_dict(), environment.describe(), identity, out)
-    if len(history) == config.epochs:
+    if len(history) == config.all_epochs:
         model.eval()
         return done
 
@@ -157,11 +170,11 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
     elif config.compile == "model":
         forward = torch.compile(forward)
     with _progress(config, here, batches.steps, len(history)) as bar:
-        for epoch in range(len(history), config.epochs):
+        for epoch in range(len(history), config.all_epochs):
             state.epoch = epoch
             started = time.perf_counter()
             row = _one_epoch(state, forward, hooks, task, batches, callbacks, here, bar)
-            last = epoch + 1 == config.epochs
+            last = epoch + 1 == config.all_epochs
             row |= dict.fromkeys(task.metrics)
             if last or (epoch + 1) % config.eval_every == 0:
                 row |= task.evaluate(model, batches, here)
@@ -194,7 +207,8 @@ def _one_epoch(
         state.step = state.epoch * batches.steps + index
         state.lr = optim.learning_rate(state.step, batches.steps, config)
         optim.set_learning_rate(state.optimizer, state.lr)
-        hooks.before_step(state.step / (config.epochs * batches.steps))
+        list(_call(callbacks, "before_forward", state))
+        hooks.before_step(state.step / (config.all_epochs * batches.steps))
         state.optimizer.zero_grad()
         loss, parts = task.loss(forward, x, y, here)
         loss = hooks.add_penalty(loss)
@@ -318,7 +332,7 @@ def _autocast(config: TrainConfig, here: Processes) -> torch.autocast:
 def _progress(config: TrainConfig, here: Processes, steps: int, epochs_done: int):
     from tqdm.auto import tqdm
 
-    total, initial = config.epochs * steps, epochs_done * steps
+    total, initial = config.all_epochs * steps, epochs_done * steps
     hidden = {} if config.progress and here.first else {"disable": True}  # otherwise TQDM_DISABLE decides
     return tqdm(total=total, initial=initial, unit="step", mininterval=1.0, **hidden)
 

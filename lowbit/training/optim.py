@@ -46,8 +46,11 @@ def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float
     """The rate of optimisation step ``step`` (from 0).
 
     Warm-up: ``lr·(step+1)/w`` over the first w steps. Then ``lr`` (constant), or
-    ``min_lr + (lr-min_lr)·(1+cos πt)/2`` with t from 0 to (almost) 1 over the remaining steps (cosine).
+    ``min_lr + (lr-min_lr)·(1+cos πt)/2`` with t from 0 to (almost) 1 over the remaining steps (cosine). After
+    ``config.epochs``: ``cga_lr``.
     """
+    if step >= config.epochs * steps_per_epoch:
+        return config.cga_lr
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return config.lr * (step + 1) / warmup

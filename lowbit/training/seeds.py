@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ORDER, AUGMENT, SAMPLE, MODEL = range(4)  # streams, so that no two uses share numbers
+ORDER, AUGMENT, SAMPLE, MODEL, MIX = range(5)  # streams, so that no two uses share numbers
 
 
 def derive(seed: int, stream: int, *place: int) -> int:
@@ -23,7 +23,11 @@ def generator(seed: int, stream: int, *place: int) -> torch.Generator:
 
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed Python's, NumPy's and torch's global generators (what dropout and user code draw from)."""
-    value = derive(seed, MODEL, rank)
+    set_all(derive(seed, MODEL, rank))
+
+
+def set_all(value: int) -> None:
+    """Seed all three with ``value`` itself."""
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from lowbit.benchmarks import training
@@ -23,7 +24,11 @@ def test_an_unknown_model_is_refused():
 
 EXPECTED = {
     training.engines: {"fp32", "lsq eager", "statsq eager"},
-    training.shift_engines: {"fp32", "denseshift 2-bit eager", "denseshift 3-bit eager", "denseshift 4-bit eager"},
+    training.shift_engines: {
+        "fp32",
+        *(f"denseshift {bits}-bit eager" for bits in (2, 3, 4)),
+        "denseshift 3-bit eager, tracked",
+    },
 }
 
 
@@ -40,3 +45,14 @@ def test_eager_engines_take_a_step_that_changes_their_weights(name):
         before = [p.detach().clone() for p in parameters]
         engine.step()
         assert all(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_the_tracked_engine_looks_at_every_step(monkeypatch):
+    looks = []
+    monkeypatch.setattr("lowbit.metrics.FreezingTracker.update", lambda self: looks.append(self.codes.size))
+    model = training.CASES["resnet18-shift-small"].make(32)
+    made = training.shift_engines(model, torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
+    (tracked,) = (engine for engine in made if engine.name.endswith("tracked"))
+    tracked.step()
+    tracked.step()
+    assert looks == [sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d)) - 64 * 3 * 7 * 7] * 2

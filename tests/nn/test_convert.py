@@ -267,7 +267,7 @@ WRONG = [
     (lambda: QuantConfig(weight={"bits": 2}), "method"),
     (lambda: QuantConfig(weight={"method": "statq"}), "statq.*statsq"),
     (lambda: QuantConfig(first_last=4), "first_last=4.*None.*8.*'same'"),
-    (lambda: QuantConfig(qkr=True), "qkr=True"),
+    (lambda: QuantConfig(qkr="yes"), "qkr=.yes."),
 ]
 
 

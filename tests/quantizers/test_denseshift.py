@@ -95,6 +95,18 @@ def test_values_are_always_in_the_set_and_never_zero(values):
     assert weight.item() != 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gates", BITS.values())
+def test_no_latent_at_the_edge_of_its_type_gives_a_zero(gates, dtype):
+    """Both zeros, the smallest denormal and infinity: closed gates at the zeros, open ones for whatever is above."""
+    smallest = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype) * torch.finfo(dtype).eps
+    edges = [0.0, -0.0, smallest.item(), -smallest.item(), math.inf, -math.inf]
+    assert 0 < edges[2] < torch.finfo(dtype).smallest_normal
+    t = torch.tensor(edges, dtype=dtype)
+    size = 2.0**gates
+    assert denseshift(t, *(t for _ in range(gates))).tolist() == [1, 1, size, -1, size, -1]
+
+
 @pytest.mark.parametrize("sigma", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("bits", BITS)
 def test_starting_distribution_does_not_depend_on_sigma(bits, sigma):
@@ -181,11 +193,21 @@ def test_nan_in_any_latent_is_refused(place):
         denseshift(*latents)
 
 
-@pytest.mark.parametrize(("init", "std"), [("random", 1e-3), ("kaiming", math.sqrt(2 / (9 * 32)))])
-def test_latents_start_with_the_deviation_that_init_names(init, std):
+@pytest.mark.parametrize(
+    ("options", "std"),
+    [({}, 1e-3), ({"sigma": 0.02}, 0.02), ({"init": "kaiming"}, math.sqrt(2 / (9 * 32)))],
+    ids=["published", "sigma", "kaiming"],
+)
+def test_latents_start_with_the_deviation_that_init_names(options, std):
     torch.manual_seed(0)
     latents = [torch.empty(32, 16, 3, 3) for _ in range(4)]
-    DenseShift(bits=3, init=init).weight(latents[0]).initialize_(*latents)
+    DenseShift(bits=3, **options).weight(latents[0]).initialize_(*latents)
     for t in latents:
         assert t.std().item() == pytest.approx(std, rel=0.05)
     assert not torch.equal(latents[0], latents[1])
+
+
+def test_latents_of_a_given_weight_lie_sigma_from_their_thresholds():
+    quantizer = DenseShift(bits=3, init="project", sigma=0.02).weight(torch.ones(2, 3))
+    for t in quantizer.right_inverse(torch.tensor([[1.0, -2.0, 4.0], [-8.0, 0.1, 3.0]])):
+        assert torch.equal(t.abs(), torch.full((2, 3), 0.02))

@@ -1,5 +1,6 @@
 """LSQ against values and gradients worked out by hand (paper's equations 1-3)."""
 
+import copy
 import math
 
 import pytest
@@ -219,3 +220,133 @@ def test_calibrate_keeps_mode_and_running_statistics():
     assert model.training and not model[1].training
     assert torch.equal(model[1].running_mean, before)
     assert model[2].input_quantizer.calibrated
+
+
+def test_a_weight_step_that_is_not_learnt_stays_through_training():
+    model = quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4)), QuantConfig(LSQ(learn_step=False), first_last="same"))
+    step = model[0].parametrizations.weight[0].step
+    before = step.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).square().sum().backward()
+        assert step.grad is None and model[0].parametrizations.weight.original.grad.abs().sum() > 0
+        optimizer.step()
+    assert torch.equal(step, before)
+
+
+def test_an_activation_step_that_is_not_learnt_is_set_by_the_first_batch_alone():
+    quantizer = LSQ(bits=2, learn_step=False).activation()
+    x = torch.tensor([[1.0, -3.0], [2.0, 2.0]], requires_grad=True)
+    quantizer(x).sum().backward()
+    assert quantizer.step.item() == 4.0 and quantizer.step.grad is None
+    assert x.grad.tolist() == [[1, 1], [1, 1]]
+    other = LSQ(bits=2, learn_step=False).activation()
+    other.load_state_dict(quantizer.state_dict())
+    assert other.step.item() == 4.0 and not other.step.requires_grad
+    assert copy.deepcopy(quantizer).step.requires_grad is False
+
+
+def test_steps_that_are_not_learnt_are_left_to_no_optimiser():
+    from lowbit.training.optim import param_groups
+
+    config = QuantConfig(LSQ(learn_step=False), LSQ(learn_step=False), first_last="same")
+    model = quantize_(torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)), config)
+    (group,) = param_groups(model, 0.1, "weights")
+    assert [id(p) for p in group["params"]] == [id(model[0].parametrizations.weight.original)]
+
+
+def biased(bits: int = 2, signed: bool | None = None, granularity: str = "tensor", channel_dim: int = -1):
+    return LSQ(bits=bits, signed=signed, granularity=granularity, bias=True).activation(channel_dim)
+
+
+def test_biases_by_hand():
+    quantizer = biased()
+    quantizer(torch.tensor([[1.0, -3.0], [2.0, 2.0]]))  # step 2·2/1 = 4
+    quantizer.step.data.fill_(1.0)
+    quantizer.bias_in.data = torch.tensor([[0.5, -0.25]])
+    quantizer.bias_out.data = torch.tensor([[10.0, 20.0]])
+    # x + b1 = 0.7, -1.45 and 3.5, -0.25; 2 bits signed: codes 1, -1 and 1 (clipped), -0
+    x = torch.tensor([[0.2, -1.2], [3.0, 0.0]], requires_grad=True)
+    y = quantizer(x)
+    assert y.tolist() == [[11.0, 19.0], [11.0, 20.0]]
+    assert quantizer.codes(x).tolist() == [[3, 1], [3, 2]]  # levels -2 ... 1 of lsq(x + b1), without b2
+    y.backward(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert x.grad.tolist() == [[1, 2], [0, 4]]
+    assert quantizer.bias_in.grad.tolist() == [[1, 6]]  # as x, summed over the batch: none where clipped
+    assert quantizer.bias_out.grad.tolist() == [[4, 6]]  # all of it
+    slope = 1 * (1 - 0.7) + 2 * (-1 + 1.45) + 3 * 1 + 4 * (0 + 0.25)
+    assert quantizer.step.grad.item() == pytest.approx(slope / math.sqrt(2), abs=1e-5)  # Qp = 1, two elements a sample
+
+
+@pytest.mark.parametrize(("channel_dim", "shape"), [(1, (1, 6, 1, 1)), (-1, (1, 1, 1, 8))])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_biases_are_one_number_a_channel_and_start_at_zero(granularity, channel_dim, shape):
+    quantizer, plain = biased(4, None, granularity, channel_dim), LSQ(granularity=granularity).activation(channel_dim)
+    parameters = quantizer.bias_in, quantizer.bias_out
+    x = torch.randn(4, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(quantizer(x), plain(x))
+    assert parameters == (quantizer.bias_in, quantizer.bias_out)  # an optimiser built before the first batch keeps them
+    assert all(tuple(p.shape) == shape and not p.any() and p.requires_grad for p in parameters)
+
+
+def test_signedness_is_decided_without_the_bias():
+    quantizer = biased()
+    quantizer(torch.tensor([[0.0, 2.0]]))
+    assert quantizer.signed is False
+    quantizer.bias_in.data.fill_(-5.0)
+    assert quantizer(torch.tensor([[0.0, 2.0]])).tolist() == [[0.0, 0.0]] and quantizer.signed is False
+
+
+def test_biases_survive_state_dict_and_deepcopy_before_and_after_the_first_batch():
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    early, fresh = biased(), biased()
+    fresh.load_state_dict(early.state_dict())
+    assert not fresh.calibrated and not copy.deepcopy(early).calibrated
+    assert torch.equal(fresh(x), early(x))
+    for p in early.parameters():
+        p.data.add_(0.3)
+    late = biased()
+    late.load_state_dict(early.state_dict())
+    twin = copy.deepcopy(early)
+    assert {"bias_in", "bias_out"} < set(early.state_dict())
+    assert torch.equal(late(x), early(x)) and torch.equal(twin(x), early(x))
+    twin.bias_in.data.add_(1)
+    assert torch.equal(late(x), early(x))
+    assert not any("bias" in key for key in LSQ().activation().state_dict())
+
+
+def test_biases_are_added_in_float32_and_the_input_dtype_comes_out():
+    quantizer = biased(8)
+    x = torch.linspace(-1, 1, 101)[:, None].bfloat16()
+    quantizer(x)
+    quantizer.bias_in.data.fill_(1e-3)  # lost in bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        y = quantizer(x)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and torch.equal(y, quantizer(x.float()).bfloat16())
+    assert all(p.grad.dtype == torch.float32 for p in quantizer.parameters())
+
+
+def test_a_bias_is_refused_for_weights():
+    with pytest.raises(LowbitError, match="bias=True is not allowed for weights"):
+        LSQ(bias=True).weight(torch.ones(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LSQ(bits=3, bias=True), LSQ(bits=3, learn_step=False), LSQ(bits=3)])
+def test_compiled_activations_agree_with_eager(config):
+    torch._dynamo.reset()
+    quantizer = config.activation()
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    quantizer(x)
+    for name in ("bias_in", "bias_out") if config.bias else ():
+        getattr(quantizer, name).data.uniform_(-0.3, 0.3)
+    learnt = [p for p in quantizer.parameters() if p.requires_grad]
+    results = []
+    for forward in (quantizer.forward, torch.compile(quantizer.forward, fullgraph=True)):
+        given = x.clone().requires_grad_()
+        y = forward(given)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (given, *learnt))))
+    for eager, compiled in zip(*results, strict=True):
+        assert eager.abs().sum() > 0 and torch.allclose(eager, compiled, atol=1e-5)

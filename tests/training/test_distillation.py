@@ -43,3 +43,33 @@ def test_two_heads_learn_from_label_and_teacher_apart():
 
 def test_half_precision_logits_give_a_float_loss():
     assert distillation.loss(STUDENT.bfloat16(), LABEL).dtype == torch.float32
+
+
+class TwoHeads(torch.nn.Module):
+    """What timm's distilled DeiT does: two logits in training, if asked for, else their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.distilled_training = False
+
+    def set_distilled_training(self, enable=True):
+        self.distilled_training = enable
+
+    def forward(self, x):
+        return (STUDENT, TEACHER) if self.distilled_training and self.training else (STUDENT + TEACHER) / 2
+
+
+@pytest.mark.parametrize("mode, expected", [("eval", (STUDENT + TEACHER) / 2), ("as_published", STUDENT)])
+def test_who_teaches(mode, expected):
+    teacher = TwoHeads()
+    distillation.prepare_teacher(teacher, mode)
+    assert torch.equal(distillation.target(teacher, torch.ones(1)), expected)
+
+
+def test_a_distilled_student_shows_both_heads_for_as_long_as_it_is_taught():
+    student = TwoHeads()
+    with distillation.separate_heads(student):
+        assert isinstance(student(None), tuple)
+    assert not isinstance(student(None), tuple)
+    with distillation.separate_heads(torch.nn.Linear(1, 1)):
+        pass

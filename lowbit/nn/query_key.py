@@ -1,0 +1,107 @@
+"""Query-key reparameterisation: one quantised matrix in the place of two (OFQ, ICML 2023, arXiv 2302.02210)."""
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers import Method, WeightQuantizer
+from lowbit.quantizers.statsq import cga_mask
+
+__all__ = ["QueryKeyProduct", "query_key_product"]
+
+
+def query_key_product(wq: Tensor, wk: Tensor, heads: int) -> Tensor:
+    """The matrices ``M_h = Wq_hᵀ·Wk_h`` of all heads, stacked: ``x_i·M_h·x_jᵀ = (Wq_h·x_i)·(Wk_h·x_j)``.
+
+    Args:
+        wq, wk: float ``[heads·d, C]``, the query and key weights; head h has rows h·d to (h+1)·d.
+        heads: number of heads.
+
+    Returns:
+        float ``[heads·C, C]``.
+
+    Raises:
+        LowbitError: shapes that do not belong together.
+    """
+    if wq.shape != wk.shape or wq.ndim != 2 or heads < 1 or len(wq) % heads:
+        raise LowbitError(
+            f"query and key weights of shapes {list(wq.shape)} and {list(wk.shape)} do not make {heads} heads; both "
+            "should be [heads x d, C]"
+        )
+    width = wq.shape[1]
+    q, k = wq.reshape(heads, -1, width), wk.reshape(heads, -1, width)
+    return torch.bmm(q.transpose(1, 2), k).reshape(heads * width, width)
+
+
+class _MaskGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.saved_tensors[0], None
+
+
+class QueryKeyProduct(WeightQuantizer):
+    """The parametrisation of a layer ``C → heads·C`` by query and key weights: their product, then quantised.
+
+    With separate quantisers the gradient of Wk contains the quantised Wq, so that a flip in one perturbs the other;
+    here the latents stay in full precision and only their product is rounded.
+
+    Args:
+        heads: number of heads.
+        wq, wk: starting values, float ``[heads·d, C]``.
+        method: the weight method of the product, one with a single latent; None leaves it in full precision.
+
+    Attributes:
+        boundary: None, or the boundary range of confidence-guided annealing: only elements of the product that lie
+            this close to a decision boundary then pass a gradient on. The latents of frozen elements still move with
+            those of others, since each element of Wq and Wk is part of C elements of the product.
+    """
+
+    def __init__(self, heads: int, wq: Tensor, wk: Tensor, method: Method | None):
+        super().__init__()
+        self.heads, self.config = heads, method
+        self.boundary: float | None = None
+        self.quantizer = None if method is None else method.weight(query_key_product(wq, wk, heads))
+        self._start: tuple[Tensor, Tensor] | None = (wq, wk)
+
+    def product(self, wq: Tensor, wk: Tensor) -> Tensor:
+        """The latent of the quantiser: float ``[heads·C, C]``."""
+        return query_key_product(wq, wk, self.heads)
+
+    def forward(self, wq: Tensor, wk: Tensor) -> Tensor:
+        product = self.product(wq, wk)
+        if self.quantizer is None:
+            return product
+        if self.boundary is not None:
+            product = _MaskGradient.apply(product, cga_mask(product.detach(), self.config.bits, self.boundary))
+        return self.quantizer(product)
+
+    @property
+    def levels(self) -> Tensor:
+        return self._quantizer.levels
+
+    def codes(self, wq: Tensor, wk: Tensor) -> Tensor:
+        return self._quantizer.codes(self.product(wq, wk))
+
+    def scale(self, wq: Tensor, wk: Tensor) -> Tensor:
+        return self._quantizer.scale(self.product(wq, wk))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The starting latents, once; a given product has no factors to go back to."""
+        if self._start is None:
+            raise LowbitError(
+                "the weight of a query-key product cannot be assigned, since it does not determine its two factors; "
+                "set parametrizations.weight.original0 (queries) and original1 (keys)"
+            )
+        start, self._start = self._start, None
+        return start
+
+    @property
+    def _quantizer(self) -> WeightQuantizer:
+        if self.quantizer is None:
+            raise LowbitError("this query-key product is in full precision: it has no levels, codes or scale")
+        return self.quantizer

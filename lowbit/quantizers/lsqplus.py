@@ -1,0 +1,198 @@
+"""LSQ+: activations on a uniform grid whose step and offset are learnt, for ranges that are not symmetric.
+
+Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better initialization", CVPR
+Workshops 2020, arXiv 2004.09576, section 3. Its weights are those of LSQ: ``QuantConfig(LSQ(...), LSQPlus(...))``.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowbit.errors import LowbitError
+from lowbit.quantizers.base import ActivationQuantizer, Method, as_float, method
+from lowbit.quantizers.lsq import SMALLEST_STEP, lsq_range
+
+__all__ = ["LSQPlus", "lsqplus", "lsqplus_codes", "lsqplus_start"]
+
+SAMPLE = 2**16
+
+
+class _LSQPlus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+        codes = torch.round(((x - offset) / step).clamp(low, high))
+        ctx.save_for_backward(x, step, offset)
+        ctx.range, ctx.grad_scale = (low, high), grad_scale
+        # Step times level, the level being code + offset/step, so that no level near zero loses its digits.
+        return (codes + offset / step) * step
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, step, offset = ctx.saved_tensors
+        low, high = ctx.range
+        position = (x - offset) / step
+        inside = (position > low) & (position < high)
+        grad_x = torch.where(inside, grad, 0)
+        slope = torch.where(inside, position.round() - position, position.clamp(low, high))
+        grad_step = (grad * slope).sum_to_size(step.shape) * ctx.grad_scale
+        grad_offset = torch.where(inside, 0, grad).sum_to_size(offset.shape) * ctx.grad_scale
+        return grad_x, grad_step, grad_offset, None, None, None
+
+
+def lsqplus(
+    x: Tensor, step: Tensor, offset: Tensor, bits: int, signed: bool = False, grad_scale: float | None = None
+) -> Tensor:
+    """Fake-quantises ``x`` to ``step · round(clip((x - offset)/step, n, p)) + offset``.
+
+    With v = (x - offset)/step the gradient to ``x`` passes strictly inside the clip range, n < v < p, and is zero
+    outside; that to ``step`` is ``round(v) - v`` inside, n or p outside; that to ``offset`` is 0 inside, 1 outside.
+    The last two are summed over what shares them and multiplied by ``grad_scale``.
+
+    Args:
+        x: float, any shape; half precision is computed in float32 and cast back.
+        step: positive float, broadcastable against ``x``.
+        offset: β, float, broadcastable against ``x``.
+        bits: 2 to 16 signed, 1 to 16 unsigned.
+        signed: (n, p) is (-2^(b-1), 2^(b-1)-1), or (0, 2^b-1). The same grids can be reached; the offset is then the
+            value of another code.
+        grad_scale: None means LSQ's 1/sqrt(p · elements that share a step).
+
+    Returns:
+        A tensor like ``x``.
+
+    Raises:
+        LowbitError: ``bits`` out of range.
+    """
+    low, high = lsq_range(bits, signed)
+    if grad_scale is None:
+        grad_scale = 1 / math.sqrt(high * x.numel() / step.numel())
+    return _LSQPlus.apply(as_float(x), as_float(step), as_float(offset), low, high, grad_scale).to(x.dtype)
+
+
+def lsqplus_codes(x: Tensor, step: Tensor, offset: Tensor, bits: int, signed: bool = False) -> Tensor:
+    """The integer codes ``round(clip((x - offset)/step, n, p))`` of `lsqplus`, int16."""
+    with torch.no_grad():
+        return ((as_float(x) - offset) / step).clamp(*lsq_range(bits, signed)).round().to(torch.int16)
+
+
+def lsqplus_start(
+    x: Tensor, bits: int, signed: bool = False, init: Literal["mse", "minmax"] = "mse", rounds: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Starting step and offset for the activations ``x`` (section 3.2), float scalars, detached.
+
+    "minmax" spans what there is: ``step = (max - min)/(p - n)``, ``offset = min - n·step``. One outlier then makes
+    the steps wide. "mse", as in the paper, goes on from there to a minimum of the mean squared quantisation error;
+    where the paper descends its gradient, the best step and offset for the codes at hand and the codes for those take
+    turns here, ``rounds`` times: each is a least-squares solution, so the error never grows. Of more than `SAMPLE`
+    values it looks at that many, drawn with a fixed seed. A tensor whose values are all alike gets a step of a
+    hundred-thousandth of their size, so that the levels differ in float32.
+
+    Raises:
+        LowbitError: ``bits`` out of range, or an unknown ``init``.
+    """
+    if init not in ("mse", "minmax"):
+        raise LowbitError(f"init={init!r} is not allowed; 'mse' and 'minmax' are")
+    low, high = lsq_range(bits, signed)
+    x = as_float(x.detach()).flatten()
+    least, most = torch.aminmax(x)
+    narrowest = (1e-5 * torch.maximum(-least, most)).clamp_min(SMALLEST_STEP)
+    step = torch.maximum((most - least) / (high - low), narrowest)
+    offset = least - low * step
+    if init == "minmax":
+        return step, offset
+    if x.numel() > SAMPLE:
+        chosen = torch.randint(x.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+        x = x[chosen.to(x.device)]
+    x = x.double()
+    for _ in range(rounds):
+        codes = ((x - offset) / step).clamp(low, high).round()
+        centred = codes - codes.mean()
+        spread = centred.square().mean()
+        if spread == 0:  # all values alike: nothing tells how wide a step should be
+            break
+        step = torch.maximum(((centred * x).mean() / spread).to(step.dtype), narrowest)
+        offset = (x.mean() - step * codes.mean()).to(offset.dtype)
+    return step, offset
+
+
+@method("lsqplus")
+class LSQPlus(Method):
+    """Learnt step and offset for a layer's input, one of each for the whole tensor.
+
+    Args:
+        bits: 1 to 8; at least 2 if signed.
+        signed: which code the offset is the value of: that in the middle of the grid, or (False) the lowest. The grids
+            are the same, training moves them differently.
+        init: how the first batch sets step and offset, see `lsqplus_start`.
+    """
+
+    bits: Annotated[int, Field(ge=1, le=8)] = 4
+    signed: bool = False
+    init: Literal["mse", "minmax"] = "mse"
+
+    @model_validator(mode="after")
+    def _two_signed_codes(self) -> Any:
+        if self.signed and self.bits == 1:
+            raise ValueError("bits=1 is not allowed with signed=True, which takes 2 to 8 bits")
+        return self
+
+    def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
+        """See `Method.activation`; the channels play no part."""
+        return LSQPlusActivation(self)
+
+
+class LSQPlusActivation(ActivationQuantizer):
+    """`lsqplus` in front of a layer; step and offset are empty parameters until the first batch sets them.
+
+    ``levels`` is n + β/s ... p + β/s, so that the output is the step times a level. As in LSQ the gradient scale
+    counts the elements of one sample.
+    """
+
+    def __init__(self, config: LSQPlus):
+        super().__init__()
+        self.config = config
+        self.step = nn.Parameter(torch.empty(0))
+        self.offset = nn.Parameter(torch.empty(0))
+
+    @property
+    def calibrated(self) -> bool:
+        return self.step.numel() > 0
+
+    def positive_step(self) -> Tensor:
+        """The step, kept positive at use without cutting its gradient, so that it can come back."""
+        step = self.step
+        return step.clamp_min(SMALLEST_STEP).detach() + (step - step.detach())  # the bracket is exactly zero
+
+    @torch.compiler.disable
+    def _calibrate(self, x: Tensor) -> None:
+        config = self.config
+        self.step.data, self.offset.data = lsqplus_start(x, config.bits, config.signed, config.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.step.numel() == 0:
+            self._calibrate(x)
+        bits, signed = self.config.bits, self.config.signed
+        grad_scale = 1 / math.sqrt(lsq_range(bits, signed)[1] * x.numel() / x.shape[0])
+        return lsqplus(x, self.positive_step(), self.offset, bits, signed, grad_scale)
+
+    @property
+    def levels(self) -> Tensor:
+        low, high = lsq_range(self.config.bits, self.config.signed)
+        codes = torch.arange(low, high + 1, dtype=torch.float32, device=self.step.device)
+        return codes + (self.offset / self.positive_step()).detach()
+
+    def codes(self, x: Tensor) -> Tensor:
+        bits, signed = self.config.bits, self.config.signed
+        return lsqplus_codes(x, self.positive_step(), self.offset, bits, signed) - lsq_range(bits, signed)[0]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        for name in ("step", "offset"):
+            own, saved = getattr(self, name), state_dict.get(prefix + name)
+            if saved is not None and own.numel() == 0:
+                own.data = torch.empty_like(saved, device=own.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,110 @@
+"""Confidence-guided annealing: only weights near a decision boundary go on learning.
+
+Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023, arXiv 2302.02210.
+`lowbit.functional.cga_mask` is the mask; this is the phase of training that applies it.
+"""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.nn import quantized_layers
+from lowbit.nn.query_key import QueryKeyProduct
+from lowbit.quantizers.statsq import StatsQ, cga_mask, check_boundary
+
+
+class ConfidenceGuidedAnnealing:
+    """Holds confident weights still: a callback of `lowbit.train`, which makes one itself for ``cga_epochs``.
+
+    The mask is computed anew each step, from the weights as they are before it. Gradients of frozen weights become
+    zero, and after the optimiser's step their latents are put back: momentum and weight decay would move them.
+
+    Args:
+        model: a model with StatsQ weights; layers with other weights are left alone.
+        boundary: BR, the half width of the zone in which a weight may move, in steps; 0.005 in the paper.
+        layers: names or patterns of the layers to anneal; None takes all with StatsQ weights.
+        query_key: what becomes of a query-key product (QKR). "effective" masks the gradient of its elements;
+            "as_published" leaves it alone: in the code released with OFQ the product's mask acts on a detached tensor
+            and changes nothing.
+        from_step: optimisation steps before this one are left alone.
+
+    Raises:
+        LowbitError: no StatsQ weight, a pattern without a layer, or a boundary out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        boundary: float = 0.005,
+        layers: Sequence[str] | None = None,
+        query_key: Literal["effective", "as_published"] = "effective",
+        from_step: int = 0,
+    ):
+        check_boundary(boundary)
+        if query_key not in ("effective", "as_published"):
+            raise LowbitError(f"query_key={query_key!r} is not allowed; 'effective' and 'as_published' are")
+        found = {
+            layer.name: layer
+            for layer in quantized_layers(model)
+            if layer.weight is not None and isinstance(layer.weight.config, StatsQ)
+        }
+        for pattern in layers or ():
+            if not fnmatch.filter(found, pattern):
+                raise LowbitError(f"layers: {pattern!r} is no layer with StatsQ weights; there are {', '.join(found)}")
+        chosen = [
+            layer
+            for name, layer in found.items()
+            if layers is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)
+        ]
+        if not chosen:
+            raise LowbitError(
+                f"confidence-guided annealing needs StatsQ weights, and {type(model).__name__} has none; quantise it "
+                "with QuantConfig(weight=StatsQ(bits=2))"
+            )
+        self.boundary, self.query_key, self.from_step = boundary, query_key, from_step
+        self._products = [layer.weight for layer in chosen if isinstance(layer.weight, QueryKeyProduct)]
+        self._layers = [layer for layer in chosen if not isinstance(layer.weight, QueryKeyProduct)]
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """To be called between backward and the optimiser's step: zeroes the gradients of confident weights."""
+        self._frozen = []
+        for layer in self._layers:
+            (latent,) = layer.latents
+            movable = cga_mask(latent, layer.weight.config.bits, self.boundary)
+            if latent.grad is not None:
+                latent.grad.mul_(movable)
+            self._frozen.append((movable, latent.clone()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """To be called after the optimiser's step: puts the confident weights back."""
+        for layer, (movable, before) in zip(self._layers, self._frozen, strict=True):
+            (latent,) = layer.latents
+            torch.where(movable, latent, before, out=latent)
+
+    def movable(self) -> float:
+        """The share of weights, those of query-key products aside, that may move as things are."""
+        masks = [cga_mask(layer.latents[0], layer.weight.config.bits, self.boundary) for layer in self._layers]
+        return sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
+
+    def before_forward(self, state: Any) -> None:
+        """Callback of `lowbit.train`: the masks of query-key products are part of their forward pass."""
+        on = state.step >= self.from_step and self.query_key == "effective"
+        for product in self._products:
+            product.boundary = self.boundary if on else None
+
+    def on_gradients(self, state: Any) -> None:
+        """Callback of `lowbit.train`."""
+        if state.step >= self.from_step:
+            self.freeze()
+
+    def on_step(self, state: Any) -> None:
+        """Callback of `lowbit.train`."""
+        if state.step >= self.from_step:
+            self.restore()

@@ -1,0 +1,132 @@
+"""Oscillation dampening: a pull of every latent weight towards the level that it is rounded to.
+
+Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 4.2.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.nn import quantized_layers
+from lowbit.nn.convert import QuantizedLayer
+from lowbit.quantizers.base import as_float, nearest
+
+
+def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """``Σ (q - clip(w, low, high))²``, no gradient through q or the bounds (the paper's regulariser, without its λ).
+
+    The gradient to ``w`` is ``2·(w - q)`` inside the clip range and zero outside, so that a clipped weight is free.
+
+    Args:
+        w: latent weights, float, any shape.
+        q: the same weights quantised, of that shape.
+        low, high: the lowest and the highest value of the grid, broadcastable against ``w``.
+
+    Returns:
+        A scalar tensor.
+    """
+    low, high = (torch.as_tensor(bound, dtype=w.dtype, device=w.device).detach() for bound in (low, high))
+    return (q.detach() - torch.clamp(w, low, high)).square().sum()
+
+
+def cosine(progress: float, start: float, first: float, last: float) -> float:
+    """A value that stays at ``first`` until ``start`` and goes to ``last`` at 1 by half a cosine wave.
+
+    Args:
+        progress: share of the training's steps that is done; above 1 it counts as 1.
+        start: share of the steps, 0 <= start < 1.
+        first, last: values before ``start`` and at the end.
+    """
+    done = min(1.0, max(0.0, progress - start) / (1 - start))
+    return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
+
+
+def check_start(start: float) -> None:
+    """Refuses a starting point outside [0, 1)."""
+    if not 0 <= start < 1:
+        raise LowbitError(f"start={start!r} is not allowed; shares of the training from 0 to below 1 are (0.25)")
+
+
+def one_latent_layers(model: nn.Module, what: str) -> list[QuantizedLayer]:
+    """The layers of ``model`` with quantised weights, or LowbitError (naming ``what``) if one has several latents."""
+    layers = [found for found in quantized_layers(model) if found.weight is not None]
+    if not layers:
+        raise LowbitError(f"{what} needs quantised weights, and {type(model).__name__} has none; call quantize_ first")
+    for found in layers:
+        if len(found.latents) != 1:
+            raise LowbitError(
+                f"{what} takes weights with one latent, such as those of LSQ; layer {found.name!r} "
+                f"({found.weight.config!r}) has {len(found.latents)}"
+            )
+    return layers
+
+
+class Dampening:
+    """Adds λ times the gradient of `dampening_loss`, summed over all layers, to that of the weights.
+
+    A callback of `lowbit.train`, acting between backward and the optimiser's step (and before gradients are clipped):
+    the same as a term of the loss, which does not show it. λ goes from 0 at ``start`` to ``strength`` at the end by a
+    cosine, `cosine`. The clip range ends at the outermost levels.
+
+    Args:
+        model: a quantised model whose weights have one latent each, rounded to the nearest level: LSQ, EWGS, StatsQ,
+            PoT.
+        strength: λ at the end of the training.
+        start: share of the optimisation steps before which λ is 0.
+
+    Raises:
+        LowbitError: other weights, or a setting out of range.
+    """
+
+    def __init__(self, model: nn.Module, strength: float = 0.1, start: float = 0.25):
+        if not 0 <= strength < math.inf:
+            raise LowbitError(f"strength={strength!r} is not allowed; finite numbers from 0 are (0.1)")
+        check_start(start)
+        self.strength, self.start = strength, start
+        self._layers = one_latent_layers(model, "dampening")
+        for found in self._layers:
+            _check_nearest(found)
+
+    def weight_of(self, progress: float) -> float:
+        """λ when the share ``progress`` of the steps is done."""
+        return cosine(progress, self.start, 0.0, self.strength)
+
+    @torch.no_grad()
+    def add_gradients(self, strength: float) -> None:
+        """Adds ``strength`` times the gradient of `dampening_loss` to the latents' ``.grad``."""
+        for found in self._layers:
+            (latent,) = found.latents
+            if not latent.requires_grad:
+                continue
+            q, low, high = _on_grid(found)
+            # Beyond the outermost level q is that level and so is the clipped latent: the difference is zero there.
+            pull = (torch.clamp(latent, low.to(latent.dtype), high.to(latent.dtype)) - q).mul_(2 * strength)
+            latent.grad = pull if latent.grad is None else latent.grad.add_(pull)
+
+    def on_gradients(self, state: Any) -> None:
+        """Callback of `lowbit.train`."""
+        strength = self.weight_of(state.step / (state.config.epochs * state.steps_per_epoch))
+        if strength > 0:
+            self.add_gradients(strength)
+
+
+def _on_grid(found: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """The quantised weight, and the lowest and the highest value of its grid (broadcastable against it)."""
+    scale, levels = found.weight.scale(*found.latents), found.weight.levels
+    return found.weight(*found.latents), scale * float(levels[0]), scale * float(levels[-1])
+
+
+@torch.no_grad()
+def _check_nearest(found: QuantizedLayer) -> None:
+    """Refuses a method whose latent lives on another scale than its levels: it has nothing to be pulled towards."""
+    w, (q, _, _) = as_float(found.latents[0]), _on_grid(found)
+    scale, levels = found.weight.scale(*found.latents), found.weight.levels.to(w.device)
+    best = scale * levels[nearest(w / scale, levels).long()]
+    if ((w - q).abs() > (w - best).abs() + 1e-4 * scale).any():
+        raise LowbitError(
+            f"dampening takes weights that are rounded to the nearest level, such as those of LSQ, EWGS, StatsQ and "
+            f"PoT; those of layer {found.name!r} ({found.weight.config!r}) are not"
+        )

@@ -1,0 +1,173 @@
+"""Iterative weight freezing: a weight that oscillates too often is held at its average code for good.
+
+Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 4.3.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.metrics.oscillation import OscillationState, check_momentum, oscillation_step_
+from lowbit.nn.convert import QuantizedLayer
+from lowbit.training.dampening import check_start, cosine, one_latent_layers
+
+
+def freezing_step_(
+    codes: Tensor, state: OscillationState, average: Tensor, frozen: Tensor, threshold: float, momentum: float
+) -> None:
+    """One step of Algorithm 1 on one tensor of codes: changes ``state``, ``average`` and ``frozen`` in place.
+
+    The oscillation frequency takes one step (`lowbit.functional.oscillation_step`), the average code becomes
+    ``m·k + (1-m)·average``, and a weight whose frequency is then above the threshold is frozen at the whole number
+    nearest to its average. One that is frozen stays so.
+
+    Args:
+        codes: the codes k after the optimiser's step, int16, any shape.
+        state: of the oscillation frequency.
+        average: float32, the moving average of the codes; at the start the first codes.
+        frozen: int16, the code that a weight is held at; -1 where it is free.
+        threshold: f_th.
+        momentum: m, 0 < m <= 1.
+    """
+    oscillation_step_(codes, state, momentum)
+    average.mul_(1 - momentum).add_(codes, alpha=momentum)
+    due = (frozen < 0) & (state.frequency > threshold)
+    torch.where(due, average.round().to(frozen.dtype), frozen, out=frozen)
+
+
+class IterativeFreezing:
+    """Freezes oscillating weights: a callback of `lowbit.train`, acting after each optimiser step.
+
+    The latent of a frozen weight is overwritten by the scale times its level after every step: neither momentum nor
+    weight decay nor a learnt step that moves can change its code. The threshold goes from ``threshold`` at ``start``
+    to ``end`` at the end of the training by a cosine; before ``start`` it is ``threshold``. Give this callback before
+    trackers, so that they see the weights put back. On processes that train together it freezes the same weights.
+
+    It holds 13 bytes a weight. `on_epoch` adds ``iteratively_frozen``, the share of frozen weights, to the history.
+
+    Args:
+        model: a quantised model whose weights have one latent each and a scale that does not follow it: LSQ, EWGS.
+        threshold: oscillation frequency above which a weight is frozen, at first.
+        end: the same at the end.
+        start: share of the optimisation steps before which the threshold stays.
+        momentum: m of the frequency and of the average code.
+
+    Raises:
+        LowbitError: other weights, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threshold: float = 0.1,
+        end: float = 0.01,
+        start: float = 0.25,
+        momentum: float = 0.01,
+    ):
+        for name, value in (("threshold", threshold), ("end", end)):
+            if not 0 <= value <= 1:
+                raise LowbitError(f"{name}={value!r} is not allowed; oscillation frequencies from 0 to 1 are")
+        check_start(start)
+        check_momentum(momentum)
+        self.threshold, self.end, self.start, self.momentum = threshold, end, start, momentum
+        self._layers = one_latent_layers(model, "iterative freezing")
+        for found in self._layers:
+            _check_fixed_scale(found)
+        self._held = [_begin(found.codes()) for found in self._layers]
+
+    def threshold_of(self, progress: float) -> float:
+        """The threshold when the share ``progress`` of the steps is done."""
+        return cosine(progress, self.start, self.threshold, self.end)
+
+    @torch.no_grad()
+    def update(self, threshold: float) -> None:
+        """To be called after each optimiser step: puts frozen weights back, then freezes those that are due."""
+        for i, found in enumerate(self._layers):
+            (latent,) = found.latents
+            if self._held[i]["frozen"].device != latent.device:
+                self._held[i] = {name: held.to(latent.device) for name, held in self._held[i].items()}
+            held = self._held[i]
+            _put_back(found, held["frozen"])
+            state = OscillationState(held["codes"], held["direction"], held["frequency"])
+            freezing_step_(found.codes(), state, held["average"], held["frozen"], threshold, self.momentum)
+            _put_back(found, held["frozen"])
+
+    def frozen(self, layer: str) -> Tensor:
+        """The code that each weight of ``layer`` is held at, -1 where it is free: int16, of its shape, on the CPU."""
+        for found, held in zip(self._layers, self._held, strict=True):
+            if found.name == layer:
+                return held["frozen"].cpu().clone()
+        raise LowbitError(f"no layer is called {layer!r}; there are {', '.join(found.name for found in self._layers)}")
+
+    def share(self) -> float:
+        """The share of all weights that is frozen."""
+        frozen = sum(int((held["frozen"] >= 0).sum()) for held in self._held)
+        return frozen / sum(held["frozen"].numel() for held in self._held)
+
+    def on_step(self, state: Any) -> None:
+        """Callback of `lowbit.train`."""
+        self.update(self.threshold_of(state.step / (state.config.epochs * state.steps_per_epoch)))
+
+    def on_epoch(self, state: Any) -> dict[str, float]:
+        """Callback of `lowbit.train`: the share of frozen weights, for the history."""
+        return {"iteratively_frozen": self.share()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on: tensors, numbers and strings."""
+        return {**self._identity(), "held": [dict(held) for held in self._held]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave.
+
+        Raises:
+            LowbitError: the state is of other layers or settings.
+        """
+        for key, mine in self._identity().items():
+            if state[key] != mine:
+                raise LowbitError(f"the saved {key} {state[key]} of iterative freezing are not those of now, {mine}")
+        for held, saved in zip(self._held, state["held"], strict=True):
+            for name, tensor in held.items():
+                tensor.copy_(saved[name])
+
+    def _identity(self) -> dict[str, Any]:
+        names = ("threshold", "end", "start", "momentum")
+        return {
+            "settings": {name: getattr(self, name) for name in names},
+            "layers": [[found.name, list(found.latents[0].shape)] for found in self._layers],
+        }
+
+
+def _begin(codes: Tensor) -> dict[str, Tensor]:
+    return {
+        "codes": codes.clone(),
+        "direction": torch.zeros_like(codes, dtype=torch.int8),
+        "frequency": torch.zeros_like(codes, dtype=torch.float32),
+        "average": codes.float(),
+        "frozen": torch.full_like(codes, -1),
+    }
+
+
+def _put_back(found: QuantizedLayer, frozen: Tensor) -> None:
+    """Overwrites the latents of frozen weights by the scale of this moment times their level."""
+    (latent,) = found.latents
+    levels = found.weight.levels.to(latent.device)
+    values = (found.weight.scale(latent) * levels[frozen.clamp_min(0).long()]).to(latent.dtype)
+    torch.where(frozen >= 0, values, latent, out=latent)
+
+
+@torch.no_grad()
+def _check_fixed_scale(found: QuantizedLayer) -> None:
+    """Refuses a scale that follows the weights, or levels that are not rounded to themselves: nothing would hold."""
+    latent, quantizer = found.latents[0], found.weight
+    scale = quantizer.scale(latent)
+    holds = torch.equal(quantizer.scale(2 * latent), scale) and all(
+        (quantizer.codes((scale * level).expand_as(latent)) == code).all()
+        for code, level in enumerate(quantizer.levels.tolist())
+    )
+    if not holds:
+        raise LowbitError(
+            "iterative freezing takes weights whose scale does not follow the latents, such as those of LSQ and EWGS: "
+            f"it could not hold those of layer {found.name!r} ({quantizer.config!r}) at a code"
+        )
