@@ -18,7 +18,7 @@ INPUT = "input_quantizer"  # the name under which a layer holds the quantiser of
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether `LowBitAttention` can take the place of ``module``: timm's ``Attention`` and Swin's ``WindowAttention``."""
+    """Whether `LowBitAttention` can take the place of ``module``: timm's Attention and Swin's WindowAttention."""
     from timm.layers.attention import Attention
     from timm.models.swin_transformer import WindowAttention
 
@@ -136,6 +136,7 @@ class LowBitAttention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, mask: Tensor | None = None
     ) -> Tensor:
+        """What timm's attention computes, with quantised factors; see the class."""
         from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 
         batch, tokens, _ = x.shape

@@ -244,7 +244,7 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def compile_quantizers(model: nn.Module) -> nn.Module:
-    """Compiles the quantisers of ``model`` (all but those inside another) with torch.compile, each for its own shape, and nothing else.
+    """Compiles the quantisers of ``model`` with torch.compile, each for its own shape, and nothing else.
 
     The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
     full-precision one.

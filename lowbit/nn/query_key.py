@@ -73,6 +73,7 @@ class QueryKeyProduct(WeightQuantizer):
         return query_key_product(wq, wk, self.heads)
 
     def forward(self, wq: Tensor, wk: Tensor) -> Tensor:
+        """The quantised product, float ``[heads·C, C]``."""
         product = self.product(wq, wk)
         if self.quantizer is None:
             return product
@@ -82,12 +83,15 @@ class QueryKeyProduct(WeightQuantizer):
 
     @property
     def levels(self) -> Tensor:
+        """See `WeightQuantizer.levels`."""
         return self._quantizer.levels
 
     def codes(self, wq: Tensor, wk: Tensor) -> Tensor:
+        """Level indices of the product's elements."""
         return self._quantizer.codes(self.product(wq, wk))
 
     def scale(self, wq: Tensor, wk: Tensor) -> Tensor:
+        """What multiplies the levels of the product, a number for each row."""
         return self._quantizer.scale(self.product(wq, wk))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:

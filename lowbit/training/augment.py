@@ -113,6 +113,7 @@ class Erase:
         self.choose = v2.RandomErasing(p=p)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The image, perhaps with a rectangle of noise."""
         keep = self.choose(torch.ones(1, *x.shape[-2:]))
         noise = (120 + 58 * torch.randn(x.shape)).clamp_(0, 255).to(torch.uint8)
         return torch.where(keep.bool(), x, noise)
@@ -169,8 +170,8 @@ def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
 
 
 class Samples(torch.utils.data.Dataset):
-    """A dataset seen through a transform, asked for ``(epoch, index, copy)``: what a sample looks like depends on the
-    seed and these three only, never on the number of workers or on what came before."""
+    """A dataset seen through a transform, asked for ``(epoch, index[, copy])``: what a sample looks like depends on the
+    seed and these only, never on the number of workers or on what came before."""
 
     def __init__(self, dataset: torch.utils.data.Dataset, transform: Any, seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
@@ -178,9 +179,9 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index, copy = place
+    def __getitem__(self, place: tuple[int, ...]) -> tuple[torch.Tensor, int]:
+        epoch, index, *copy = place
         item, label = self.dataset[index]
         with seeds.preserved():  # timm's transforms draw from Python's and NumPy's generators
-            seeds.set_all(seeds.derive(self.seed, seeds.SAMPLE, epoch, index, *([copy] if copy else [])))
+            seeds.set_all(seeds.derive(self.seed, seeds.SAMPLE, epoch, index, *copy))
             return self.transform(item), int(label)

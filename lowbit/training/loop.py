@@ -31,8 +31,8 @@ class State:
     """What callbacks see: the run so far.
 
     A callback is any object with some of the methods ``before_forward(state)``, ``on_gradients(state)`` (after
-    backward, before the step), ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return metrics for the history),
-    ``state_dict()`` and ``load_state_dict(d)`` (saved in, and restored from, the checkpoint).
+    backward, before the step), ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return
+    metrics for the history), ``state_dict()`` and ``load_state_dict(d)`` (saved in, and restored from, the checkpoint).
     """
 
     model: nn.Module

@@ -66,6 +66,19 @@ RIGHT = {
         "shipped_bytes": lambda n, b, r: (n * b + 32 * r) / 8,
         "left": 100 * 50_000 / 1_050_000,
     },
+    "09_weight_oscillation": {"frequency": lambda d: 2 * min(d % 1, 1 - d % 1), "turns": 2},
+    "10_statsq": {
+        "scale_growth": lambda n, k: (n - 1 + k) / n,
+        "levels": lambda b: [(2 * i + 1 - 2**b) / 2**b for i in range(2**b)],
+    },
+    "11_query_key_reparameterisation": {
+        "mac_ratio": lambda heads, width, tokens: heads * (width + tokens) / (2 * width + tokens),
+        "jump": lambda step, s: step * s,
+    },
+    "12_confidence_guided_annealing": {
+        "may_move": lambda bits, br: (2**bits - 1) * 2 * br / 2**bits,
+        "travel": lambda steps, lr, scale, bits: steps * lr / (scale / 2 ** (bits - 1)),
+    },
 }
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
@@ -87,6 +100,14 @@ WRONG = [
     ("07_speech", {"frames": lambda rate: rate // (rate * 40 // 1000 // 2)}),
     ("08_shift_networks_compared", {"shipped_bytes": lambda n, b, r: n * b / 8}),
     ("08_shift_networks_compared", {"left": 5.0}),
+    ("09_weight_oscillation", {"frequency": lambda d: 2 * d}),
+    ("09_weight_oscillation", {"turns": 5}),
+    ("10_statsq", {"scale_growth": lambda n, k: k}),
+    ("10_statsq", {"levels": lambda b: [i / 2 ** (b - 1) for i in range(-(2 ** (b - 1)), 2 ** (b - 1))]}),
+    ("11_query_key_reparameterisation", {"mac_ratio": lambda heads, width, tokens: heads / 2}),
+    ("11_query_key_reparameterisation", {"jump": lambda step, s: s}),
+    ("12_confidence_guided_annealing", {"may_move": lambda bits, br: 2 * br}),
+    ("12_confidence_guided_annealing", {"travel": lambda steps, lr, scale, bits: steps * lr / scale}),
 ]
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +102,42 @@ def test_samples_depend_on_epoch_and_index_only(kind):
     assert first.shape == (3, 64, 64) and first.dtype == torch.uint8 and label == 0
     assert torch.equal(first, again)
     assert torch.equal(first, samples[1, 4][0]) == (kind == "none")
+
+
+def test_mixup_blends_images_and_labels_alike():
+    x = torch.stack([torch.full((3, 4, 4), float(i)) for i in range(4)])
+    y = torch.tensor([0, 1, 2, 3])
+    mixed, labels = augment.mix(x, y, 4, mixup=0.8, cutmix=0.0, seed=1)
+    share = labels[0, 0].item()
+    assert 0 < share < 1 and torch.allclose(labels.sum(1), torch.ones(4))
+    assert torch.allclose(mixed[:, 0, 0, 0], share * x[:, 0, 0, 0] + (1 - share) * x.flip(0)[:, 0, 0, 0])
+    assert labels[0, 3].item() == pytest.approx(1 - share)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cutmix_labels_are_the_areas(seed):
+    x = torch.stack([torch.full((1, 8, 8), float(i)) for i in range(2)])
+    mixed, labels = augment.mix(x, torch.tensor([0, 1]), 2, mixup=0.0, cutmix=1.0, seed=seed)
+    for i in range(2):
+        kept = (mixed[i] == i).double().mean().item()
+        assert labels[i, i].item() == pytest.approx(kept) and set(mixed[i].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_erasing_changes_a_rectangle_and_nothing_else():
+    torch.manual_seed(0)
+    x = torch.full((3, 32, 32), 7, dtype=torch.uint8)
+    changed = (augment.Erase(1.0)(x) != x).any(0)
+    rows, columns = changed.nonzero().T
+    inside = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert 0.01 < changed.double().mean() < 0.4 and inside.double().mean() > 0.95
+    assert torch.equal(augment.Erase(0.0)(x), x)
+
+
+def test_copies_of_an_image_are_augmented_differently_and_repeatably():
+    from PIL import Image
+
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 100, 3), dtype=np.uint8))
+    samples = augment.Samples([(picture, 1)], augment.sample_transform("deit", (3, 64, 64), in_memory=False), seed=0)
+    first, again, copy = samples[0, 0, 0][0], samples[0, 0, 0][0], samples[0, 0, 1][0]
+    assert first.shape == (3, 64, 64) and first.dtype == torch.uint8
+    assert torch.equal(first, again) and not torch.equal(first, copy)

@@ -97,3 +97,9 @@ def test_image_folder_to_batches(tmp_path, quick):
     assert batches.first().shape == (4, 3, 64, 64)
     assert [x.shape[0] for x, _ in batches.epoch(0)] == [4, 4]
     assert torch.cat([y for _, y in batches.test()]).tolist() == [0] * 4 + [1] * 4
+
+
+def test_repeated_augmentation_keeps_the_length_and_sees_fewer_images():
+    rows = order(100, 10, seed=0, epoch=0, repeats=3)
+    counts = torch.bincount(rows.flatten(), minlength=100)
+    assert rows.shape == (10, 10) and sorted(counts.unique().tolist()) == [0, 1, 3] and (counts == 3).sum() == 33

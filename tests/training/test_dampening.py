@@ -104,9 +104,9 @@ def test_dampened_weights_end_nearer_to_their_levels(few, quick, mlp):
 
 
 def test_what_cannot_be_dampened_is_refused():
-    with pytest.raises(LowbitError, match="one latent.*'0'.*has 4"):
+    with pytest.raises(LowbitError, match=r"one latent.*'0'.*has 4"):
         Dampening(quantized(DenseShift(bits=3)))
-    with pytest.raises(LowbitError, match="nearest level.*'0'.*APoT"):
+    with pytest.raises(LowbitError, match=r"nearest level.*'0'.*APoT"):
         Dampening(quantized(APoT()))
     with pytest.raises(LowbitError, match="none; call quantize_"):
         Dampening(nn.Linear(2, 2))

@@ -141,7 +141,7 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(few, quick, mlp, tmp_
 
 def test_what_cannot_be_frozen_is_refused():
     for method in (StatsQ(bits=2), PoT(bits=3)):
-        with pytest.raises(LowbitError, match="scale does not follow.*'0'"):
+        with pytest.raises(LowbitError, match=r"scale does not follow.*'0'"):
             IterativeFreezing(quantized(method))
     with pytest.raises(LowbitError, match="one latent"):
         IterativeFreezing(quantized(DenseShift()))

@@ -17,7 +17,8 @@ from lowbit import paths
 from lowbit.nn import quantized_layers
 from lowbit.training import runfile
 
-CONFIGS = sorted(paths.project().glob("configs/imagenet_*.yaml"))
+CONFIGS = sorted(paths.project().glob("configs/imagenet_*denseshift.yaml"))
+OFQ = sorted(paths.project().glob("configs/imagenet_*ofq*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,35 @@ def test_the_recipe_is_the_published_one(file, bits):
     assert run.quant_config().activation is None and run.quant_config().first_last is None
 
 
-def launch(folder, out, epochs):
-    changes = [f"data.path={folder}", "data.img_size=64", "train.batch_size=12", f"train.epochs={epochs}"]
-    changes += ["model.channels=[16, 32, 64, 128]"]  # a quarter of the width, for the sake of the checkpoints
+@pytest.mark.parametrize("file", OFQ, ids=lambda file: file.stem)
+def test_the_ofq_recipes_are_the_published_ones(file):
+    run = runfile.read(file)
+    quant, train = run.quant_config(), run.train
+    bits = quant.weight.bits
+    assert (quant.weight.name, quant.activation.name, quant.activation.bits) == ("statsq", "lsq", bits)
+    assert quant.qkr and quant.attention and quant.first_last == 8 and quant.unsigned == ("*.fc2",)
+    assert (train.optimizer, train.epochs, train.min_lr, train.augment) == ("adamw", 300, 1e-5, "deit")
+    assert (train.cga_epochs, train.cga_lr, train.cga_boundary, train.distill_weight) == (30, 1e-5, 0.005, 0.5)
+    assert run.teacher["name"] == run.model["name"]
+    published = {  # batch, learning rate, decay, warm-up, mixup, repeats
+        "imagenet_deit_tiny_ofq": (560, 5.47e-4, 0.05, 5, 0.0, 1),
+        "imagenet_deit_small_ofq_w2a2": (560, 5.47e-4, 0.05, 5, 0.0, 1),
+        "imagenet_deit_small_ofq_w3a3": (800, 3.2e-4, 0.0, 0, 0.8, 3),
+        "imagenet_swin_tiny_ofq_w2a2": (512, 5e-4, 0.05, 5, 0.0, 1),
+        "imagenet_swin_tiny_ofq_w3a3": (512, 2e-4, 0.0, 0, 0.8, 1),
+    }[file.stem]
+    own = (train.batch_size, train.lr, train.weight_decay, train.warmup_epochs, train.mixup, train.repeats)
+    assert own == published and train.cutmix == (1.0 if train.mixup else 0.0)
+
+
+def launch(folder, out, epochs, config="imagenet_resnet18_denseshift", changes=()):
+    changes = [*changes]
+    changes += [f"data.path={folder}", "data.img_size=64", "train.batch_size=12", f"train.epochs={epochs}"]
+    if not config.endswith("ofq"):
+        changes += ["model.channels=[16, 32, 64, 128]"]  # a quarter of the width, for the sake of the checkpoints
     changes += ["train.workers=0", "train.lr=0.02", "train.progress=false"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lowbit"]
-    command += ["train", str(paths.project() / "configs/imagenet_resnet18_denseshift.yaml"), "--out", str(out)]
+    command += ["train", str(paths.project() / f"configs/{config}.yaml"), "--out", str(out)]
     command += ["--device", "cpu", *(part for change in changes for part in ("--set", change))]
     return subprocess.Popen(
         command,
@@ -92,3 +116,34 @@ def test_two_processes_train_it_and_go_on_after_being_killed(imagenet_folder, tm
     assert len(layers) == 20
     allowed = {1.0, 2.0, 4.0, 8.0}
     assert all(set(layer.layer.weight.abs().unique().tolist()) <= allowed for layer in layers)
+
+
+@pytest.mark.slow
+def test_two_processes_run_ofq_and_go_on_in_the_annealing(imagenet_folder, tmp_path):
+    shape = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    twin = lowbit.models.create("deit_tiny_distilled_patch16_224", 3, 3, 64, **shape)
+    file = lowbit.save(twin, tmp_path / "twin.safetensors")
+    small = [f"{part}.{key}={value}" for part in ("model", "teacher") for key, value in shape.items()]
+    small += [f"{part}.pretrained={file}" for part in ("model", "teacher")]
+    small += ["train.warmup_epochs=0", "train.cga_epochs=2", "train.min_lr=0"]
+    out = tmp_path / "run"
+    first = launch(imagenet_folder, out, 2, "imagenet_deit_tiny_ofq", small)
+    deadline = time.monotonic() + 240
+    while len(read_history(out)) < 3:  # one epoch of the annealing is done
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[1]
+        time.sleep(0.02)
+    for process in [*psutil.Process(first.pid).children(recursive=True), first]:
+        process.kill()
+    first.communicate()
+    second = launch(imagenet_folder, out, 2, "imagenet_deit_tiny_ofq", small)
+    _, errors = second.communicate(timeout=240)
+    assert second.returncode == 0, errors
+    card = json.loads((out / "run.json").read_text())
+    assert card["processes"] == 2 and [row["lr"] for row in card["history"][2:]] == [1e-5, 1e-5]
+    names = [found.name for found in quantized_layers(lowbit.load(out / "model.safetensors"))]
+    assert "blocks.1.attn.qk" in names and "head_dist" in names
+
+
+def read_history(out):
+    file = out / "history.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
