@@ -12,8 +12,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "annealing": ["ConfidenceGuidedAnnealing"],
         "config": ["TrainConfig"],
+        "dampening": ["Dampening"],
         "detection": ["evaluate_detector"],
         "evaluation": ["evaluate", "reestimate_batchnorm_"],
+        "iterative_freezing": ["IterativeFreezing"],
         "loop": ["State", "train"],
         "record": ["RunRecord"],
         "runfile": ["RunConfig"],
@@ -24,8 +26,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 if TYPE_CHECKING:
     from lowbit.training.annealing import ConfidenceGuidedAnnealing
     from lowbit.training.config import TrainConfig
+    from lowbit.training.dampening import Dampening
     from lowbit.training.detection import evaluate_detector
     from lowbit.training.evaluation import evaluate, reestimate_batchnorm_
+    from lowbit.training.iterative_freezing import IterativeFreezing
     from lowbit.training.loop import State, train
     from lowbit.training.record import RunRecord
     from lowbit.training.runfile import RunConfig

@@ -95,7 +95,7 @@ def test_dampened_weights_end_nearer_to_their_levels(few, quick, mlp):
     for callbacks in ([], None):
         model = quantize_(mlp(dropout=0.0), QuantConfig(weight=LSQ(bits=3), first_last="same"))
         callbacks = [Dampening(model, strength=2.0, start=0.0)] if callbacks is None else callbacks
-        lowbit.train(model, few, quick(epochs=8), callbacks=callbacks)
+        lowbit.train(model, few, quick(epochs=20), callbacks=callbacks)
         (found, _) = quantized_layers(model)
         w, step = found.latents[0], found.weight.scale(*found.latents)
         inside = (w > -4 * step) & (w < 3 * step)

@@ -56,7 +56,7 @@ def noisy_steps(model, freezing, count, seed, optimizer=None):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.05)
     random, codes = torch.Generator().manual_seed(seed), []
     for _ in range(count):
-        for p in model.parameters():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.grad = torch.randn(p.shape, generator=random) * (0.1 if p.numel() < 20 else 1)
         optimizer.step()
         freezing.update(0.05)
