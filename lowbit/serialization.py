@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError, LowbitError
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no low-bit attention, no biases and no fixed step of LSQ; it is read as before
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -176,8 +176,7 @@ def _restore_quantization(model: nn.Module, quantization: dict[str, Any] | None,
             raise CheckpointError(f"{path} quantises an attention {name!r} that {model.spec['name']!r} has not")
         methods = QuantConfig(**{kind: settings[kind] for kind in ("weight", "activation")})
         settings = settings | {"weight": methods.weight, "activation": methods.activation}
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LowBitAttention(modules[name], **settings))
+        model.set_submodule(name, LowBitAttention(modules[name], **settings))
     modules = dict(model.named_modules())
     for name, methods in quantization["layers"].items():
         if name not in modules:

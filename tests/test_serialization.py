@@ -71,6 +71,12 @@ def test_a_newer_format_is_refused(saved):
         load(saved)
 
 
+@pytest.mark.parametrize("version", range(1, FORMAT))
+def test_an_older_format_is_read(saved, version):
+    rewrite(saved, format=version)
+    load(saved)
+
+
 @pytest.mark.parametrize("changes", [{"format": "x"}, {"sha256": 3}, {"format": None}])
 def test_a_damaged_header_is_refused(saved, changes):
     rewrite(saved, **changes)

@@ -50,8 +50,7 @@ def _brevitas(model: nn.Module, bits: int) -> nn.Module:
                 bias=layer.bias is not None,
                 **options,
             )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
+        model.set_submodule(name, made)
     return model
 
 

@@ -27,11 +27,10 @@ def replace_head_(model: nn.Module, num_classes: int) -> nn.Module:
     heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not heads:
         raise LowbitError(f"{type(model).__name__} has no linear layer: there is no head to replace")
-    parent, _, name = heads[-1].rpartition(".")
     old = model.get_submodule(heads[-1])
     quantized = {found.name: found for found in quantized_layers(model)}.get(heads[-1])
     new = nn.Linear(old.in_features, num_classes, old.bias is not None).to(next(old.parameters()).device)
-    setattr(model.get_submodule(parent), name, new)
+    model.set_submodule(heads[-1], new)
     if quantized is not None:
         attach_(new, *(part and part.config for part in (quantized.weight, quantized.activation)))
     if getattr(model, "spec", None):

@@ -95,7 +95,8 @@ def create(
     """Builds a model by name.
 
     Args:
-        name: one of `names`, a timm model (``deit_tiny_patch16_224``) or a torchvision one (``mobilenet_v2``).
+        name: one of `names`, a timm model (``deit_tiny_patch16_224``) or a torchvision one (``mobilenet_v2``); or
+            "detector" for `detector` on ``backbone={"name": ...}``, the arguments of the classifier's own `create`.
         num_classes: outputs.
         in_chans: input channels; torchvision's models have three. Models of sound ignore this and ``img_size``.
         img_size: height and width of the images, where the architecture depends on it.
@@ -106,6 +107,8 @@ def create(
     Raises:
         LowbitError: an unknown name or option, or no such checkpoint.
     """
+    if name == "detector":
+        return _detector(num_classes, pretrained, **options)
     shape = {} if name in _speech else {"in_chans": in_chans, "img_size": img_size}
     spec = {"name": name, "num_classes": num_classes, **shape, **options}
     try:
@@ -144,6 +147,20 @@ def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained
     every = [*_small, *timm.list_models(), *torchvision.models.list_models()]
     close = ", ".join(difflib.get_close_matches(name, every, n=3)) or ", ".join(names())
     raise LowbitError(f"there is no model {name!r} here, in timm or in torchvision; closest: {close}")
+
+
+def _detector(num_classes: int, pretrained: bool | str, backbone: Any = None, **options: Any) -> nn.Module:
+    from lowbit.models.detection import detector
+
+    if pretrained or not isinstance(backbone, dict):
+        raise LowbitError(
+            f"a detector is made of a classifier: give backbone={{'name': 'resnet20', 'pretrained': ...}}, not "
+            f"backbone={backbone!r}, pretrained={pretrained!r}"
+        )
+    try:
+        return detector(create(**backbone), num_classes, **options)
+    except TypeError as error:
+        raise LowbitError(f"the detector does not take these options: {error}") from None
 
 
 def checkpoints() -> dict[str, dict[str, Path]]:

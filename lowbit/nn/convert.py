@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from lowbit.errors import LowbitError
 from lowbit.nn.attention import INPUT, LowBitAttention, check_reparameterizable, is_attention, low_bit_attentions
 from lowbit.nn.config import QuantConfig, check_not_empty
+from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers import ActivationQuantizer, Method, WeightQuantizer
 from lowbit.quantizers.base import refuse_nonfinite
 from lowbit.quantizers.lsq import LSQ
@@ -93,8 +94,7 @@ def quantize_(
     for name, attention in attentions.items():
         fresh = config.attention_start == "as_published"
         low = LowBitAttention(attention, config.weight, config.activation, config.qkr, config.attention, fresh)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, low.train(attention.training))
+        model.set_submodule(name, low.train(attention.training))
     for _, layer, methods in plan:
         _attach(layer, *_build(layer, *methods))
     return model
@@ -249,8 +249,9 @@ def compile_quantizers(model: nn.Module) -> nn.Module:
     The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
     full-precision one.
     """
+    inner = {id(m.quantizer) for m in model.modules() if isinstance(m, QueryKeyProduct)}  # compiled with its product
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
-    quantizers = [q for q in quantizers if not any(q is p.quantizer for p in quantizers if hasattr(p, "quantizer"))]
+    quantizers = [m for m in quantizers if id(m) not in inner]
     # All quantisers of a method share one forward, and each shape counts as a recompilation of it.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(quantizers))

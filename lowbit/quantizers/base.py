@@ -106,6 +106,14 @@ class ActivationQuantizer(nn.Module):
         """Whether the quantiser has seen the batch that sets its starting step."""
         return True
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """A parameter that is empty until the first batch takes the shape that was saved."""
+        for name, own in self._parameters.items():
+            saved = state_dict.get(prefix + name)
+            if own is not None and own.numel() == 0 and saved is not None:
+                own.data = torch.empty_like(saved, device=own.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
 
 _registry: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])

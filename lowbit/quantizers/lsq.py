@@ -177,7 +177,7 @@ class LSQ(Method):
         return LSQActivation(self, channel_dim)
 
 
-class _PositiveStep(nn.Module):
+class PositiveStep(nn.Module):
     """The step, kept positive at use without cutting its gradient, so that it can come back."""
 
     step: nn.Parameter
@@ -188,7 +188,7 @@ class _PositiveStep(nn.Module):
         return step.clamp_min(SMALLEST_STEP).detach() + (step - step.detach())  # the bracket is exactly zero
 
 
-class LSQWeight(_PositiveStep, WeightQuantizer):
+class LSQWeight(PositiveStep, WeightQuantizer):
     """`lsq` as a parametrisation with one latent, the full-precision weight."""
 
     def __init__(self, config: LSQ, weight: Tensor):
@@ -214,7 +214,7 @@ class LSQWeight(_PositiveStep, WeightQuantizer):
         return self.positive_step().detach()
 
 
-class LSQActivation(_PositiveStep, ActivationQuantizer):
+class LSQActivation(PositiveStep, ActivationQuantizer):
     """`lsq` in front of a layer, with ``bias=True`` between two learnt shifts: ``lsq(x + bias_in) + bias_out``.
 
     The step is an empty parameter until the first batch arrives; that batch gives it its shape and value (the
@@ -295,10 +295,3 @@ class LSQActivation(_PositiveStep, ActivationQuantizer):
     def set_extra_state(self, state: Tensor) -> None:
         """Restores what `get_extra_state` gave."""
         self.signed = bool(state)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name in ("step", *BIASES):
-            own, saved = getattr(self, name), state_dict.get(prefix + name)
-            if own is not None and saved is not None and own.numel() == 0:
-                own.data = torch.empty_like(saved, device=own.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
 from lowbit.quantizers.base import ActivationQuantizer, Method, as_float, method
-from lowbit.quantizers.lsq import SMALLEST_STEP, lsq_range
+from lowbit.quantizers.lsq import SMALLEST_STEP, PositiveStep, lsq_range
 
 __all__ = ["LSQPlus", "lsqplus", "lsqplus_codes", "lsqplus_start"]
 
@@ -146,7 +146,7 @@ class LSQPlus(Method):
         return LSQPlusActivation(self)
 
 
-class LSQPlusActivation(ActivationQuantizer):
+class LSQPlusActivation(PositiveStep, ActivationQuantizer):
     """`lsqplus` in front of a layer; step and offset are empty parameters until the first batch sets them.
 
     ``levels`` is n + β/s ... p + β/s, so that the output is the step times a level. As in LSQ the gradient scale
@@ -162,11 +162,6 @@ class LSQPlusActivation(ActivationQuantizer):
     @property
     def calibrated(self) -> bool:
         return self.step.numel() > 0
-
-    def positive_step(self) -> Tensor:
-        """The step, kept positive at use without cutting its gradient, so that it can come back."""
-        step = self.step
-        return step.clamp_min(SMALLEST_STEP).detach() + (step - step.detach())  # the bracket is exactly zero
 
     @torch.compiler.disable
     def _calibrate(self, x: Tensor) -> None:
@@ -189,10 +184,3 @@ class LSQPlusActivation(ActivationQuantizer):
     def codes(self, x: Tensor) -> Tensor:
         bits, signed = self.config.bits, self.config.signed
         return lsqplus_codes(x, self.positive_step(), self.offset, bits, signed) - lsq_range(bits, signed)[0]
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        for name in ("step", "offset"):
-            own, saved = getattr(self, name), state_dict.get(prefix + name)
-            if saved is not None and own.numel() == 0:
-                own.data = torch.empty_like(saved, device=own.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

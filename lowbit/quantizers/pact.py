@@ -124,9 +124,3 @@ class PACTActivation(ActivationQuantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         return pact_codes(x, self.positive_alpha(), self.config.bits)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        saved = state_dict.get(prefix + "alpha")
-        if saved is not None and self.alpha.numel() == 0:
-            self.alpha.data = torch.empty_like(saved, device=self.alpha.device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -19,7 +19,7 @@ def loss(
     output: Logits,
     labels: torch.Tensor,
     label_smoothing: float = 0.0,
-    teacher: Logits | None = None,
+    teacher: torch.Tensor | None = None,
     weight: float = 0.0,
     temperature: float = 1.0,
 ) -> torch.Tensor:
@@ -33,7 +33,7 @@ def loss(
     hard = F.cross_entropy(by_label.float(), labels, label_smoothing=label_smoothing)
     if teacher is None or weight == 0:
         return hard
-    soft = soft_cross_entropy(by_teacher, merge(teacher), temperature)
+    soft = soft_cross_entropy(by_teacher, teacher, temperature)
     return (1 - weight) * hard + weight * temperature**2 * soft
 
 

@@ -259,3 +259,22 @@ WRONG = [
 def test_refusals(classifier, make, message):
     with pytest.raises(LowbitError, match=message):
         make(classifier())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_saved_detector_comes_back_with_its_quantisers(tmp_path, frozen):
+    classifier = lowbit.models.create("resnet8", 4)
+    lowbit.quantize_(classifier, lowbit.QuantConfig(weight=DenseShift(bits=3), activation=LSQ(bits=4)))
+    model = detector(classifier, 3, head="retinanet", min_size=48, frozen_batchnorm=frozen, score_thresh=0.0)
+    x, _ = fit(model, 1)
+    again = lowbit.load(lowbit.save(model, tmp_path / "detector.safetensors"))
+    kinds = [(found.name, type(found.weight)) for found in quantized_layers(model)]
+    assert kinds and kinds == [(found.name, type(found.weight)) for found in quantized_layers(again)]
+    for one, other in zip(model.eval()(x), again(x), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("boxes", "labels", "scores"))
+
+
+@pytest.mark.parametrize("options", [{}, {"backbone": "resnet8"}, {"backbone": {"name": "resnet8"}, "scale": 2}])
+def test_a_detector_by_name_needs_a_classifier_and_known_options(options):
+    with pytest.raises(LowbitError, match=r"backbone=|scale"):
+        lowbit.models.create("detector", 3, **options)
