@@ -19,7 +19,8 @@ def training(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="vit-d192, resnet18, resnet18-shift or resnet18-shift-small; repeat for several; default all"
+            help="vit-d192, resnet18, resnet18-shift, resnet18-shift-small, deit-tiny-ofq, deit-small-ofq, "
+            "swin-tiny-ofq or vit-tiny-ofq; repeat for several; default all"
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 15,

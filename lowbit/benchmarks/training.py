@@ -46,6 +46,15 @@ def _resnet18(pixels: int) -> nn.Module:
     return timm.create_model("resnet18", num_classes=CLASSES, zero_init_last=False)
 
 
+def _timm(name: str) -> Callable[[int], nn.Module]:
+    def make(pixels: int) -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=CLASSES, img_size=pixels)
+
+    return make
+
+
 def _engine(
     name: str,
     model: nn.Module,
@@ -128,11 +137,56 @@ def shift_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
     return [*made, _engine("denseshift 3-bit compiled quantisers", compiled, x, y, sgd=True)]
 
 
+def ofq_engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 2) -> list[Engine]:
+    """OFQ's recipe with and without query-key reparameterisation (QKR) against full precision.
+
+    StatsQ weights; LSQ activations with a step for each token and two biases, in front of every layer and in the
+    attention's products; 8 bits in the first and last layers. Each eager, with compiled quantisers, as a whole under
+    torch.compile, and eager with an `OscillationTracker` that looks at every step.
+    """
+    from lowbit.metrics import OscillationTracker
+    from lowbit.nn import QuantConfig, calibrate, compile_quantizers, quantize_
+    from lowbit.quantizers import LSQ, StatsQ
+
+    def quantized(qkr: bool) -> nn.Module:
+        config = QuantConfig(
+            weight=StatsQ(bits=bits),
+            activation=LSQ(bits=bits, granularity="token", bias=True),
+            first_last=8,
+            attention=True,
+            qkr=qkr,
+            unsigned=("*.fc2",),
+        )
+        return calibrate(quantize_(copy.deepcopy(model), config), x)
+
+    made = [
+        _engine(BASELINE, copy.deepcopy(model), x, y),
+        _engine("fp32, attention unfused", unfuse_attention(copy.deepcopy(model)), x, y),
+    ]
+    whole = unfuse_attention(copy.deepcopy(model))
+    whole.compile()
+    made.append(_engine("fp32 compile, attention unfused", whole, x, y))
+    for qkr in (False, True):
+        name = f"ofq W{bits}A{bits}{' + QKR' * qkr}"
+        made.append(_engine(f"{name} eager", quantized(qkr), x, y))
+        tracked = quantized(qkr)
+        made.append(_engine(f"{name} eager, tracked", tracked, x, y, after=OscillationTracker(tracked).update))
+        made.append(_engine(f"{name} compiled quantisers", compile_quantizers(quantized(qkr)), x, y))
+        whole = quantized(qkr)
+        whole.compile()
+        made.append(_engine(f"{name} compile", whole, x, y))
+    return made
+
+
 CASES = {
     "vit-d192": Case(_vit, 64, 32, engines),
     "resnet18": Case(_resnet18, 64, 32, engines),
     "resnet18-shift": Case(_resnet18, 32, 224, shift_engines),
     "resnet18-shift-small": Case(_resnet18, 64, 32, shift_engines),
+    "deit-tiny-ofq": Case(_timm("deit_tiny_distilled_patch16_224"), 16, 224, ofq_engines),
+    "deit-small-ofq": Case(_timm("deit_small_distilled_patch16_224"), 8, 224, ofq_engines),
+    "swin-tiny-ofq": Case(_timm("swin_tiny_patch4_window7_224"), 8, 224, ofq_engines),
+    "vit-tiny-ofq": Case(_timm("vit_tiny_patch16_224"), 16, 224, ofq_engines),
 }
 
 
