@@ -37,7 +37,7 @@ def _plain_errors(command: Callable) -> Callable:
     return wrapped
 
 
-for command in (suite.run, suite.check, suite.accept, suite.doctor, training.train):
+for command in (suite.run, suite.check, suite.accept, suite.mutate, suite.doctor, training.train):
     app.command()(_plain_errors(command))
 app.add_typer(data.app, name="data", help="The data sets: what is there, where it comes from, is it whole.")
 app.add_typer(benchmarks.app, name="bench", help="Benchmarks: ratios measured in one run.")

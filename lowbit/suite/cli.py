@@ -134,6 +134,34 @@ def accept(
     console.print(f"wrote {runfile.show_path(file)}", highlight=False, soft_wrap=True)
 
 
+def mutate(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only faults whose name contains one of these.")
+    ] = None,
+) -> None:
+    """Put deliberate faults into a copy of the project, one at a time; exit 1 if one goes unnoticed by the tests."""
+    from rich.table import Table
+    from rich.text import Text
+    from tqdm.auto import tqdm
+
+    from lowbit.suite import mutation
+
+    chosen = mutation.pick(mutation.load(), names or ())
+    outcomes = list(tqdm(mutation.run(chosen), total=len(chosen), desc="deliberate faults", unit="fault"))
+    table = Table(title="lowbit mutate", title_justify="left")
+    for head in ("fault", "file", "outcome", "noticed first by"):
+        table.add_column(head, overflow="fold", no_wrap=head == "outcome")
+    for outcome in outcomes:
+        caught = outcome.status == "caught"
+        status = Text(f"{'✔' if caught else '✘'} {outcome.status}", "green" if caught else "bold red")
+        table.add_row(outcome.mutation.name, outcome.mutation.file, status, outcome.noticed_by)
+    console = _console()
+    console.print(table)
+    caught = sum(outcome.status == "caught" for outcome in outcomes)
+    console.print(f"{caught} of {len(outcomes)} deliberate faults caught", highlight=False)
+    raise typer.Exit(0 if caught == len(outcomes) else 1)
+
+
 def doctor() -> None:
     """Show what this machine has, what is missing, and what to do about it."""
     from rich.table import Table

@@ -1,0 +1,141 @@
+"""``lowbit mutate``: one deliberate fault after the other goes into a copy of the project, and its tests are asked.
+
+The faults are listed in ``tests/mutations.yaml``: a name, the file, the text to replace (which has to occur exactly
+once), the replacement, and the tests to ask. A fault that no test notices has *survived*: a hole in the tests.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+
+FILE = "tests/mutations.yaml"
+LIMIT = 900  # seconds that the tests of one fault may take
+COPIED = ("lowbit", "tests", "notebooks", "data", "configs", "pyproject.toml", "README.md", "results/baselines")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One deliberate fault.
+
+    Attributes:
+        name: what is wrong, in a few words.
+        file: path in the project.
+        old, new: the text, and what takes its place.
+        tests: arguments of pytest; the fault is caught when one of these tests fails.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutation: who noticed it first, or that nobody did."""
+
+    mutation: Mutation
+    status: Literal["caught", "survived", "error"]
+    noticed_by: str = ""
+
+
+def load(root: Path | None = None) -> list[Mutation]:
+    """The list of the project, checked against its sources.
+
+    Raises:
+        LowbitError: no list, an entry that lacks something, or a text that does not occur exactly once.
+    """
+    import yaml
+
+    root = root or paths.project()
+    file = root / FILE
+    if not file.is_file():
+        raise LowbitError(f"there is no {FILE} in {root}; the deliberate faults are listed there")
+    entries = yaml.safe_load(file.read_text())
+    mutations = [_entry(i, entry) for i, entry in enumerate(entries, 1)]
+    for mutation in mutations:
+        if any(mutation.name == other.name for other in mutations if other is not mutation):
+            raise LowbitError(f"{FILE}: two faults are called {mutation.name!r}")
+        source = root / mutation.file
+        found = source.read_text().count(mutation.old) if source.is_file() else 0
+        if found != 1:
+            raise LowbitError(
+                f"{FILE}: the old text of {mutation.name!r} occurs {found} times in {mutation.file}, not once; bring "
+                "the entry up to date with the source"
+            )
+        for test in mutation.tests:
+            if not (root / test.split("::")[0]).exists():
+                raise LowbitError(f"{FILE}: {mutation.name!r} asks {test}, which does not exist")
+    return mutations
+
+
+def _entry(number: int, entry: Any) -> Mutation:
+    wanted = set(Mutation.__dataclass_fields__)
+    if not isinstance(entry, dict) or set(entry) != wanted:
+        raise LowbitError(f"{FILE}: entry {number} should have just the keys {', '.join(sorted(wanted))}")
+    tests = entry["tests"]
+    return Mutation(**{**entry, "tests": (tests,) if isinstance(tests, str) else tuple(tests)})
+
+
+def pick(mutations: Sequence[Mutation], names: Sequence[str]) -> list[Mutation]:
+    """Those whose name contains one of ``names``, case aside; all if none is given.
+
+    Raises:
+        LowbitError: one that fits no name.
+    """
+    for name in names:
+        if not any(name.lower() in mutation.name.lower() for mutation in mutations):
+            known = "; ".join(mutation.name for mutation in mutations)
+            raise LowbitError(f"no deliberate fault is called {name!r}; there are: {known}")
+    return [m for m in mutations if not names or any(name.lower() in m.name.lower() for name in names)]
+
+
+def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Outcome]:
+    """Tries each fault in a copy of its own and yields what became of it."""
+    root = root or paths.project()
+    with tempfile.TemporaryDirectory(prefix="lowbit-mutate-") as scratch:
+        copy = Path(scratch)
+        for part in COPIED:
+            source, target = root / part, copy / part
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            elif source.exists():
+                shutil.copy2(source, target)
+        for mutation in mutations:
+            changed = copy / mutation.file
+            text = changed.read_text()
+            changed.write_text(text.replace(mutation.old, mutation.new))
+            try:
+                yield _ask(mutation, copy)
+            finally:
+                changed.write_text(text)
+
+
+def _ask(mutation: Mutation, copy: Path) -> Outcome:
+    environment = {**os.environ, "PYTHONPATH": str(copy), "LOWBIT_PROJECT": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *mutation.tests]
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return Outcome(mutation, "caught", f"no end within {LIMIT} s")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode == 0:
+        return Outcome(mutation, "survived")
+    if done.returncode == 1 and failed:
+        return Outcome(mutation, "caught", failed[1])
+    if done.returncode == 2 and failed:  # the tests cannot even be collected
+        return Outcome(mutation, "caught", failed[1])
+    tail = " ".join((done.stdout + done.stderr).split()[-30:])
+    return Outcome(mutation, "error", f"pytest ended with {done.returncode}: {tail}")
