@@ -46,6 +46,13 @@ def test_a_closed_gate_stops_the_gradient_of_those_before_it():
     assert t3.grad.item() == pytest.approx(0.5 * 3)  # S3 = 0: 1/(2·1), times S2 + 1
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_gate_at_zero_is_closed_for_the_gradient_too(zero):
+    latents = [torch.tensor([value], requires_grad=True) for value in (1.0, 1.0, 1.0, zero)]
+    denseshift(*latents).sum().backward()
+    assert [t.grad.item() for t in latents] == [1, 0, 0, 0.5 * 3]  # S_3 = 0, S_2 = 2: only the last gate hears of it
+
+
 def test_identity_surrogate_is_the_gradient_of_the_true_power():
     sign, t = torch.tensor([1.0], requires_grad=True), torch.tensor([1.0], requires_grad=True)
     denseshift(sign, t, surrogate="identity").backward()
