@@ -7,6 +7,7 @@ package imports every file in it, so a new file is all that a new method needs.
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar, TypeVar, dataclass_transform
 
 import torch
@@ -89,6 +90,25 @@ class WeightQuantizer(nn.Module):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class IntegerForm:
+    """An activation quantiser as whole numbers: ``q = clip(round((x + before)/scale), low, high)``.
+
+    What the quantiser puts out is ``scale·q + after``.
+
+    Attributes:
+        scale: float32, detached; broadcasts against the input ``[N, ...]``, its first dimension being 1.
+        low, high: the range of q.
+        before, after: float32, broadcast against the input; None is without.
+    """
+
+    scale: Tensor
+    low: int
+    high: int
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+
 class ActivationQuantizer(nn.Module):
     """A module that stands in front of a layer: float in, fake-quantised float of the same shape and dtype out."""
 
@@ -105,6 +125,10 @@ class ActivationQuantizer(nn.Module):
     def calibrated(self) -> bool:
         """Whether the quantiser has seen the batch that sets its starting step."""
         return True
+
+    def integer(self) -> IntegerForm | None:
+        """The same quantiser for kernels that calculate with integers; None where there is no such form."""
+        return None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """A parameter that is empty until the first batch takes the shape that was saved."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer, as_float, method
+from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, WeightQuantizer, as_float, method
 
 __all__ = ["DoReFa", "dorefa", "dorefa_activation", "dorefa_activation_codes", "dorefa_codes", "dorefa_scale"]
 
@@ -171,3 +171,8 @@ class DoReFaActivation(ActivationQuantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         return dorefa_activation_codes(x, self.config.bits)
+
+    def integer(self) -> IntegerForm:
+        """See `ActivationQuantizer.integer`."""
+        steps = _steps(self.config.bits)
+        return IntegerForm(torch.tensor(1 / steps), 0, steps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer, as_float, method, per_row
+from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, WeightQuantizer, as_float, method, per_row
 
 __all__ = ["LSQ", "lsq", "lsq_codes", "lsq_range", "lsq_step"]
 
@@ -295,3 +295,9 @@ class LSQActivation(PositiveStep, ActivationQuantizer):
     def set_extra_state(self, state: Tensor) -> None:
         """Restores what `get_extra_state` gave."""
         self.signed = bool(state)
+
+    def integer(self) -> IntegerForm:
+        """See `ActivationQuantizer.integer`."""
+        low, high = lsq_range(self.config.bits, self.signed)
+        biases = [self.bias_in.detach(), self.bias_out.detach()] if self.config.bias else [None, None]
+        return IntegerForm(self.positive_step().detach(), low, high, *biases)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, Method, as_float, method
+from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, as_float, method
 from lowbit.quantizers.lsq import SMALLEST_STEP, PositiveStep, lsq_range
 
 __all__ = ["LSQPlus", "lsqplus", "lsqplus_codes", "lsqplus_start"]
@@ -184,3 +184,10 @@ class LSQPlusActivation(PositiveStep, ActivationQuantizer):
     def codes(self, x: Tensor) -> Tensor:
         bits, signed = self.config.bits, self.config.signed
         return lsqplus_codes(x, self.positive_step(), self.offset, bits, signed) - lsq_range(bits, signed)[0]
+
+    def integer(self) -> IntegerForm:
+        """See `ActivationQuantizer.integer`."""
+        offset = self.offset.detach()
+        return IntegerForm(
+            self.positive_step().detach(), *lsq_range(self.config.bits, self.config.signed), -offset, offset
+        )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, Method, as_float, method
+from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, as_float, method
 
 __all__ = ["PACT", "pact", "pact_codes"]
 
@@ -124,3 +124,8 @@ class PACTActivation(ActivationQuantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         return pact_codes(x, self.positive_alpha(), self.config.bits)
+
+    def integer(self) -> IntegerForm:
+        """See `ActivationQuantizer.integer`."""
+        steps = _steps(self.config.bits)
+        return IntegerForm(self.positive_alpha().detach() / steps, 0, steps)

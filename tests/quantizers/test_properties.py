@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.nn import QuantConfig, quantize_
-from lowbit.quantizers import WeightQuantizer, get, names
+from lowbit.quantizers import LSQ, WeightQuantizer, get, names
 
 SHAPE = (3, 4)
 ZERO_FREE = {"denseshift", "statsq", "deepshift_q", "binary", "dorefa"}
@@ -146,3 +146,28 @@ def test_nan_in_an_assigned_weight_is_refused(name):
     with pytest.raises(LowbitError, match="NaN"):
         model.middle.weight = bad
     assert torch.equal(model.middle.weight, before)
+
+
+@pytest.mark.parametrize(("name", "bits"), with_bits("activation"))
+def test_integer_form_is_the_quantiser(name, bits):
+    x = 2 * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    quantizer = get(name)(bits=bits).activation()
+    y = quantizer(x).detach()
+    form = quantizer.integer()
+    assert form.scale.shape in ((), (1, 1)) and not form.scale.requires_grad
+    q = ((x + (0 if form.before is None else form.before)) / form.scale).round().clamp(form.low, form.high)
+    assert len(q.unique()) <= 2**bits
+    torch.testing.assert_close(q * form.scale + (0 if form.after is None else form.after), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "token"])
+def test_integer_form_of_lsq_with_biases(granularity):
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
+    quantizer = LSQ(bits=3, granularity=granularity, bias=True).activation()
+    quantizer(x)
+    with torch.no_grad():
+        for bias in (quantizer.bias_in, quantizer.bias_out):
+            bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(2)))
+    form = quantizer.integer()
+    q = ((x + form.before) / form.scale).round().clamp(form.low, form.high)
+    torch.testing.assert_close(q * form.scale + form.after, quantizer(x).detach(), rtol=1e-6, atol=1e-6)
