@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "data",
         "environment",
         "functional",
+        "kernels",
         "metrics",
         "models",
         "nn",
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "errors": ["LowbitError"],
         "nn": ["QuantConfig", "calibrate", "quantize_"],
+        "nn.deploy": ["pack"],
         "serialization": ["load", "save"],
         "suite.record": ["record"],
         "suite.tables": ["save_table"],
@@ -35,9 +37,23 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
-    from lowbit import data, environment, functional, metrics, models, nn, paths, plotting, quantizers, suite, training
+    from lowbit import (
+        data,
+        environment,
+        functional,
+        kernels,
+        metrics,
+        models,
+        nn,
+        paths,
+        plotting,
+        quantizers,
+        suite,
+        training,
+    )
     from lowbit.errors import LowbitError
     from lowbit.nn import QuantConfig, calibrate, quantize_
+    from lowbit.nn.deploy import pack
     from lowbit.serialization import load, save
     from lowbit.suite.record import record
     from lowbit.suite.tables import save_table

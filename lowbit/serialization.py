@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError, LowbitError
 
-FORMAT = 2  # 1 knew no low-bit attention, no biases and no fixed step of LSQ; it is read as before
+FORMAT = 2
+"""1 had neither low-bit attention nor packed layers, and its checksum left the header out; it is read as before."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,6 +36,8 @@ def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[
     """
     from safetensors.torch import save as to_bytes
 
+    from lowbit.nn.deploy import description
+
     if dtype not in DTYPES:
         raise LowbitError(f"dtype={dtype!r} is not allowed; {', '.join(DTYPES)} are")
     spec = getattr(model, "spec", None)
@@ -51,9 +54,10 @@ def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[
         "format": FORMAT,
         "model": spec,
         "quantization": _quantization(model),
-        "sha256": _checksum(tensors),
+        "packed": description(model),
         "card": card or {},
     }
+    header["sha256"] = _checksum(tensors, header)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -77,10 +81,16 @@ def load(path: str | Path) -> nn.Module:
         CheckpointError: the file is missing, truncated, altered, not one of ours, or newer than this library.
     """
     from lowbit.models import create
+    from lowbit.nn.deploy import restore_
 
     header, tensors = read(path)
     model = create(**header["model"])
     _restore_quantization(model, header["quantization"], path)
+    if header.get("packed"):
+        try:
+            restore_(model, header["packed"], tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not fit the model {header['model']['name']!r}: {error!r}") from None
     _fill(model, tensors, path)
     return model.eval()
 
@@ -92,7 +102,7 @@ def load_weights_(model: nn.Module, path: str | Path) -> nn.Module:
         CheckpointError: as `load`; also where the file is of another model or holds a quantised one.
     """
     header, tensors = read(path)
-    if header["quantization"] is not None:
+    if header["quantization"] is not None or header.get("packed"):
         raise CheckpointError(f"{path} holds a quantised model; lowbit.load({str(path)!r}) rebuilds it whole")
     _fill(model, tensors, path)
     return model
@@ -120,13 +130,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} has a damaged header; get it anew") from None
     if version > FORMAT:
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
-    if _checksum(tensors) != expected:
+    if _checksum(tensors, header) != expected:
         raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
     return header, tensors
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     digest = hashlib.sha256()
+    if header["format"] > 1:
+        said = {key: value for key, value in header.items() if key != "sha256"}
+        digest.update(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())

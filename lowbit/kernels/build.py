@@ -1,0 +1,98 @@
+"""Compiles the native kernels in place: ``python -m lowbit.kernels.build``.
+
+An installation does it by itself (see ``setup.py``) where it finds a C compiler; this is for clones that were not
+installed, for trying flags, and for tests. The library needs neither Python's nor torch's headers. This file imports
+neither torch nor the rest of `lowbit`.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+SOURCES = ("dispatch.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c")
+# No fused multiply-add: the epilogue rounds after each operation, on every processor. The other two take no liberty
+# with values; they only let loops over floats be vectorised.
+FLAGS = (
+    "-O3", "-std=gnu11", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+)  # fmt: skip
+LIBRARY = "_native.so"
+
+
+def compiler() -> str | None:
+    """The C compiler to use: ``$CC``, else cc, gcc or clang; None where there is none."""
+    candidates = (os.environ.get("CC", "").split(" ")[0], "cc", "gcc", "clang")
+    return next((found for name in candidates if name and (found := shutil.which(name))), None)
+
+
+def sources() -> list[Path]:
+    """The C files, in order."""
+    return [FOLDER / "csrc" / name for name in SOURCES]
+
+
+def build(
+    output: Path | None = None,
+    *,
+    cc: str | None = None,
+    extra: tuple[str, ...] = (),
+    emulate_amx: bool = False,
+    sanitize: bool = False,
+    program: Path | None = None,
+) -> Path:
+    """Compiles the kernels.
+
+    Args:
+        output: the file to write; None puts the library next to this file, where `lowbit.kernels.native` finds it.
+        cc: the compiler; None takes `compiler()`.
+        extra: further flags.
+        emulate_amx: replaces the AMX instructions by C functions, for tests.
+        sanitize: adds the address and undefined-behaviour sanitisers.
+        program: a C file with ``main``: builds an executable of it and the kernels instead of a library.
+
+    Returns:
+        The file that was written, atomically.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; the message holds what it said.
+    """
+    cc = cc or compiler()
+    if cc is None:
+        raise RuntimeError("no C compiler is here: install gcc or clang, or name one in the environment variable CC")
+    output = output or FOLDER / LIBRARY
+    flags = [*FLAGS, *(["-DLOWBIT_EMULATE_AMX"] if emulate_amx else [])]
+    if sanitize:
+        flags += ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    inputs = [*map(str, sources()), *([str(program)] if program else ["-fPIC", "-shared"])]
+    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=output.name)
+    os.close(handle)
+    command = [cc, *flags, *extra, f"-I{FOLDER / 'csrc'}", *inputs, "-o", temporary]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        os.unlink(temporary)
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    os.chmod(temporary, 0o755)
+    os.replace(temporary, output)
+    return output
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(prog="python -m lowbit.kernels.build", description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, help="file to write (default: where lowbit looks for it)")
+    parser.add_argument("--cc", help="C compiler (default: $CC, cc, gcc or clang)")
+    parser.add_argument("--emulate-amx", action="store_true", help="C functions in place of the AMX instructions")
+    parser.add_argument("--sanitize", action="store_true", help="address and undefined-behaviour sanitisers")
+    options = parser.parse_args()
+    try:
+        made = build(options.output, cc=options.cc, emulate_amx=options.emulate_amx, sanitize=options.sanitize)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    print(f"built {made}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+/* AVX2: vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, with saturation. So weights are split
+ * at +-64 (2 * 255 * 64 < 2^15): what is beyond goes into a second plane of rows, which most weights have no use for.
+ * Up to +-16, four such pairs fit before the sum is widened. */
+#include "internal.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+#include "generic.h"
+
+enum { SAFE = 64, SMALL = 16, TILE = 4 };
+
+typedef struct {
+  __m256i first, rest;
+  int two;
+} tables;
+
+static tables make_tables(const lb_job *job) {
+  int8_t first[16], rest[16];
+  tables t = {.two = 0};
+  for (int i = 0; i < 16; i++) {
+    const int level = job->levels[i];
+    first[i] = (int8_t)(level > SAFE ? SAFE : level < -SAFE ? -SAFE : level);
+    rest[i] = (int8_t)(level - first[i]);
+    t.two |= rest[i] != 0;
+  }
+  t.first = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)first));
+  t.rest = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)rest));
+  return t;
+}
+
+/* Codes of row r of a group of 8, one half of 32 bytes; p is the group. */
+LB_INLINE __m256i codes_of(const int bits, const int r, const uint8_t *p, int half) {
+  static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
+#define PART(I) _mm256_loadu_si256((const __m256i *)(p + 64 * (I) + 32 * half))
+  if (bits == 4) {
+    const __m256i v = PART(r >> 1);
+    return _mm256_and_si256(r & 1 ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
+  }
+  const __m256i low = _mm256_and_si256(_mm256_srli_epi16(PART(r >> 2), 2 * (r & 3)), _mm256_set1_epi8(3));
+  if (bits == 2) return low;
+  const int shift = top_bit[r] - 2; /* to bit 2 */
+  const __m256i v = PART(2), moved = shift < 0 ? _mm256_slli_epi16(v, -shift) : _mm256_srli_epi16(v, shift);
+  return _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
+#undef PART
+}
+
+LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, lb_decoded *d) {
+  const uint8_t *p = job->packed + b * job->block_bytes;
+  int8_t *plane = d->plane[0];
+  lb_extra *extra = &d->extra[0];
+  extra->count = 0;
+  for (int64_t row = 0; row < job->used_k / 4; row += 8, p += bits * 64, plane += 8 * LB_ROW) {
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+      const __m256i c0 = codes_of(bits, r, p, 0), c1 = codes_of(bits, r, p, 1);
+      _mm256_store_si256((__m256i *)(plane + r * LB_ROW), _mm256_shuffle_epi8(t->first, c0));
+      _mm256_store_si256((__m256i *)(plane + r * LB_ROW + 32), _mm256_shuffle_epi8(t->first, c1));
+      if (t->two && row + r < job->used_k / 4) {
+        const __m256i r0 = _mm256_shuffle_epi8(t->rest, c0), r1 = _mm256_shuffle_epi8(t->rest, c1);
+        const __m256i any = _mm256_or_si256(r0, r1);
+        _mm256_store_si256((__m256i *)(extra->rows + extra->count * LB_ROW), r0);
+        _mm256_store_si256((__m256i *)(extra->rows + extra->count * LB_ROW + 32), r1);
+        extra->index[extra->count] = (int32_t)(row + r);
+        extra->count += !_mm256_testz_si256(any, any);
+      }
+    }
+  }
+}
+
+LB_INLINE __m256i four(const uint8_t *a) {
+  int32_t bytes;
+  memcpy(&bytes, a, 4);
+  return _mm256_set1_epi32(bytes);
+}
+
+LB_INLINE __m256i load(const int8_t *w) { return _mm256_load_si256((const __m256i *)w); }
+
+LB_INLINE __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row, int64_t block, const lb_decoded *d) {
+  const uint8_t *a[TILE];
+  __m256i acc[TILE][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    a[r] = job->map + job->row_start[row + r];
+    acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+  }
+  const int8_t *w = d->plane[0];
+  for (int s = 0; s < job->n_spans; s++) {
+    const int64_t end = job->spans[s].offset + job->spans[s].length;
+    int64_t k = job->spans[s].offset;
+    if (small)
+      for (; k + 16 <= end; k += 16, w += 4 * LB_ROW)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+          __m256i s0 = _mm256_setzero_si256(), s1 = s0;
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            const __m256i x = four(a[r] + k + 4 * i);
+            s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(x, load(w + i * LB_ROW)));
+            s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(x, load(w + i * LB_ROW + 32)));
+          }
+          acc[r][0] = _mm256_add_epi32(acc[r][0], widen(s0));
+          acc[r][1] = _mm256_add_epi32(acc[r][1], widen(s1));
+        }
+    for (; k < end; k += 4, w += LB_ROW) {
+      const __m256i w0 = load(w), w1 = load(w + 32);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const __m256i x = four(a[r] + k);
+        acc[r][0] = _mm256_add_epi32(acc[r][0], widen(_mm256_maddubs_epi16(x, w0)));
+        acc[r][1] = _mm256_add_epi32(acc[r][1], widen(_mm256_maddubs_epi16(x, w1)));
+      }
+    }
+  }
+  for (int64_t i = 0; i < d->extra[0].count; i++) {
+    const __m256i w0 = load(d->extra[0].rows + i * LB_ROW), w1 = load(d->extra[0].rows + i * LB_ROW + 32);
+    const int64_t k = job->k_offset[d->extra[0].index[i]];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const __m256i x = four(a[r] + k);
+      acc[r][0] = _mm256_add_epi32(acc[r][0], widen(_mm256_maddubs_epi16(x, w0)));
+      acc[r][1] = _mm256_add_epi32(acc[r][1], widen(_mm256_maddubs_epi16(x, w1)));
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    int32_t sums[16] __attribute__((aligned(32)));
+    _mm256_store_si256((__m256i *)sums, acc[r][0]);
+    _mm256_store_si256((__m256i *)(sums + 8), acc[r][1]);
+    lb_finish(job, row + r, block, sums);
+  }
+}
+
+#define TILE_KERNEL(R, SMALL_) \
+  static __attribute__((noinline)) void tile_##R##_##SMALL_(const lb_job *job, int64_t row, int64_t block, \
+                                                            const lb_decoded *d) { \
+    tile(R, SMALL_, job, row, block, d); \
+  }
+#define TILE_KERNELS(R) TILE_KERNEL(R, 0) TILE_KERNEL(R, 1)
+TILE_KERNELS(1) TILE_KERNELS(2) TILE_KERNELS(3) TILE_KERNELS(4)
+
+static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
+  static void (*const tiles[2][TILE])(const lb_job *, int64_t, int64_t, const lb_decoded *) = {
+      {tile_1_0, tile_2_0, tile_3_0, tile_4_0}, {tile_1_1, tile_2_1, tile_3_1, tile_4_1}};
+  lb_decoded d;
+  if (lb_alloc_decoded(&d, job->k, 1)) return LB_NO_MEMORY;
+  const tables t = make_tables(job);
+  for (int64_t b = block0; b < block1; b++) {
+    if (job->bits == 2) decode_bits(2, job, b, &t, &d);
+    else if (job->bits == 3) decode_bits(3, job, b, &t, &d);
+    else decode_bits(4, job, b, &t, &d);
+    for (int64_t m = row0; m < row1; m += TILE)
+      tiles[job->largest <= SMALL][lb_min(TILE, row1 - m) - 1](job, m, b, &d);
+  }
+  return LB_OK;
+}
+
+static uint32_t absmax(const float *x, int64_t n) { return lb_generic_absmax(x, n); }
+
+static void quantize(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out) {
+  lb_generic_quantize(x, n, scale, low, high, zero, out);
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+static int available(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2"); /* asks CPUID leaf 7 and XCR0 */
+}
+
+const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product};
+#endif

@@ -1,0 +1,126 @@
+/* What the AVX-512 and the AMX kernels share: decoding by 64-entry tables, quantising, the epilogue. Include it after the
+ * target pragma. */
+#ifndef LOWBIT_AVX512_H
+#define LOWBIT_AVX512_H
+#include <immintrin.h>
+
+#include "generic.h"
+
+/* vpermb looks at 6 bits of each index byte. Where a code takes 2 or 4 of them, the table repeats itself over the others,
+ * so that nothing has to be masked and rows 0-2 of 2-bit codes need no shift. Table r serves row r of each four. With
+ * levels beyond int8 a second table holds the rest; `two` says so. */
+typedef struct {
+  __m512i first[4], rest[4], top[4];
+} lb_tables;
+
+LB_INLINE int lb_needs_two(const lb_job *job) {
+  int two = 0;
+  for (int i = 0; i < 16; i++) two |= job->levels[i] > 127;
+  return two;
+}
+
+LB_INLINE lb_tables lb_make_tables(const lb_job *job) {
+  static const int top_from[4] = {2, 0, 1, 3}, low_from[4] = {0, 2, 4, 0};
+  lb_tables t;
+  for (int r = 0; r < 4; r++) {
+    int8_t first[64], rest[64];
+    for (int i = 0; i < 64; i++) {
+      const int low = i >> low_from[r] & 3;
+      const int code = job->bits == 4 ? i & 15 : job->bits == 2 ? low : low | (i >> top_from[r] & 1) << 2;
+      const int level = job->levels[code];
+      first[i] = (int8_t)(level > 127 ? 127 : level);
+      rest[i] = (int8_t)(level > 127 ? level - 127 : 0);
+    }
+    t.first[r] = _mm512_loadu_si512(first);
+    t.rest[r] = _mm512_loadu_si512(rest);
+    t.top[r] = _mm512_set1_epi8((char)(1 << top_from[r]));
+  }
+  return t;
+}
+
+/* Packed bytes of a group of 8 rows (32 k): 2, 3 or 4 registers. */
+LB_INLINE void lb_load_group(const int bits, const uint8_t *p, __m512i v[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < bits; i++) v[i] = _mm512_loadu_si512(p + 64 * i);
+  if (bits == 3) v[3] = _mm512_srli_epi32(v[2], 4);
+}
+
+/* The table indices of row r of a group; bits and r are constants wherever this is used. */
+LB_INLINE __m512i lb_index(const int bits, const int r, const __m512i v[4], const lb_tables *t) {
+  const int q = r & 3;
+  if (bits == 4) return r & 1 ? _mm512_srli_epi32(v[r >> 1], 4) : v[r >> 1];
+  const __m512i low = q < 3 ? v[r >> 2] : _mm512_srli_epi32(v[r >> 2], 6);
+  if (bits == 2) return low;
+  return _mm512_ternarylogic_epi32(t->top[q], v[2 + (r >> 2)], low, 0xCA); /* top ? v : low */
+}
+
+LB_INLINE __m512i lb_weights(const int bits, const int r, __m512i index, const __m512i table[4]) {
+  return _mm512_permutexvar_epi8(index, table[bits == 4 ? 0 : r & 3]);
+}
+
+/* Decodes rows row0 ... row1-1 (multiples of 8) of one block to `plane`, and appends to `extra` what is beyond int8. */
+LB_INLINE void lb_decode_bits(const int bits, const int two, const uint8_t *block, int64_t row0, int64_t row1,
+                              const lb_tables *t, int8_t *plane, lb_extra *extra) {
+  const uint8_t *p = block + row0 / 8 * (bits * 64);
+  for (int64_t row = row0; row < row1; row += 8, p += bits * 64, plane += 8 * LB_ROW) {
+    __m512i v[4];
+    lb_load_group(bits, p, v);
+    for (int i = 0; i < bits; i++) _mm_prefetch((const char *)p + 1024 + 64 * i, _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+      const __m512i index = lb_index(bits, r, v, t);
+      _mm512_store_si512(plane + r * LB_ROW, lb_weights(bits, r, index, t->first));
+      if (two) { /* stored always, counted where it matters: no branch */
+        const __m512i rest = lb_weights(bits, r, index, t->rest);
+        _mm512_store_si512(extra->rows + extra->count * LB_ROW, rest);
+        extra->index[extra->count] = (int32_t)(row + r);
+        extra->count += _mm512_test_epi8_mask(rest, rest) != 0;
+      }
+    }
+  }
+}
+
+LB_INLINE void lb_decode(const lb_job *job, int64_t b, int64_t row0, int64_t row1, const lb_tables *t, int two,
+                         int8_t *plane, lb_extra *extra) {
+  const uint8_t *block = job->packed + b * job->block_bytes;
+  if (job->bits == 2) {
+    if (two) lb_decode_bits(2, 1, block, row0, row1, t, plane, extra);
+    else lb_decode_bits(2, 0, block, row0, row1, t, plane, extra);
+  } else if (job->bits == 3) {
+    if (two) lb_decode_bits(3, 1, block, row0, row1, t, plane, extra);
+    else lb_decode_bits(3, 0, block, row0, row1, t, plane, extra);
+  } else {
+    if (two) lb_decode_bits(4, 1, block, row0, row1, t, plane, extra);
+    else lb_decode_bits(4, 0, block, row0, row1, t, plane, extra);
+  }
+}
+
+LB_INLINE __m512i lb_steps512(__m512 x, __m512 scale, __m512 low, __m512 high) {
+  __m512 v = _mm512_div_ps(x, scale);
+  v = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+  v = _mm512_min_ps(_mm512_max_ps(v, low), high);
+  return _mm512_cvtps_epi32(v); /* half to even: lb_parallel sets the default rounding */
+}
+
+/* The epilogue of one row and one block of outputs, as lb_finish. */
+LB_INLINE void lb_finish512(const lb_job *job, int64_t row, int64_t block, __m512i acc) {
+  const int64_t n0 = block * 16, left = job->outputs - n0;
+  const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+  if (job->zero) { /* 128 or -128 */
+    const __m512i correction = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, job->sums + n0), 7);
+    acc = job->zero > 0 ? _mm512_sub_epi32(acc, correction) : _mm512_add_epi32(acc, correction);
+  }
+  __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(job->row_scale[row]));
+  y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, job->scale + n0));
+  if (job->bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, job->bias + n0));
+  if (job->relu) y = _mm512_max_ps(_mm512_setzero_ps(), y); /* this way round NaN stays NaN */
+  if (job->out_type == LB_FLOAT32) {
+    _mm512_mask_storeu_ps((float *)job->out + row * job->outputs + n0, mask, y);
+  } else {
+    const __m512i q = lb_steps512(y, _mm512_set1_ps(job->out_scale), _mm512_set1_ps(job->out_low),
+                                  _mm512_set1_ps(job->out_high));
+    _mm512_mask_cvtepi32_storeu_epi8((char *)job->out + row * job->outputs + n0, mask, q);
+  }
+}
+
+#endif

@@ -1,0 +1,321 @@
+/* Chooses the instruction set, and drives one call: quantise a part of the input, multiply it, go on to the next part. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+/* ---- instruction sets, best first ---- */
+
+static const lb_isa_table *const isas[] = {
+#if defined(__x86_64__)
+    &lb_amx,  &lb_avx512vnni, &lb_avx2,
+#endif
+#if defined(__aarch64__)
+    &lb_neon, &lb_neon_plain,
+#endif
+    &lb_portable,
+};
+enum { ISAS = sizeof isas / sizeof *isas };
+
+static _Atomic(const lb_isa_table *) chosen;
+
+static const lb_isa_table *isa_in_use(void) {
+  const lb_isa_table *isa = atomic_load(&chosen);
+  if (!isa) {
+    int i = 0;
+    while (!isas[i]->available()) i++; /* the last one always is */
+    isa = isas[i];
+    atomic_store(&chosen, isa);
+  }
+  return isa;
+}
+
+int lb_abi(void) { return LB_ABI; }
+
+const char *lb_isa(void) { return isa_in_use()->name; }
+
+const char *lb_isas(int all) {
+  static _Thread_local char text[128];
+  text[0] = 0;
+  for (int i = 0; i < ISAS; i++) {
+    if (!all && !isas[i]->available()) continue;
+    if (text[0]) strcat(text, ",");
+    strcat(text, isas[i]->name);
+  }
+  return text;
+}
+
+int lb_select(const char *name) {
+  if (!name) {
+    atomic_store(&chosen, NULL);
+    return LB_OK;
+  }
+  for (int i = 0; i < ISAS; i++)
+    if (!strcmp(isas[i]->name, name)) {
+      if (!isas[i]->available()) return LB_UNAVAILABLE_ISA;
+      atomic_store(&chosen, isas[i]);
+      return LB_OK;
+    }
+  return LB_UNKNOWN_ISA;
+}
+
+/* ---- one call ----
+ * The input is taken in parts of a few images. Of a part, a padded copy of bytes is made ("map"): images, lines and
+ * places as in the input, with the border around each image and the pad channels behind each place. A row of the
+ * product is one place of the output: it reads its window from the map, without a copy. */
+
+enum { PART_BYTES = 1 << 20, PART_ROWS = 1024, LEAST_WORK = 1 << 19 };
+
+typedef struct {
+  const lb_args *args;
+  const lb_isa_table *isa;
+  lb_job job;
+  int64_t map_height, map_width, place; /* `place`: bytes from one place of the map to the next */
+  int64_t out_height, out_width;
+  int64_t first, images; /* of this part */
+  uint8_t *map;
+  int64_t *row_start;
+  float *row_scale, *image_scale;
+  uint32_t *line_max;
+  int whole_line; /* a line is copied at once: no pad channels */
+  int64_t splits, rows, blocks; /* of the product */
+  atomic_int status;
+} run;
+
+static size_t x_bytes(const lb_args *a) { return a->x_type == LB_FLOAT32 ? 4 : 1; }
+
+static const void *line_of(const run *r, int64_t image, int64_t y) {
+  const lb_args *a = r->args;
+  return (const char *)a->x + (size_t)(((r->first + image) * a->height + y) * a->width * a->channels) * x_bytes(a);
+}
+
+static float scale_from_absmax(const run *r, uint32_t bits) {
+  float largest;
+  memcpy(&largest, &bits, 4);
+  const float scale = largest / (float)r->args->high;
+  return scale < 1.17549435e-38f ? 1.17549435e-38f : scale; /* NaN stays NaN */
+}
+
+static void store(const run *r, const void *x, int64_t n, float scale, uint8_t *out) {
+  const lb_args *a = r->args;
+  if (a->x_type == LB_FLOAT32) {
+    r->isa->quantize(x, n, scale, (float)a->low, (float)a->high, r->job.zero, out);
+  } else {
+    const uint8_t *q = x, zero = (uint8_t)r->job.zero; /* modulo 256 */
+    for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)(q[i] + zero);
+  }
+}
+
+/* Places that hold q = 0, `count` of them. */
+static void clear_places(const run *r, uint8_t *at, int64_t count) {
+  const lb_args *a = r->args;
+  for (int64_t i = 0; i < count; i++, at += r->place) {
+    memset(at, (uint8_t)r->job.zero, (size_t)a->channels);
+    memset(at + a->channels, 0, (size_t)(r->place - a->channels));
+  }
+}
+
+static void find_line_max(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_args *a = r->args;
+  for (int64_t i = begin; i < end; i++)
+    r->line_max[i] = r->isa->absmax(line_of(r, i / a->height, i % a->height), a->width * a->channels);
+}
+
+static void fill_lines(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_args *a = r->args;
+  const int64_t c = a->channels;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t image = i / r->map_height, y = i % r->map_height - a->padding_y;
+    uint8_t *at = r->map + i * r->map_width * r->place;
+    if (y < 0 || y >= a->height) {
+      clear_places(r, at, r->map_width);
+      continue;
+    }
+    const char *x = line_of(r, image, y);
+    if (a->x_scales == 0 && a->height == 1)
+      r->image_scale[image] = scale_from_absmax(r, r->isa->absmax((const float *)x, a->width * c));
+    const float scale = r->image_scale[image];
+    clear_places(r, at, a->padding_x);
+    at += a->padding_x * r->place;
+    if (r->whole_line) {
+      store(r, x, a->width * c, scale, at);
+      at += a->width * c;
+    } else {
+      for (int64_t place = 0; place < a->width; place++, at += r->place, x += (size_t)c * x_bytes(a)) {
+        store(r, x, c, scale, at);
+        memset(at + c, 0, (size_t)(r->place - c));
+      }
+    }
+    clear_places(r, at, a->padding_x);
+  }
+}
+
+static void multiply(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  for (int64_t i = begin; i < end; i++) {
+    /* r->splits > 0: parts of the rows, all blocks; else pairs of blocks, all rows */
+    int64_t row0 = 0, row1 = r->rows, block0 = 0, block1 = r->blocks;
+    if (r->splits > 0) {
+      row0 = lb_min(r->rows, lb_round_up(r->rows * i / r->splits, 16));
+      row1 = i + 1 == r->splits ? r->rows : lb_min(r->rows, lb_round_up(r->rows * (i + 1) / r->splits, 16));
+    } else {
+      block0 = -2 * r->splits * i;
+      block1 = lb_min(r->blocks, block0 - 2 * r->splits);
+    }
+    if (row0 == row1 || block0 == block1) continue;
+    const int status = r->isa->product(&r->job, row0, row1, block0, block1);
+    if (status) atomic_store(&r->status, status);
+  }
+}
+
+static int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
+  const int64_t room = size + 2 * padding - (kernel - 1) * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+static int is_sane(const lb_args *a) {
+  return a->bits >= 2 && a->bits <= 4 && a->batch >= 0 && a->height > 0 && a->width > 0 && a->channels > 0 &&
+         a->padded_channels >= a->channels && a->outputs > 0 && a->kernel_y > 0 && a->kernel_x > 0 &&
+         a->stride_y > 0 && a->stride_x > 0 && a->padding_y >= 0 && a->padding_x >= 0 && a->dilation_y > 0 &&
+         a->dilation_x > 0 && a->x_type >= LB_FLOAT32 && a->x_type <= LB_UINT8 && a->out_type >= LB_FLOAT32 &&
+         a->out_type <= LB_UINT8 && (a->x_type == LB_FLOAT32 || a->x_scales) &&
+         (a->x_scales == 0 || a->x_scales == 1 || a->x_scales == a->batch) &&
+         (a->padded_channels % 4 == 0 || a->kernel_y * a->kernel_x == 1);
+}
+
+static void describe_weights(run *r) {
+  const lb_args *a = r->args;
+  lb_job *job = &r->job;
+  job->packed = a->packed;
+  job->bits = (int)a->bits;
+  memcpy(job->levels, a->levels, sizeof job->levels);
+  for (int i = 0; i < 16; i++) job->largest = (int)lb_max(job->largest, abs(job->levels[i]));
+  job->block_bytes = job->k * 16 * a->bits / 8;
+  job->scale = a->scale, job->bias = a->bias, job->sums = a->sums;
+  job->relu = (int)a->relu, job->out_type = (int)a->out_type;
+  job->out_scale = (float)a->out_scale, job->out_low = (float)a->out_low, job->out_high = (float)a->out_high;
+  job->outputs = a->outputs;
+  const int is_unsigned = a->x_type == LB_UINT8 || (a->x_type == LB_FLOAT32 && a->low >= 0);
+  const int fits_signed = a->x_type == LB_INT8 || (a->x_type == LB_FLOAT32 && a->high <= 127);
+  job->zero = r->isa->signed_bytes ? (fits_signed ? 0 : -128) : (is_unsigned ? 0 : 128);
+}
+
+/* How k runs through a window of the map. Neighbouring taps of a line lie behind each other unless they are dilated. */
+static int64_t describe_window(run *r, lb_span *spans) {
+  const lb_args *a = r->args;
+  const int joined = a->dilation_x == 1;
+  int64_t count = 0;
+  for (int64_t y = 0; y < a->kernel_y; y++)
+    for (int64_t x = 0; x < (joined ? 1 : a->kernel_x); x++) {
+      spans[count].offset = ((y * a->dilation_y) * r->map_width + x * a->dilation_x) * r->place;
+      spans[count++].length = a->padded_channels * (joined ? a->kernel_x : 1);
+    }
+  return count;
+}
+
+static int run_part(run *r, int64_t threads) {
+  const lb_args *a = r->args;
+  const int64_t in_values = r->images * a->height * a->width * a->channels;
+  const int64_t line = lb_max(1, r->map_width * r->place);
+  const int64_t fill_threads = in_values < (1 << 15) ? 1 : threads;
+  if (a->x_scales == 0 && a->height > 1) {
+    lb_parallel(fill_threads, r->images * a->height, lb_max(1, (1 << 14) / line), find_line_max, r);
+    for (int64_t image = 0; image < r->images; image++) {
+      uint32_t bits = 0;
+      for (int64_t y = 0; y < a->height; y++) {
+        const uint32_t other = r->line_max[image * a->height + y];
+        bits = other > bits ? other : bits;
+      }
+      r->image_scale[image] = scale_from_absmax(r, bits);
+    }
+  } else if (a->x_scales) {
+    for (int64_t image = 0; image < r->images; image++)
+      r->image_scale[image] = a->x_scale[a->x_scales == 1 ? 0 : r->first + image];
+  }
+  lb_parallel(fill_threads, r->images * r->map_height, lb_max(1, (1 << 14) / line), fill_lines, r);
+
+  int64_t row = 0;
+  for (int64_t image = 0; image < r->images; image++)
+    for (int64_t y = 0; y < r->out_height; y++)
+      for (int64_t x = 0; x < r->out_width; x++, row++) {
+        r->row_start[row] =
+            ((image * r->map_height + y * a->stride_y) * r->map_width + x * a->stride_x) * r->place;
+        r->row_scale[row] = r->image_scale[image];
+      }
+  r->rows = row;
+  const int64_t pairs = (r->blocks + 1) / 2;
+  const int64_t work = r->rows * r->blocks * 16 * r->job.used_k;
+  threads = lb_max(1, lb_min(threads, work / LEAST_WORK));
+  if (threads == 1) {
+    r->splits = 1;
+    lb_parallel(1, 1, 1, multiply, r);
+  } else if (r->rows >= 64 * threads || pairs < threads) {
+    r->splits = threads * (r->rows >= 256 * threads ? 2 : 1);
+    lb_parallel(threads, r->splits, 1, multiply, r);
+  } else { /* ranges of pairs, some more than threads */
+    const int64_t each = lb_max(1, pairs / (threads * 4));
+    r->splits = -each;
+    lb_parallel(threads, (pairs + each - 1) / each, 1, multiply, r);
+  }
+  return atomic_load(&r->status);
+}
+
+int lb_run(const lb_args *a) {
+  if (!a || !is_sane(a)) return LB_WRONG_ARGS;
+  run r = {.args = a, .isa = isa_in_use()};
+  r.out_height = out_size(a->height, a->padding_y, a->kernel_y, a->dilation_y, a->stride_y);
+  r.out_width = out_size(a->width, a->padding_x, a->kernel_x, a->dilation_x, a->stride_x);
+  if (!a->batch || !r.out_height || !r.out_width) return LB_OK;
+  r.map_height = a->height + 2 * a->padding_y;
+  r.map_width = a->width + 2 * a->padding_x;
+  const int64_t taps = a->kernel_y * a->kernel_x;
+  /* One tap reads whole rows of 64; a line's worth of skew keeps long rows out of each other's cache sets. */
+  r.place = taps > 1 ? a->padded_channels : lb_round_up(a->channels, 64);
+  r.job.used_k = taps > 1 ? taps * a->padded_channels : r.place;
+  r.job.k = lb_round_up(r.job.used_k, 64);
+  if (taps == 1 && r.place >= 512) r.place += 64;
+  r.whole_line = r.place == a->channels;
+  r.blocks = (a->outputs + 15) / 16;
+  describe_weights(&r);
+
+  const int64_t image_bytes = r.map_height * r.map_width * r.place;
+  const int64_t image_rows = r.out_height * r.out_width;
+  const int64_t part = lb_max(1, lb_min(lb_min(PART_BYTES / image_bytes, PART_ROWS / image_rows), a->batch));
+  const int64_t rows = part * image_rows, lines = part * a->height;
+  const int64_t most_spans = a->kernel_y * a->kernel_x;
+  r.map = lb_scratch(LB_SLOT_MAP, (size_t)(part * image_bytes + 128));
+  int64_t *table = lb_scratch(LB_SLOT_ROWS, (size_t)(rows * 12 + part * 4 + lines * 4 + most_spans * 16 + r.job.k * 2 + 64));
+  if (!r.map || !table) return LB_NO_MEMORY;
+  r.row_start = table;
+  r.job.k_offset = table + rows;
+  lb_span *spans = (lb_span *)(table + rows + r.job.k / 4);
+  r.row_scale = (float *)(spans + most_spans);
+  r.image_scale = r.row_scale + rows;
+  r.line_max = (uint32_t *)(r.image_scale + part);
+  if (taps == 1) {
+    spans[0].offset = 0, spans[0].length = r.job.used_k;
+    r.job.n_spans = 1;
+  } else {
+    r.job.n_spans = (int)describe_window(&r, spans);
+  }
+  int64_t *offset = (int64_t *)r.job.k_offset;
+  for (int s = 0; s < r.job.n_spans; s++)
+    for (int64_t i = 0; i < spans[s].length; i += 4) *offset++ = spans[s].offset + i;
+  r.job.spans = spans;
+  r.job.map = r.map;
+  r.job.row_start = r.row_start, r.job.row_scale = r.row_scale;
+  memset(r.map + part * image_bytes, 0, 128);
+
+  int status = LB_OK;
+  const size_t out_bytes = (size_t)(image_rows * a->outputs) * (a->out_type == LB_FLOAT32 ? 4 : 1);
+  for (r.first = 0; r.first < a->batch && !status; r.first += part) {
+    r.images = lb_min(part, a->batch - r.first);
+    r.job.out = (char *)a->out + (size_t)r.first * out_bytes;
+    status = run_part(&r, lb_max(1, a->threads));
+  }
+  lb_scratch_trim();
+  return status;
+}

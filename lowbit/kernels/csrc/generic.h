@@ -1,0 +1,84 @@
+/* The plain C parts, compiled anew for each instruction set that includes this file after naming its target. */
+#ifndef LOWBIT_GENERIC_H
+#define LOWBIT_GENERIC_H
+#include <string.h>
+
+#include "internal.h"
+
+/* NaN counts as 0. Clipping first lets 1.5 * 2^23, added and taken away, do the rounding (half to even). */
+LB_INLINE float lb_step(float x, float scale, float low, float high) {
+  float v = x / scale;
+  v = v == v ? v : 0.0f;
+  v = v < low ? low : v;
+  v = v > high ? high : v;
+  return (v + 12582912.0f) - 12582912.0f;
+}
+
+LB_INLINE void lb_generic_quantize(const float *x, int64_t n, float scale, float low, float high, int zero,
+                                   uint8_t *out) {
+  for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)((int)lb_step(x[i], scale, low, high) + zero);
+}
+
+/* Magnitudes order like their bits, and NaN is above infinity. */
+LB_INLINE uint32_t lb_generic_absmax(const float *x, int64_t n) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; i++) {
+    int32_t bits;
+    memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return (uint32_t)largest;
+}
+
+/* The epilogue of one row and one block of outputs; sums wrap like the instructions' do, what they mean never does. */
+LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const int32_t acc[16]) {
+  const int64_t n0 = block * 16;
+  const int count = (int)lb_min(16, job->outputs - n0);
+  const float x_scale = job->row_scale[row];
+  float y[16];
+  for (int i = 0; i < count; i++) {
+    int32_t sum = (int32_t)((uint32_t)acc[i] - (uint32_t)job->zero * (uint32_t)job->sums[n0 + i]);
+    y[i] = (float)sum * x_scale * job->scale[n0 + i];
+  }
+  if (job->bias)
+    for (int i = 0; i < count; i++) y[i] += job->bias[n0 + i];
+  if (job->relu)
+    for (int i = 0; i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
+  if (job->out_type == LB_FLOAT32) {
+    memcpy((float *)job->out + row * job->outputs + n0, y, (size_t)count * sizeof(float));
+  } else {
+    lb_generic_quantize(y, count, job->out_scale, job->out_low, job->out_high, 0,
+                        (uint8_t *)job->out + row * job->outputs + n0);
+  }
+}
+
+/* Rows of weights that need a second plane because a level lies outside the first one's range: their index (k / 4),
+ * and what is missing. Where no such code occurs they cost nothing. */
+typedef struct {
+  int64_t count;
+  int32_t *index;
+  int8_t *rows;
+} lb_extra;
+
+/* Decoded weights of `blocks` neighbouring blocks: plane[b] holds k/4 rows; extra[] what has to be added. */
+typedef struct {
+  int8_t *plane[2];
+  lb_extra extra[2];
+} lb_decoded;
+
+LB_INLINE int lb_alloc_decoded(lb_decoded *d, int64_t k, int blocks) {
+  const int64_t rows = k / 4;
+  const int64_t one = rows * LB_ROW * 2 + lb_round_up(rows * (int64_t)sizeof(int32_t), 64);
+  int8_t *at = lb_scratch(LB_SLOT_DECODED, (size_t)(one * blocks));
+  if (!at) return LB_NO_MEMORY;
+  for (int b = 0; b < blocks; b++, at += one) {
+    d->plane[b] = at;
+    d->extra[b].rows = at + rows * LB_ROW;
+    d->extra[b].index = (int32_t *)(at + rows * LB_ROW * 2);
+    d->extra[b].count = 0;
+  }
+  return LB_OK;
+}
+
+#endif

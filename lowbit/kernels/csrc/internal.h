@@ -1,0 +1,74 @@
+/* What the files of the native kernels share. */
+#ifndef LOWBIT_INTERNAL_H
+#define LOWBIT_INTERNAL_H
+#include <stddef.h>
+#include <stdint.h>
+
+#include "lowbit.h"
+
+#define LB_INLINE static inline __attribute__((always_inline, unused))
+#define LB_ROW 64 /* bytes of a decoded row: [16 outputs][4 k] */
+
+/* k runs through a row of activations in pieces: `length` bytes (a multiple of 4) at `offset` from the row's start. */
+typedef struct {
+  int64_t offset, length;
+} lb_span;
+
+/* One product of 8-bit rows by packed weights. An activation q is stored as the byte q + zero: unsigned bytes for the
+ * instruction sets that multiply unsigned by signed, signed ones else. Pads are stored as 0 and so meet no weight. */
+typedef struct {
+  const uint8_t *packed;
+  int64_t block_bytes, k; /* of one block of 16 outputs; K as packed, a multiple of 64 */
+  int bits;
+  int16_t levels[16];
+  int largest; /* the largest |level| */
+
+  const uint8_t *map;       /* stored activations */
+  const int64_t *row_start; /* in map, of each row; followed by at least 64 readable bytes at the end of map */
+  const lb_span *spans;
+  int n_spans;
+  int64_t used_k;          /* sum of the spans' lengths, <= k */
+  const int64_t *k_offset; /* [used_k / 4]: where the 4 bytes of a row of weights lie, from the row's start */
+
+  int32_t zero;
+  const float *row_scale; /* of each row */
+  const float *scale, *bias;
+  const int32_t *sums;
+  int relu, out_type;
+  float out_scale, out_low, out_high;
+  int64_t outputs;
+  void *out; /* [rows][outputs] */
+} lb_job;
+
+typedef struct {
+  const char *name;
+  int (*available)(void);
+  int signed_bytes; /* how it wants activations stored */
+  uint32_t (*absmax)(const float *x, int64_t n); /* bits of max |x|; those of a NaN if there is one */
+  void (*quantize)(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out);
+  int (*product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1); /* LB_OK, ... */
+} lb_isa_table;
+
+extern const lb_isa_table lb_portable;
+#if defined(__x86_64__)
+extern const lb_isa_table lb_avx2, lb_avx512vnni, lb_amx;
+int lb_avx512_available(void);
+#endif
+#if defined(__aarch64__)
+extern const lb_isa_table lb_neon, lb_neon_plain;
+#endif
+
+/* Calls fn on ranges of at most `grain` items that make up 0 ... items-1, by up to `threads` threads at once. */
+typedef void (*lb_range_fn)(void *arg, int64_t begin, int64_t end);
+void lb_parallel(int64_t threads, int64_t items, int64_t grain, lb_range_fn fn, void *arg);
+
+/* A buffer of this thread, aligned to 64 bytes, that keeps its place until the slot is asked for more; NULL: no memory. */
+enum { LB_SLOT_MAP, LB_SLOT_ROWS, LB_SLOT_DECODED, LB_SLOT_GATHERED, LB_SLOT_SUMS, LB_SLOTS };
+void *lb_scratch(int slot, size_t bytes);
+void lb_scratch_trim(void); /* gives back what is unusually large */
+
+LB_INLINE int64_t lb_min(int64_t a, int64_t b) { return a < b ? a : b; }
+LB_INLINE int64_t lb_max(int64_t a, int64_t b) { return a > b ? a : b; }
+LB_INLINE int64_t lb_round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+#endif

@@ -1,0 +1,50 @@
+/* The native kernels' whole interface: one entry for linear layers and convolutions, and the choice of instruction set.
+ * What is computed is defined in lowbit/kernels/reference.py, the layout of packed weights in packing.py. */
+#ifndef LOWBIT_H
+#define LOWBIT_H
+#include <stdint.h>
+
+#define LB_ABI 1 /* raise with every change of lb_args or of what it means; native.py asks for the same number */
+
+#if defined(__GNUC__)
+#define LB_PUBLIC __attribute__((visibility("default")))
+#else
+#define LB_PUBLIC
+#endif
+
+enum { LB_FLOAT32 = 0, LB_INT8 = 1, LB_UINT8 = 2 };
+enum { LB_OK = 0, LB_NO_MEMORY = 1, LB_WRONG_ARGS = 2, LB_UNKNOWN_ISA = 3, LB_UNAVAILABLE_ISA = 4 };
+
+/* A convolution of x [batch][height][width][channels] (channels fastest) with the packed weights, to
+ * out [batch][height'][width'][outputs]. A linear layer is one with 1x1 images and a 1x1 kernel. All fields have 8 bytes. */
+typedef struct {
+  const void *x;
+  const uint8_t *packed;
+  const float *scale;   /* [outputs] */
+  const int32_t *sums;  /* [outputs] */
+  const float *bias;    /* [outputs] or NULL */
+  const float *x_scale; /* [x_scales] */
+  void *out;
+  int64_t x_type, out_type; /* LB_FLOAT32, LB_INT8, LB_UINT8 */
+  int64_t x_scales;         /* 0: follows from x, for each image; 1: one; batch: one for each image */
+  int64_t bits;
+  int64_t batch, height, width, channels;
+  int64_t padded_channels; /* channels as packed */
+  int64_t outputs;
+  int64_t kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  int64_t low, high; /* range of the quantised x, if it is float */
+  int64_t relu;
+  int64_t out_low, out_high; /* range of the output, if it is not float */
+  int64_t threads;
+  double out_scale;
+  int16_t levels[16]; /* what a code stands for; unused ones 0 */
+} lb_args;
+
+LB_PUBLIC int lb_abi(void);
+/* Comma-separated names of the instruction sets that this processor (or, with all != 0, this build) offers, best first. */
+LB_PUBLIC const char *lb_isas(int all);
+LB_PUBLIC const char *lb_isa(void);         /* the one in use */
+LB_PUBLIC int lb_select(const char *name);  /* NULL: the best */
+LB_PUBLIC int lb_run(const lb_args *args);  /* safe from several threads at once */
+
+#endif

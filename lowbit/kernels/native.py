@@ -1,0 +1,117 @@
+"""Finds, checks and calls the compiled kernels; see ``csrc/lowbit.h`` for what they offer.
+
+Environment: ``LOWBIT_NATIVE=0`` does without them, or names a library to load; ``LOWBIT_ISA`` chooses the instruction
+set (``portable``, ``avx2``, ``avx512vnni``, ``amx``, ``neon``, ``neon_plain``) that otherwise follows from the processor.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib.machinery
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowbit.errors import LowbitError
+
+ABI = 1
+TYPES = {"float32": 0, "int8": 1, "uint8": 2}
+# lb_args: 7 pointers, then integers, out_scale, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
+_ARGS = struct.Struct("=7Q 24q d 16h")
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why."""
+    asked = os.environ.get("LOWBIT_NATIVE", "")
+    if asked == "0":
+        return None, "LOWBIT_NATIVE=0 asks to do without"
+    path = Path(asked) if asked not in ("", "1") else _find()
+    if path is None:
+        return None, "it is not built: run python -m lowbit.kernels.build (needs a C compiler: gcc or clang)"
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.lb_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be used ({error}): build it anew by python -m lowbit.kernels.build"
+    if abi != ABI:
+        return None, f"{path} is of another version ({abi}, not {ABI}): build it anew by python -m lowbit.kernels.build"
+    library.lb_isas.restype = library.lb_isa.restype = ctypes.c_char_p
+    library.lb_select.argtypes = library.lb_run.argtypes = [ctypes.c_char_p]
+    if name := os.environ.get("LOWBIT_ISA"):
+        _select(library, name)
+    return library, ""
+
+
+def _find() -> Path | None:
+    folder = Path(__file__).resolve().parent
+    for suffix in (".so", *importlib.machinery.EXTENSION_SUFFIXES):
+        if (path := folder / f"_native{suffix}").exists():
+            return path
+    return None
+
+
+def _select(library: ctypes.CDLL, name: str | None) -> None:
+    status = library.lb_select(name.encode() if name else None)
+    if status:
+        there = library.lb_isas(0).decode().replace(",", ", ")
+        known = library.lb_isas(1).decode().split(",")
+        what = "this processor does not offer it" if name in known else "there is none of that name"
+        raise LowbitError(f"instruction set {name!r} (LOWBIT_ISA): {what}; here are {there}")
+
+
+def available() -> bool:
+    """Whether the compiled kernels are there and usable.
+
+    Raises:
+        LowbitError: ``LOWBIT_ISA`` names an instruction set that is not.
+    """
+    return _load()[0] is not None
+
+
+def why_not() -> str:
+    """Why they are not `available`, and what to do; empty if they are."""
+    return _load()[1]
+
+
+def isa() -> str | None:
+    """The instruction set in use; None without compiled kernels."""
+    library = _load()[0]
+    return library.lb_isa().decode() if library else None
+
+
+def isas() -> list[str]:
+    """The instruction sets that this processor offers to the compiled kernels, best first."""
+    library = _load()[0]
+    return library.lb_isas(0).decode().split(",") if library else []
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Inside ``with use("avx2"):`` the kernels of the whole process use that instruction set.
+
+    Raises:
+        LowbitError: it is unknown or not offered here, or there are no compiled kernels.
+    """
+    library = _load()[0]
+    if library is None:
+        raise LowbitError(f"there are no compiled kernels: {why_not()}")
+    before = isa()
+    _select(library, name)
+    try:
+        yield
+    finally:
+        _select(library, before)
+
+
+def run(
+    pointers: tuple[int, int, int, int, int, int, int], numbers: tuple[int, ...], out_scale: float, levels: list[int]
+) -> None:
+    """One call of ``lb_run``; the arguments are the fields of ``lb_args`` in order."""
+    levels = [*levels, *[0] * (16 - len(levels))]
+    status = _load()[0].lb_run(_ARGS.pack(*pointers, *numbers, out_scale, *levels))
+    if status == 1:
+        raise MemoryError("the native kernels could not get their working memory")
+    if status:
+        raise RuntimeError(f"lb_run refused its arguments ({status}): {numbers}")

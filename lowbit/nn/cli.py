@@ -1,0 +1,34 @@
+"""``lowbit pack``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def pack(
+    checkpoint: Annotated[Path, typer.Argument(help="A quantised model, written by lowbit.save or lowbit train.")],
+    out: Annotated[Path, typer.Argument(help="The packed model's file.")],
+) -> None:
+    """Pack a quantised model's weights into 2 to 4 bits for the integer kernels, and write it to a file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowbit import load, save
+    from lowbit.nn.deploy import pack as pack_model
+    from lowbit.nn.deploy import summary
+
+    model = load(checkpoint)
+    packed = pack_model(model)
+    save(packed, out)
+    rows = summary(packed)
+    table = Table(title=f"{out}: {out.stat().st_size / 1e6:.2f} MB, the same in float32 {_float_bytes(rows):.2f} MB")
+    for column in ("layer", "how", "weights", "bits", "kB"):
+        table.add_column(column, justify="left" if column in ("layer", "how") else "right")
+    for row in rows.itertuples():
+        table.add_row(row.layer, row.how, f"{row.weights:,}", f"{row.bits:g}", f"{row.bytes / 1e3:.1f}")
+    Console(width=120).print(table)
+
+
+def _float_bytes(rows) -> float:
+    return 4 * rows.weights.sum() / 1e6

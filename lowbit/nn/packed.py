@@ -1,0 +1,141 @@
+"""Layers as they are shipped: packed low-bit weights that integer kernels multiply, and codes that stand for floats.
+
+`lowbit.pack` makes them out of a quantised model. They hold buffers only: nothing in them can be trained.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import kernels
+from lowbit.errors import LowbitError
+from lowbit.kernels.packing import PackedWeight
+from lowbit.quantizers.base import IntegerForm
+
+ACTIVATIONS = ("int8", "float")
+
+
+class PackedLayer(nn.Module):
+    """What `PackedLinear` and `PackedConv2d` share: the packed weight, and how the input becomes whole numbers.
+
+    Args:
+        weight: the packed weight.
+        bias: float32 ``[N]`` or None.
+        form: of the input's quantiser. None: the input has none, and becomes 8-bit numbers whose scale follows each
+            row (of a convolution: each image).
+        geometry: stride, padding and dilation of a convolution.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, form: IntegerForm | None, **geometry: Any):
+        super().__init__()
+        self.bits, self.levels, self.shape = weight.bits, weight.levels, tuple(weight.shape)
+        self.geometry = geometry
+        for name, tensor in (("data", weight.data), ("scale", weight.scale), ("sums", weight.sums)):
+            self.register_buffer(name, tensor)
+        self.low, self.high = (-127, 127) if form is None else (form.low, form.high)
+        bias = None if bias is None else bias.detach().float()
+        if form is not None and form.after is not None:
+            # x̂ = s·q + after: the second term's share of the output is a constant.
+            share = self._product_with(weight.dequantize(), form.after.float())
+            bias = share if bias is None else bias + share
+        self.register_buffer("bias", bias)
+        self.register_buffer("x_scale", None if form is None else form.scale.detach().float().clone())
+        self.register_buffer("before", None if form is None or form.before is None else form.before.float().clone())
+
+    @property
+    def weight(self) -> PackedWeight:
+        """The packed weight."""
+        return PackedWeight(self.data, self.levels, self.scale, self.sums, self.bits, self.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """What `lowbit.save` has to know besides the buffers; JSON."""
+        plain = {"bits": self.bits, "levels": list(self.levels), "shape": list(self.shape)}
+        return plain | {"low": self.low, "high": self.high} | {k: list(v) for k, v in self.geometry.items()}
+
+    @classmethod
+    def restore(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "PackedLayer":
+        """The layer that had these `settings` and buffers."""
+        geometry = {key: tuple(settings[key]) for key in ("stride", "padding", "dilation") if key in settings}
+        levels, shape = tuple(settings["levels"]), tuple(settings["shape"])
+        weight = PackedWeight(tensors["data"], levels, tensors["scale"], tensors["sums"], settings["bits"], shape)
+        layer = cls(weight, tensors.get("bias"), None, **geometry)
+        layer.low, layer.high = settings["low"], settings["high"]
+        for name in ("x_scale", "before"):
+            setattr(layer, name, tensors.get(name))
+        return layer
+
+    def fold_(self, gain: Tensor, shift: Tensor) -> None:
+        """Makes the output y into ``gain·y + shift``, both float ``[N]``: a BatchNorm that follows."""
+        self.scale.mul_(gain)
+        self.bias = shift if self.bias is None else self.bias * gain + shift
+
+    def extra_repr(self) -> str:
+        """Shape, bits, and the range of the input's whole numbers."""
+        shape = "×".join(map(str, self.shape))
+        how = "dynamic" if self.x_scale is None else "calibrated"
+        return f"{shape}, {self.bits} bits, activations {self.low}..{self.high} ({how})"
+
+    def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PackedLinear(PackedLayer):
+    """A linear layer with a packed weight: float32 ``[..., K]`` in, float32 ``[..., N]`` out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `lowbit.kernels.shift_linear`."""
+        x = x.float() if self.before is None else x.float() + self.before
+        scale = self.x_scale
+        if scale is not None and scale.numel() > 1:  # a step for each token
+            scale = scale.expand(*x.shape[:-1], 1).reshape(-1)
+        return kernels.shift_linear(
+            x, self.weight, self.bias, None if scale is None else scale.reshape(-1), self.low, self.high
+        )
+
+    def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
+        return weight @ after.expand(*(1,) * (after.ndim - 1), weight.shape[1]).reshape(-1)
+
+
+class PackedConv2d(PackedLayer):
+    """A convolution (groups=1) with a packed weight: float32 ``[B, C, H, W]`` in, ``[B, N, H', W']`` out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `lowbit.kernels.shift_conv2d`."""
+        x = x.float() if self.before is None else x.float() + self.before
+        scale = None if self.x_scale is None else self.x_scale.reshape(-1)
+        return kernels.shift_conv2d(x, self.weight, self.bias, scale, low=self.low, high=self.high, **self.geometry)
+
+    def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
+        # A place outside the image holds q = 0 but no `after`, so that only unpadded convolutions could fold it.
+        raise LowbitError("a convolution's input quantiser with an offset cannot be folded into a bias")
+
+
+def store_(layer: nn.Module, codes: Tensor, levels: Tensor, scale: Tensor) -> nn.Module:
+    """Makes ``layer`` keep its weight as uint8 codes; its float weight ``scale·levels[codes]`` is not saved.
+
+    For layers that the kernels don't do (depthwise, 1-d, more than 4 bits): they calculate with floats as before.
+
+    Args:
+        layer: a linear layer or convolution without parametrisation.
+        codes: 0 to 255, of the weight's shape.
+        levels: float ``[L]``.
+        scale: broadcastable to the weight.
+    """
+    layer._parameters.pop("weight", None)
+    layer.register_buffer("weight", torch.empty(codes.shape), persistent=False)
+    layer.register_buffer("codes", codes.to(torch.uint8))
+    layer.register_buffer("levels", levels.detach().float().clone())
+    layer.register_buffer("row_scale", scale.detach().float().clone())
+    layer.register_load_state_dict_post_hook(_decode)
+    _decode(layer)
+    return layer
+
+
+def _decode(layer: nn.Module, *_: Any) -> None:
+    layer.weight = layer.levels[layer.codes.long()] * layer.row_scale
+
+
+def is_stored(layer: nn.Module) -> bool:
+    """Whether `store_` was applied to ``layer``."""
+    return "row_scale" in layer._buffers
