@@ -133,7 +133,9 @@ def store_(layer: nn.Module, codes: Tensor, levels: Tensor, scale: Tensor) -> nn
 
 
 def _decode(layer: nn.Module, *_: Any) -> None:
-    layer.weight = layer.levels[layer.codes.long()] * layer.row_scale
+    weight = layer.levels[layer.codes.long()] * layer.row_scale
+    # Packed convolutions put channels last. If the first layer does not, pooling behind it is ten times slower.
+    layer.weight = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
 
 def is_stored(layer: nn.Module) -> bool:
