@@ -1,0 +1,83 @@
+"""A packed model for other engines: the same whole numbers in standard ONNX operators."""
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import reference
+from lowbit.nn.packed import PackedConv2d, PackedLayer
+
+
+class StandardLayer(nn.Module):
+    """What a `PackedLayer` computes, without its kernel: activations rounded to whole numbers, multiplied in float32.
+
+    Sums of whole numbers are exact in float32 up to 2^24 (`lowbit.kernels.reference` defines what is computed), and
+    the factors come afterwards in the same order, so that below that bound results are the same to the bit.
+    """
+
+    def __init__(self, layer: PackedLayer):
+        super().__init__()
+        whole = layer.weight.integers()
+        self.register_buffer("whole", whole.to(torch.int8) if max(layer.levels) < 128 else whole)
+        for name in ("scale", "bias", "x_scale", "before"):
+            self.register_buffer(name, getattr(layer, name))
+        self.low, self.high, self.geometry = layer.low, layer.high, layer.geometry
+        self.convolution = isinstance(layer, PackedConv2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of the layer."""
+        x = x if self.before is None else x + self.before
+        over = (1, 2, 3) if self.convolution else (-1,)
+        scale = self.x_scale
+        if scale is None:
+            scale = (x.abs().amax(over, keepdim=True) / self.high).clamp_min(reference.SMALLEST_SCALE)
+        q = torch.clamp(torch.round(x / scale), self.low, self.high)
+        if self.convolution:
+            acc = F.conv2d(q, self.whole.float(), **self.geometry)
+            shape = (-1, 1, 1)
+        else:
+            acc = F.linear(q, self.whole.float())
+            shape = (-1,)
+        y = acc * scale * self.scale.reshape(shape)
+        return y if self.bias is None else y + self.bias.reshape(shape)
+
+
+def standard(model: nn.Module) -> nn.Module:
+    """A copy of a packed model in which every packed layer is a `StandardLayer`.
+
+    Raises:
+        LowbitError: the model is not packed.
+    """
+    packed = [name for name, layer in model.named_modules() if isinstance(layer, PackedLayer)]
+    if not packed:
+        raise LowbitError("this model is not packed; lowbit.pack(model) does that")
+    model = copy.deepcopy(model).eval()
+    for name in packed:
+        model.set_submodule(name, StandardLayer(model.get_submodule(name)))
+    return model
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
+    """Writes a packed ``model`` as an ONNX file, for inputs of the shape of ``example``.
+
+    Needs the packages onnx and onnxscript. Weights are whole numbers of 8 bits (16 for 4-bit DenseShift): engines read
+    the file anywhere, but only the project's own kernels calculate with 2 to 4 bits.
+
+    Raises:
+        LowbitError: the model is not packed, or a package is missing.
+    """
+    model = standard(model)
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise LowbitError(f"ONNX export needs the package {error.name!r}: pip install 'lowbit[onnx]'") from None
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        torch.onnx.export(model, (example,), str(path), dynamo=True, external_data=False, verbose=False)
+    return path
