@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.quantizers import Method, WeightQuantizer
+from lowbit.quantizers.base import as_float
 from lowbit.quantizers.statsq import cga_mask
 
 __all__ = ["QueryKeyProduct", "query_key_product"]
@@ -29,8 +30,9 @@ def query_key_product(wq: Tensor, wk: Tensor, heads: int) -> Tensor:
             "should be [heads x d, C]"
         )
     width = wq.shape[1]
-    q, k = wq.reshape(heads, -1, width), wk.reshape(heads, -1, width)
-    return torch.bmm(q.transpose(1, 2), k).reshape(heads * width, width)
+    q, k = as_float(wq).reshape(heads, -1, width), as_float(wk).reshape(heads, -1, width)
+    with torch.autocast(wq.device.type, enabled=False):  # half precision would move elements across levels
+        return torch.bmm(q.transpose(1, 2), k).reshape(heads * width, width)
 
 
 class _MaskGradient(torch.autograd.Function):

@@ -102,6 +102,13 @@ def test_product_of_query_and_key_weights_by_hand():
         torch.testing.assert_close(logits, torch.outer(x @ wq[head], x @ wk[head]))
 
 
+def test_the_product_is_not_rounded_by_autocast():
+    wq, wk = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        product = lowbit.nn.query_key.query_key_product(wq, wk, 4)
+    assert product.dtype == torch.float32 and torch.equal(product, lowbit.nn.query_key.query_key_product(wq, wk, 4))
+
+
 def test_latents_get_the_gradient_of_the_product_unrounded():
     """dL/dWq_h = Wk_h·(dL/dM_h)ᵀ with the full-precision Wk: no rounded factor in it, which is QKR's point."""
     torch.manual_seed(0)

@@ -79,6 +79,14 @@ RIGHT = {
         "may_move": lambda bits, br: (2**bits - 1) * 2 * br / 2**bits,
         "travel": lambda steps, lr, scale, bits: steps * lr / (scale / 2 ** (bits - 1)),
     },
+    "13_ofq_ladder": {
+        "half_width": lambda a, b, t: t * np.subtract(a, b).std(ddof=1) / len(a) ** 0.5,
+        "block_ratio": lambda heads, ratio: (heads + 2 + 2 * ratio) / (4 + 2 * ratio),
+    },
+    "14_where_the_papers_meet": {
+        "ranges": lambda b: (2**b - 1, 2 ** (2 ** (b - 1) - 1)),
+        "outer_share": lambda r, s: math.erfc(s * (1 + r) / 2 / math.sqrt(2)),
+    },
 }
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
@@ -108,6 +116,14 @@ WRONG = [
     ("11_query_key_reparameterisation", {"jump": lambda step, s: s}),
     ("12_confidence_guided_annealing", {"may_move": lambda bits, br: 2 * br}),
     ("12_confidence_guided_annealing", {"travel": lambda steps, lr, scale, bits: steps * lr / scale}),
+    ("13_ofq_ladder", {"half_width": lambda a, b, t: t * np.subtract(a, b).std() / len(a) ** 0.5}),
+    (
+        "13_ofq_ladder",
+        {"half_width": lambda a, b, t: t * (np.var(a, ddof=1) + np.var(b, ddof=1)) ** 0.5 / len(a) ** 0.5},
+    ),
+    ("13_ofq_ladder", {"block_ratio": lambda heads, ratio: heads / 2}),
+    ("14_where_the_papers_meet", {"ranges": lambda b: (2**b - 1, 2 ** (b - 1))}),
+    ("14_where_the_papers_meet", {"outer_share": lambda r, s: math.erfc(s * r / math.sqrt(2))}),
 ]
 
 
