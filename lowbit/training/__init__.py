@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluation": ["evaluate", "reestimate_batchnorm_"],
         "iterative_freezing": ["IterativeFreezing"],
         "loop": ["State", "train"],
+        "moments": ["Moments"],
         "record": ["RunRecord"],
         "runfile": ["RunConfig"],
         "sweeps": ["sweep"],
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from lowbit.training.evaluation import evaluate, reestimate_batchnorm_
     from lowbit.training.iterative_freezing import IterativeFreezing
     from lowbit.training.loop import State, train
+    from lowbit.training.moments import Moments
     from lowbit.training.record import RunRecord
     from lowbit.training.runfile import RunConfig
     from lowbit.training.sweeps import sweep
