@@ -166,6 +166,7 @@ def _examine_machine(here: dict) -> list[Finding]:
     return [
         Finding("ok", "processor", f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']} GB"),
         Finding("ok" if fast else "note", "instruction sets", ", ".join(isa) or "none that the kernels ask for"),
+        _examine_kernels(),
         Finding("ok", "GPU", gpu) if gpu else Finding("note", "GPU", "none", "profiles smoke and desk need none"),
         Finding("ok", "C++ compiler", here["compiler"])
         if here["compiler"]
@@ -181,6 +182,17 @@ def _examine_machine(here: dict) -> list[Finding]:
             "ok" if free >= 10 else "note", "free disk", f"{free:.0f} GB", "" if free >= 10 else "10 GB is comfortable"
         ),
     ]
+
+
+def _examine_kernels() -> Finding:
+    try:
+        from lowbit.kernels import native
+
+        if native.available():
+            return Finding("ok", "compiled kernels", f"{native.isa()} (of {', '.join(native.isas())})")
+        return Finding("note", "compiled kernels", "none: packed models run in PyTorch, slowly", native.why_not())
+    except Exception as error:  # doctor has to finish whatever is broken; LOWBIT_ISA may name what is not here
+        return Finding("missing", "compiled kernels", str(error), "unset LOWBIT_ISA, or name one that is here")
 
 
 def _examine_data() -> list[Finding]:

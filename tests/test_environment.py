@@ -57,3 +57,26 @@ def test_an_unmatched_version_is_told(monkeypatch):
     (finding,) = [item for item in environment.examine() if item.what == "torchvision"]
     assert finding.state == "missing"
     assert "matched set" in finding.advice
+
+
+def kernels_line():
+    (found,) = (finding for finding in environment.examine() if finding.what == "compiled kernels")
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, value, state, said",
+    [("LOWBIT_NATIVE", "0", "note", "LOWBIT_NATIVE=0"), ("LOWBIT_ISA", "mmx", "missing", "mmx")],
+)
+def test_what_is_wrong_with_the_kernels_is_said(monkeypatch, name, value, state, said):
+    from lowbit.kernels import native
+
+    if name == "LOWBIT_ISA" and not native.available():
+        pytest.skip("there are no compiled kernels here")
+    monkeypatch.setenv(name, value)
+    native._load.cache_clear()
+    try:
+        found = kernels_line()
+        assert found.state == state and said in found.found + found.advice
+    finally:
+        native._load.cache_clear()
