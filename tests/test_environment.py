@@ -66,7 +66,7 @@ def kernels_line():
 
 
 @pytest.mark.parametrize(
-    "name, value, state, said",
+    "name, value, state",
     [("LOWBIT_NATIVE", "0", "note"), ("LOWBIT_ISA", "mmx", "missing")],
 )
 def test_what_is_wrong_with_the_kernels_is_said(monkeypatch, name, value, state):
