@@ -134,6 +134,31 @@ def accept(
     console.print(f"wrote {runfile.show_path(file)}", highlight=False, soft_wrap=True)
 
 
+def claims(profile: ProfileOption = "desk") -> None:
+    """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from lowbit import paths
+    from lowbit.suite import claims as judged
+    from lowbit.suite.runfile import show_path
+
+    found = judged.judge(profile)
+    table = Table(title=f"lowbit claims, profile {profile}", title_justify="left")
+    for head in ("", "claim", "verdict", "statements", "data", "seeds"):
+        table.add_column(head, overflow="fold", no_wrap=head in ("", "verdict"))
+    styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow", "no evidence": "dim"}
+    for claim in found:
+        counts = [sum(s.verdict == verdict for s in claim.statements) for verdict in styles]
+        parts = ", ".join(f"{n} {verdict}" for n, verdict in zip(counts, styles, strict=True) if n)
+        verdict = Text(claim.verdict, styles[claim.verdict])
+        table.add_row(claim.id, claim.claim, verdict, parts, claim.dataset, str(claim.seeds or ""))
+    console = _console()
+    console.print(table)
+    for path in judged.write(found, paths.results()):
+        console.print(f"wrote {show_path(path)}", highlight=False, soft_wrap=True)
+
+
 def mutate(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Only faults whose name contains one of these.")

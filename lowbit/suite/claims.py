@@ -1,0 +1,252 @@
+"""``lowbit claims``: what the recorded tables say about each claim, and nothing else does.
+
+``claims.yaml`` beside this file holds the claims as statements. A statement is judged from the rows of a table that a
+notebook saved by `lowbit.save_table` (one row a measurement, with its seed), not from a verdict written down anywhere.
+Where there is no such table the verdict is *no evidence*.
+"""
+
+import itertools
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+from lowbit.metrics.statistics import Effect, interval, paired_difference, verdict
+
+if TYPE_CHECKING:
+    import pandas
+
+FILE = Path(__file__).with_name("claims.yaml")
+METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
+KEYS = {"says", "table", "each", "a", "b", "value", "b_value", "times", "pair", "expected", "margin", "unit", "all"}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One comparison, with what came of it.
+
+    Attributes:
+        says: the statement in words.
+        verdict: reproduced, not reproduced, inconclusive or no evidence.
+        effect: mean difference a - b; None without evidence, or where nothing is measured but holds or does not.
+        interval: its bounds of 95 %, or None.
+        unit: of the effect.
+        seeds: how many decided.
+        table: path of the rows, relative to the project; None if there is no such file.
+        note: why there is no evidence, or what the test was.
+    """
+
+    says: str
+    verdict: str
+    effect: float | None = None
+    interval: tuple[float, float] | None = None
+    unit: str = ""
+    seeds: int = 0
+    table: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and the judgement of its statements, the first of which gives ``effect``, ``unit`` and ``interval``."""
+
+    id: str
+    claim: str
+    paper: str
+    verdict: str
+    profile: str
+    effect: float | None
+    unit: str
+    interval: tuple[float, float] | None
+    method: str
+    dataset: str
+    seeds: int
+    runs: list[str]
+    command: str
+    statements: list[Statement] = field(default_factory=list)
+
+
+def load(file: Path = FILE) -> list[dict[str, Any]]:
+    """The claims as written down, each statement with the `each` combinations spelt out.
+
+    Raises:
+        LowbitError: an entry with unknown or missing keys.
+    """
+    import yaml
+
+    claims = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for claim in claims:
+        claim["statements"] = [one for item in claim["statements"] for one in _spelt_out(claim["id"], item)]
+    return claims
+
+
+def _spelt_out(claim: str, item: dict[str, Any]) -> list[dict[str, Any]]:
+    needed = {"says", "table"} | ({"all"} if "all" in item else {"a", "value", "expected", "unit"})
+    if unknown := sorted(set(item) - KEYS) + sorted(needed - set(item)):
+        raise LowbitError(f"claim {claim}: a statement has unknown or lacks keys: {', '.join(unknown)}")
+    each = item.get("each", {})
+    made = []
+    for values in itertools.product(*each.values()):
+        chosen = dict(zip(each, values, strict=True))
+        made.append({k: v.format(**chosen) if k in ("says", "a", "b") else v for k, v in item.items() if k != "each"})
+    return made
+
+
+def judge(profile: str = "desk", folder: Path | None = None, file: Path = FILE) -> list[Claim]:
+    """Every claim, judged by the tables of ``profile`` in ``folder`` (``results/tables`` of the project).
+
+    Raises:
+        LowbitError: a table that lacks a column which a statement names, or rows without their pair.
+    """
+    folder = (folder or paths.results() / "tables") / profile
+    return [_judge(claim, profile, folder) for claim in load(file)]
+
+
+def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
+    statements = [_decide(item, folder) for item in claim["statements"]]
+    cards = [_card(folder, item["table"]) for item in claim["statements"]]
+    cards = [card for card in cards if card]
+    main = statements[0]
+    return Claim(
+        id=claim["id"],
+        claim=claim["claim"],
+        paper=claim["paper"],
+        verdict=combine([statement.verdict for statement in statements]),
+        profile=profile,
+        effect=main.effect,
+        unit=main.unit,
+        interval=main.interval,
+        method=METHOD,
+        dataset=", ".join(dict.fromkeys(str(card["settings"].get("dataset", "none")) for card in cards)),
+        seeds=min((statement.seeds for statement in statements if statement.table), default=0),
+        runs=list(dict.fromkeys(statement.table for statement in statements if statement.table)),
+        command="; ".join(dict.fromkeys(card["command"] for card in cards)),
+        statements=statements,
+    )
+
+
+def combine(verdicts: list[str]) -> str:
+    """The verdict on a claim from those on its statements.
+
+    One that is not reproduced decides; all have to be reproduced for the claim to be; without evidence for any there is
+    none for the claim; all else is inconclusive.
+    """
+    if all(verdict == "no evidence" for verdict in verdicts):
+        return "no evidence"
+    if "not reproduced" in verdicts:
+        return "not reproduced"
+    return "reproduced" if set(verdicts) == {"reproduced"} else "inconclusive"
+
+
+def _decide(item: dict[str, Any], folder: Path) -> Statement:
+    import pandas
+
+    path = folder / f"{item['table']}.csv"
+    if not path.is_file():
+        return Statement(item["says"], "no evidence", note=f"there is no table {item['table']}")
+    shown = str(path.relative_to(paths.project())) if path.is_relative_to(paths.project()) else path.name
+    frame = pandas.read_csv(path)
+    if "all" in item:
+        column = _column(frame, item["all"], item)
+        holds = bool(len(column)) and bool(column.astype(bool).all())
+        note = f"{int(column.astype(bool).sum())} of {len(column)} checks hold"
+        return Statement(item["says"], "reproduced" if holds else "not reproduced", table=shown, note=note)
+    pair = item.get("pair", "seed")
+    a = _values(frame, item["a"], item["value"], pair, item)
+    if a is None:
+        return Statement(item["says"], "no evidence", table=shown, note=f"no row fits {item['a']}")
+    if "b" in item or "b_value" in item:
+        b = _values(frame, item.get("b", item["a"]), item.get("b_value", item["value"]), pair, item)
+        if b is None:
+            return Statement(item["says"], "no evidence", table=shown, note=f"no row fits {item['b']}")
+        effect = paired_difference(a, b, unit=item["unit"])
+    else:
+        effect = Effect(*interval(a.tolist()), n=len(a), unit=item["unit"])
+    margin = item.get("margin", 0.0)
+    said = verdict(effect, item["expected"], margin)
+    note = f"expected: {item['expected']}" + (f", margin {margin:g}" if margin else "")
+    bounds = None if effect.n == 1 else (effect.low, effect.high)
+    return Statement(item["says"], said, effect.mean, bounds, item["unit"], effect.n, shown, note)
+
+
+def _values(frame: "pandas.DataFrame", rows: str, value: str | list[str], pair: str, item: dict[str, Any]):
+    """One number for each seed: the mean over its rows and over the columns, if there are several; None without rows."""
+    try:
+        chosen = frame.query(rows)
+    except Exception as error:  # pandas raises half a dozen kinds
+        raise LowbitError(f"{item['table']}: {rows!r} cannot be asked of it: {error}") from None
+    if chosen.empty:
+        return None
+    columns = [_column(chosen, name, item) for name in ([value] if isinstance(value, str) else value)]
+    mean = sum(columns) / len(columns) * item.get("times", 1)
+    return mean.groupby(_column(chosen, pair, item)).mean()
+
+
+def _column(frame: "pandas.DataFrame", name: str, item: dict[str, Any]):
+    if name not in frame.columns:
+        raise LowbitError(f"{item['table']} has no column {name!r}; it has {', '.join(frame.columns)}")
+    return frame[name]
+
+
+def _card(folder: Path, table: str) -> dict[str, Any] | None:
+    path = folder / f"{table}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write(claims: list[Claim], folder: Path) -> tuple[Path, Path]:
+    """Writes ``claims.json`` and ``claims.md`` to ``folder``; returns both paths."""
+    from lowbit.suite.runfile import write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json, as_text = folder / "claims.json", folder / "claims.md"
+    write_json(as_json, [asdict(claim) for claim in claims])
+    as_text.write_text(markdown(claims), encoding="utf-8")
+    return as_json, as_text
+
+
+def markdown(claims: list[Claim]) -> str:
+    """The claims for people: a table, then for each claim its statements, rows, run card and command."""
+    profiles = ", ".join(dict.fromkeys(claim.profile for claim in claims))
+    lines = [
+        "# The claims, judged",
+        "",
+        f"Made by `lowbit claims` from the tables of the profile {profiles}. {METHOD[0].upper()}{METHOD[1:]}.",
+        "A claim is reproduced if all its statements are, and not reproduced if one is not. What is written here is true of",
+        "small networks, few images and short trainings; see the run cards.",
+        "",
+        "| claim | says | verdict | first statement | data | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for claim in claims:
+        cells = (
+            claim.id,
+            claim.claim,
+            f"**{claim.verdict}**",
+            _effect(claim.statements[0]),
+            claim.dataset,
+            claim.seeds or "",
+        )
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    for claim in claims:
+        lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. **{claim.verdict}**.", ""]
+        lines += ["| statement | effect | verdict | test |", "|---|---|---|---|"]
+        for statement in claim.statements:
+            lines.append(f"| {statement.says} | {_effect(statement)} | {statement.verdict} | {statement.note} |")
+        for table in claim.runs:
+            link = Path(table).relative_to("results") if table.startswith("results/") else Path(table)
+            card = link.with_suffix(".json")
+            lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
+        if claim.command:
+            lines += ["", f"Again: `{claim.command}`"]
+    return "\n".join(lines) + "\n"
+
+
+def _effect(judged: Statement) -> str:
+    if judged.effect is None:
+        return ""
+    if judged.interval is None:
+        return f"{judged.effect:+.3g} {judged.unit}".strip()
+    low, high = judged.interval
+    return str(Effect(judged.effect, low, high, judged.seeds, unit=judged.unit))

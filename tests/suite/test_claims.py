@@ -1,0 +1,154 @@
+"""`lowbit claims`: verdicts follow from the rows and from nothing else."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lowbit.cli import app
+from lowbit.errors import LowbitError
+from lowbit.suite import claims
+
+STATEMENT = {
+    "says": "a beats b at {bits} bits",
+    "table": "made",
+    "each": {"bits": [2, 3]},
+    "a": "arm == 'a' and bits == {bits}",
+    "b": "arm == 'b' and bits == {bits}",
+    "value": "accuracy, %",
+    "expected": "positive",
+    "unit": "points",
+}
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Judges one claim of the given statement(s) by a table of the given rows."""
+
+    def judge(rows, *statements, card=True):
+        file = tmp_path / "claims.yaml"
+        held = {"id": "X1", "paper": "ours", "claim": "it helps", "statements": list(statements or (STATEMENT,))}
+        file.write_text(yaml.safe_dump([held]))
+        if rows is not None:
+            (tmp_path / "desk").mkdir(exist_ok=True)
+            pd.DataFrame(rows).to_csv(tmp_path / "desk" / "made.csv", index=False)
+            if card:
+                text = json.dumps({"settings": {"dataset": "cifar"}, "command": "lowbit run made"})
+                (tmp_path / "desk" / "made.json").write_text(text)
+        (found,) = claims.judge("desk", tmp_path, file)
+        return found
+
+    return judge
+
+
+def rows(gains, seeds=5, **more):
+    """Arm a is better than b by ``gains[bits]`` and a little noise that is the same in each pair but for 0.1."""
+    return [
+        {
+            "arm": arm,
+            "bits": bits,
+            "seed": seed,
+            "accuracy, %": 50 + 3 * seed + (gain + 0.1 * (seed % 2)) * (arm == "a"),
+        }
+        | more
+        for bits, gain in gains.items()
+        for arm in "ab"
+        for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ({2: 1.0, 3: 1.0}, "reproduced"),
+        ({2: 1.0, 3: -1.0}, "not reproduced"),
+        ({2: 1.0, 3: -0.04}, "inconclusive"),
+        ({2: 1.0}, "inconclusive"),  # no row at 3 bits
+    ],
+)
+def test_a_claim_holds_if_all_its_statements_do(judged, gains, verdict):
+    found = judged(rows(gains))
+    assert found.verdict == verdict and len(found.statements) == 2
+    assert found.effect == pytest.approx(1.04) and found.interval[0] < 1.04 < found.interval[1]
+    assert (found.dataset, found.command, found.runs) == ("cifar", "lowbit run made", ["made.csv"])
+
+
+def test_four_seeds_decide_nothing(judged):
+    found = judged(rows({2: 1.0, 3: 1.0}, seeds=4))
+    assert found.verdict == "inconclusive" and found.seeds == 4
+
+
+def test_without_a_table_there_is_no_evidence(judged):
+    found = judged(None)
+    assert found.verdict == "no evidence" and found.effect is None and found.runs == []
+    assert "no table made" in found.statements[0].note
+
+
+def test_rows_of_a_seed_are_averaged_and_scaled(judged):
+    statement = {**STATEMENT, "each": {"bits": [2]}, "times": 10}
+    doubled = [row | {"accuracy, %": row["accuracy, %"] + extra} for row in rows({2: 1.0}) for extra in (-5, 5)]
+    assert judged(doubled, statement).effect == pytest.approx(10.4)
+
+
+def test_two_columns_of_the_same_rows_can_be_compared(judged):
+    statement = {**STATEMENT, "each": {"bits": [2]}, "b_value": ["x", "y"]}
+    del statement["b"]
+    found = judged(rows({2: 1.0}, x=40.0, y=44.0), statement)
+    assert found.effect == pytest.approx(50 + 6 + 1.04 - 42)
+
+
+@pytest.mark.parametrize(("holds", "verdict"), [([1, 1], "reproduced"), ([1, 0], "not reproduced")])
+def test_checks_hold_or_do_not(judged, holds, verdict):
+    found = judged(
+        [{"check": str(i), "holds": h} for i, h in enumerate(holds)],
+        {"says": "all hold", "table": "made", "all": "holds"},
+    )
+    assert found.verdict == verdict and found.effect is None
+
+
+def test_seeds_without_their_pair_are_refused(judged):
+    with pytest.raises(LowbitError, match="pair"):
+        judged(rows({2: 1.0, 3: 1.0})[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": "mAP"}, "no column 'mAP'"),
+        ({"a": "arm === 'a'"}, "cannot be asked"),
+        ({"unti": "points"}, "unti"),
+        ({"expected": "larger"}, "larger"),
+    ],
+)
+def test_a_wrong_statement_is_refused(judged, change, message):
+    with pytest.raises(LowbitError, match=message):
+        judged(rows({2: 1.0, 3: 1.0}), STATEMENT | change)
+
+
+def test_every_claim_of_both_papers_is_there():
+    ids = [claim["id"] for claim in claims.load()]
+    assert ids == [*(f"D{i}" for i in range(1, 9)), *(f"O{i}" for i in range(1, 6)), "B1"]
+
+
+def test_the_command_writes_both_files(project, tmp_path):
+    result = CliRunner().invoke(app, ["claims"])
+    assert result.exit_code == 0 and "no evidence" in result.stdout
+    held = json.loads((project.results / "claims.json").read_text())
+    wanted = {
+        "id",
+        "claim",
+        "verdict",
+        "effect",
+        "unit",
+        "interval",
+        "method",
+        "dataset",
+        "profile",
+        "seeds",
+        "runs",
+        "command",
+    }
+    assert len(held) == 14 and wanted <= set(held[0])
+    assert all(f"## {claim['id']}: " in (project.results / "claims.md").read_text() for claim in held)
