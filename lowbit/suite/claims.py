@@ -172,7 +172,7 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
 
 
 def _values(frame: "pandas.DataFrame", rows: str, value: str | list[str], pair: str, item: dict[str, Any]):
-    """One number for each seed: the mean over its rows and over the columns, if there are several; None without rows."""
+    """One number a seed: the mean over its rows and over the columns, if there are several; None without rows."""
     try:
         chosen = frame.query(rows)
     except Exception as error:  # pandas raises half a dozen kinds
@@ -213,8 +213,8 @@ def markdown(claims: list[Claim]) -> str:
         "# The claims, judged",
         "",
         f"Made by `lowbit claims` from the tables of the profile {profiles}. {METHOD[0].upper()}{METHOD[1:]}.",
-        "A claim is reproduced if all its statements are, and not reproduced if one is not. What is written here is true of",
-        "small networks, few images and short trainings; see the run cards.",
+        "A claim is reproduced if all its statements are, and not reproduced if one is not. What is written here is true",
+        "of small networks, few images and short trainings; see the run cards.",
         "",
         "| claim | says | verdict | first statement | data | seeds |",
         "|---|---|---|---|---|---|",

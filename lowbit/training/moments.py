@@ -15,7 +15,7 @@ class Moments:
         lowbit.train(model, data, config, callbacks=[moments])
         lowbit.train(copy.deepcopy(model), data, other, callbacks=[moments.handed_on()])
 
-    All of them need the same kind of optimiser and the same ``decay``, since moments belong to parameters by their order.
+    All of them need the same kind of optimiser and the same ``decay``: moments belong to parameters by their order.
     """
 
     def __init__(self) -> None:
