@@ -18,7 +18,8 @@ SOURCES = ("dispatch.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "a
 # No fused multiply-add: the epilogue rounds after each operation, on every processor. The other two take no liberty
 # with values; they only let loops over floats be vectorised.
 FLAGS = (
-    "-O3", "-std=gnu11", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+    "-O3", "-g0", "-std=gnu11", "-pthread", "-fvisibility=hidden",
+    "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
 )  # fmt: skip
 LIBRARY = "_native.so"
 
@@ -48,7 +49,7 @@ def build(
     Args:
         output: the file to write; None puts the library next to this file, where `lowbit.kernels.native` finds it.
         cc: the compiler; None takes `compiler()`.
-        extra: further flags.
+        extra: further flags and libraries.
         emulate_amx: replaces the AMX instructions by C functions, for tests.
         sanitize: adds the address and undefined-behaviour sanitisers.
         program: a C file with ``main``: builds an executable of it and the kernels instead of a library.
@@ -69,10 +70,10 @@ def build(
     inputs = [*map(str, sources()), *([str(program)] if program else ["-fPIC", "-shared"])]
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=output.name)
     os.close(handle)
-    command = [cc, *flags, *extra, f"-I{FOLDER / 'csrc'}", *inputs, "-o", temporary]
+    command = [cc, *flags, f"-I{FOLDER / 'csrc'}", *inputs, *extra, "-o", temporary]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # the compiler may have removed it
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     os.chmod(temporary, 0o755)
     os.replace(temporary, output)

@@ -1,11 +1,15 @@
-"""The kernels in plain PyTorch operations, for torch.compile, for other devices and where the native library is missing.
+"""The kernels in plain PyTorch operations: for torch.compile, other devices, and where the native library is missing.
 
 The packed bytes are decoded inside the graph, so that a compiled model keeps its weights packed. Inductor vectorises
-shifts, masks, products and `torch.where` with constants; not concatenations and table look-ups by index. So each row of
-the layout (see `lowbit.kernels.packing`) is decoded by itself and multiplied by its own part of the activations.
+arithmetic on 32-bit integers best, and neither concatenations nor look-ups by index; so four codes are decoded at once,
+as the bytes of an int32 (`look_up`), and each row of the layout (see `lowbit.kernels.packing`) is multiplied by its own
+part of the activations.
 
-Every matrix product is exact: by `torch._int_mm` on CPU and CUDA, else by float32 products of so few terms that all sums
-stay below 2^24. Inductor's ``freezing`` would undo the packing: it folds the decoding away and keeps the weights wide.
+Every matrix product is exact: by `torch._int_mm` on CPU and CUDA, else by float32 products of so few terms that all
+sums stay below 2^24. Quantiser and epilogue are float32: on the CPU, compiled or not, they give the reference's bits; on
+a GPU Triton divides approximately unless ``torch._inductor.config.eager_numerics.division_rounding`` is set.
+
+Inductor's ``freezing`` would undo the packing: it folds the decoding away and keeps the weights wide.
 """
 
 import torch
@@ -18,35 +22,54 @@ from lowbit.kernels.packing import TOP_BIT
 # Without VNNI, oneDNN adds pairs of products in 16 bits with saturation: exact for weights up to 64 only.
 SAFE_WEIGHT = 64
 EXACT_IN_FLOAT = 2**24
+# Of torch._int_mm. CUDA refuses fewer than 17; and Inductor (2.11) gives the CPU's a single row with a stride of 0,
+# which it takes at its word and returns nonsense.
+LEAST_ROWS = {"cpu": 2, "cuda": 17}
 
 
-def row_codes(data: Tensor, bits: int) -> list[Tensor]:
-    """The codes of each row of a packing group: 4, 8 or 2 uint8 tensors ``[blocks, groups, 64]`` for 2, 3 or 4 bits."""
+def row_codes(data: Tensor, bits: int) -> list[tuple[Tensor, ...]]:
+    """The bits of the codes of each row of a packing group: 4, 8 or 2 rows for 2, 3 or 4 bits.
+
+    Each row is a tuple of ``bits`` int32 tensors ``[blocks, groups, 16]``, lowest bit first; an element holds the bits
+    of an output's four k, 0 or 1 in each byte.
+    """
+    planes = 3 if bits == 3 else 1
+    words = data.view(torch.int32).reshape(data.shape[0], -1, planes, 16)
+    first = words[:, :, 0]
     if bits == 4:
-        data = data.reshape(data.shape[0], -1, 64)
-        return [data & 15, data >> 4]
-    if bits == 2:
-        data = data.reshape(data.shape[0], -1, 64)
-        return [data >> 2 * r & 3 for r in range(4)]
-    data = data.reshape(data.shape[0], -1, 3, 64)
-    top = data[:, :, 2]
-    return [
-        (data[:, :, r // 4] >> 2 * (r % 4) & 3) | (top >> (TOP_BIT[r % 4] + (r & 4)) & 1) << 2 for r in range(8)
-    ]
+        places = [[(first, 4 * r + i) for i in range(4)] for r in range(2)]
+    elif bits == 2:
+        places = [[(first, 2 * r + i) for i in range(2)] for r in range(4)]
+    else:
+        places = [
+            [(words[:, :, r // 4], 2 * (r % 4) + i) for i in range(2)] + [(words[:, :, 2], TOP_BIT[r % 4] + (r & 4))]
+            for r in range(8)
+        ]
+    return [tuple(word >> place & 0x01010101 for word, place in row) for row in places]
 
 
-def look_up(codes: Tensor, levels: tuple[int, ...]) -> Tensor:
-    """``levels[codes]``, int8, by arithmetic only: an affine map where the levels allow it, else a tree of choices."""
-    step = levels[1] - levels[0]
-    if all(b - a == step for a, b in zip(levels, levels[1:], strict=False)):
-        return codes.to(torch.int8) * step + levels[0]
-    bits = (len(levels) - 1).bit_length()
-    table = [*levels, *[0] * (2**bits - len(levels))]
-    choices: list = [torch.full((), level, dtype=torch.int8, device=codes.device) for level in table]
-    for b in range(bits):
-        odd = (codes >> b & 1).to(torch.bool)
-        choices = [torch.where(odd, high, low) for low, high in zip(choices[0::2], choices[1::2], strict=True)]
-    return choices[0]
+def look_up(code_bits: tuple[Tensor, ...], levels: tuple[int, ...]) -> Tensor:
+    """``levels[code]``, four int8 in an int32, by arithmetic only.
+
+    A function of bits is a sum of products of them (for two bits: a + b·c0 + c·c1 + d·c0·c1), and products of bits are
+    ANDs. Summed as whole int32 with 128 added to each byte, every byte of the result is 0 to 255, so nothing is carried
+    over from one to the next, whatever happens on the way; flipping the bytes' top bits takes the 128 away again.
+    """
+    terms = [level + 128 for level in levels] + [128] * (2 ** len(code_bits) - len(levels))
+    for i in range(len(code_bits)):  # values at all codes -> coefficients of all products
+        for code in range(len(terms)):
+            if code >> i & 1:
+                terms[code] -= terms[code ^ 1 << i]
+    total = torch.full((), terms[0] * 0x01010101 - 2**32 * (terms[0] > 127), dtype=torch.int32)
+    total = total.to(code_bits[0].device)
+    for code, coefficient in enumerate(terms):
+        if code and coefficient:
+            chosen = [plane for i, plane in enumerate(code_bits) if code >> i & 1]
+            product = chosen[0]
+            for plane in chosen[1:]:
+                product = product & plane
+            total = total + product * coefficient
+    return total ^ -0x7F7F7F80  # 0x80808080
 
 
 def split(levels: tuple[int, ...], largest: int = SAFE_WEIGHT) -> list[tuple[int, ...]]:
@@ -58,14 +81,17 @@ def split(levels: tuple[int, ...], largest: int = SAFE_WEIGHT) -> list[tuple[int
 
 def _product(a: Tensor, b: Tensor, largest: int) -> Tensor:
     """``a @ b.T`` of int8 ``[M, K]`` and ``[N, K]`` in int32, exact; no weight ``b`` exceeds ``largest``."""
-    if a.device.type == "cpu":
-        return torch._int_mm(a, b.T)
-    if a.device.type == "cuda":  # wants more than 16 rows
-        missing = max(0, 17 - a.shape[0])
-        return torch._int_mm(F.pad(a, (0, 0, 0, missing)), b.T)[: a.shape[0]]
+    if a.device.type in LEAST_ROWS:
+        missing = max(0, LEAST_ROWS[a.device.type] - a.shape[0])
+        return torch._int_mm(F.pad(a, (0, 0, 0, missing)) if missing else a, b.T)[: a.shape[0]]
     terms = max(1, EXACT_IN_FLOAT // (128 * largest))
     parts = zip(a.float().split(terms, 1), b.float().split(terms, 1), strict=True)
     return sum((x @ w.T).to(torch.int32) for x, w in parts)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A copy with the usual strides, in dimensions of size 1 too, which `contiguous` leaves alone."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def accumulate(q: Tensor, data: Tensor, levels: tuple[int, ...], bits: int) -> Tensor:
@@ -73,14 +99,13 @@ def accumulate(q: Tensor, data: Tensor, levels: tuple[int, ...], bits: int) -> T
     m, k = q.shape
     blocks = data.shape[0]
     padded = data.shape[1] // (2 * bits)  # K rounded up to 64
-    q = F.pad(q, (0, padded - k))
     rows = row_codes(data, bits)
-    q = q.reshape(m, -1, len(rows), 4)
+    words = _dense(F.pad(q, (0, padded - k))).view(torch.int32).reshape(m, -1, len(rows))
     acc = None
-    for r, codes in enumerate(rows):
-        part = q[:, :, r].reshape(m, -1)
+    for r, code_bits in enumerate(rows):
+        part = _dense(words[:, :, r]).view(torch.int8)
         for table in split(levels):
-            weight = look_up(codes, table).reshape(blocks, -1, 16, 4).transpose(1, 2).reshape(blocks * 16, -1)
+            weight = _dense(look_up(code_bits, table).transpose(1, 2)).reshape(blocks * 16, -1).view(torch.int8)
             product = _product(part, weight, max(1, *map(abs, table)))
             acc = product if acc is None else acc + product
     return acc

@@ -2,9 +2,9 @@
 
 A float32 is sign, 8 bits of exponent and 23 of fraction, worth ±2^(exponent-127)·1.fraction. Adding S to the exponent
 multiplies by 2^S, flipping the sign bit negates: one integer addition to the bits does both (Li et al., ICCV 2023,
-arXiv 2208.09708). As published that goes wrong where the exponent field says something else: zeros and subnormals (field
-0) and results beyond the largest float (field 255). `shift_multiply` handles them and equals the multiplication bit for
-bit; ``raw=True`` shows the trick as it is, and so its failures.
+arXiv 2208.09708). As published that goes wrong where the exponent field says something else: zeros and subnormals
+(field 0) and results beyond the largest float (field 255). `shift_multiply` handles them and equals the multiplication
+bit for bit; ``raw=True`` shows the trick as it is, and so its failures.
 
 On x86 the multiply-add costs less than the shift (one instruction against three), so no kernel is made of this. Bit
 equality is promised for the products; how `shift_linear_float` adds them up is torch's matrix product's affair.
@@ -44,7 +44,8 @@ def shift_multiply(x: Tensor, exponent: Tensor, negative: Tensor, raw: bool = Fa
     """
     if x.dtype != torch.float32:
         raise LowbitError(f"x is {x.dtype}; shift_multiply takes float32")
-    if exponent.is_floating_point() or (exponent.numel() and not 0 <= exponent.min() <= exponent.max() <= LARGEST_SHIFT):
+    in_range = not exponent.numel() or 0 <= exponent.min() <= exponent.max() <= LARGEST_SHIFT
+    if exponent.is_floating_point() or not in_range:
         raise LowbitError(f"exponents are {exponent.dtype}; whole numbers from 0 to {LARGEST_SHIFT} are allowed")
     bits = x.contiguous().view(torch.int32)
     exponent = exponent.to(torch.int32)

@@ -1,7 +1,8 @@
 """Finds, checks and calls the compiled kernels; see ``csrc/lowbit.h`` for what they offer.
 
 Environment: ``LOWBIT_NATIVE=0`` does without them, or names a library to load; ``LOWBIT_ISA`` chooses the instruction
-set (``portable``, ``avx2``, ``avx512vnni``, ``amx``, ``neon``, ``neon_plain``) that otherwise follows from the processor.
+set (``portable``, ``avx2``, ``avx512vnni``, ``amx``, ``neon``, ``neon_plain``) that otherwise follows from the
+processor.
 """
 
 import contextlib
@@ -16,8 +17,7 @@ from pathlib import Path
 from lowbit.errors import LowbitError
 
 ABI = 1
-TYPES = {"float32": 0, "int8": 1, "uint8": 2}
-# lb_args: 7 pointers, then integers, out_scale, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
+# lb_args: 7 pointers, integers, out_scale, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
 _ARGS = struct.Struct("=7Q 24q d 16h")
 
 

@@ -23,7 +23,8 @@ _REST = "int low=-127, int high=127, bool relu=False, float? out_scale=None, int
 torch.library.define("lowbit::shift_linear", f"(Tensor x, {_WEIGHT}, {_REST}) -> Tensor")
 torch.library.define(
     "lowbit::shift_conv2d",
-    f"(Tensor x, {_WEIGHT}, int[2] kernel_size, int[2] stride=1, int[2] padding=0, int[2] dilation=1, {_REST}) -> Tensor",
+    f"(Tensor x, {_WEIGHT}, int[2] kernel_size, int[2] stride=1, int[2] padding=0, int[2] dilation=1, {_REST})"
+    " -> Tensor",
 )
 
 
@@ -59,8 +60,8 @@ def shift_linear(
     """
     _check_shape(weight, 2)
     return torch.ops.lowbit.shift_linear(
-        x, weight.data, weight.levels, weight.scale, weight.sums, bias, x_scale, weight.bits, low, high, relu, out_scale,
-        out_low, out_high,
+        x, weight.data, weight.levels, weight.scale, weight.sums, bias, x_scale, weight.bits, low, high, relu,
+        out_scale, out_low, out_high,
     )  # fmt: skip
 
 
@@ -149,11 +150,11 @@ def _check(
         if tensor is not None and tensor.device != x.device:
             raise LowbitError(f"{name} is on {tensor.device}, x on {x.device}; they have to be on one device")
     if not (-128 <= low < high <= 127 or 0 <= low < high <= 255) or high <= 0:
-        raise LowbitError(f"low={low}, high={high} is not allowed: a range inside -128 ... 127 or 0 ... 255 is, high > 0")
+        raise LowbitError(f"low={low}, high={high} is not allowed: inside -128 ... 127 or 0 ... 255, high > 0, is")
     if out_scale is not None and not (out_scale > 0 and out_scale < float("inf")):
         raise LowbitError(f"out_scale={out_scale!r} is not allowed; a positive number is, or None for float32 outputs")
     if not (-128 <= out_low < out_high <= 127 or 0 <= out_low < out_high <= 255):
-        raise LowbitError(f"out_low={out_low}, out_high={out_high} is not allowed: inside -128 ... 127 or 0 ... 255")
+        raise LowbitError(f"out_low={out_low}, out_high={out_high} is not allowed: inside -128 ... 127 or 0 ... 255 is")
 
 
 def _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high) -> None:
@@ -171,7 +172,9 @@ def _check_conv2d(
     """Height and width of the output."""
     if x.ndim != 4 or not all(x.shape[1:]):
         raise LowbitError(f"x is {list(x.shape)}; a convolution takes [B, C, H, W]")
-    for name, pair, least in (("kernel_size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+    pairs = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, pair in pairs.items():
+        least = 0 if name == "padding" else 1
         if len(pair) != 2 or min(pair) < least:
             raise LowbitError(f"{name}={list(pair)} is not allowed; two whole numbers from {least} are")
     k = kernel[0] * kernel[1] * padded_channels(x.shape[1], tuple(kernel))
@@ -228,7 +231,24 @@ def _linear_cpu(
     k, n = x.shape[-1], scale.shape[0]
     out = torch.empty((*x.shape[:-1], n), dtype=_out_dtype(out_scale, out_high))
     geometry = (x.numel() // k, 1, 1, k, k, n, 1, 1, 1, 1, 0, 0, 1, 1)
-    _run(x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high, out)
+    _run(
+        x,
+        packed,
+        levels,
+        scale,
+        sums,
+        bias,
+        x_scale,
+        bits,
+        geometry,
+        low,
+        high,
+        relu,
+        out_scale,
+        out_low,
+        out_high,
+        out,
+    )
     return out
 
 
@@ -284,7 +304,24 @@ def _conv2d_cpu(
     padded = padded_channels(channels, tuple(kernel_size))
     geometry = (batch, *size, channels, padded, n, *kernel_size, *stride, *padding, *dilation)
     x = x.permute(0, 2, 3, 1)
-    _run(x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high, out)
+    _run(
+        x,
+        packed,
+        levels,
+        scale,
+        sums,
+        bias,
+        x_scale,
+        bits,
+        geometry,
+        low,
+        high,
+        relu,
+        out_scale,
+        out_low,
+        out_high,
+        out,
+    )
     return out.permute(0, 3, 1, 2)
 
 
@@ -335,3 +372,4 @@ for _name, _fake, _any, _cpu in (
     torch.library.register_fake(_name, _fake)
     torch.library.impl(_name, "CompositeExplicitAutograd", _any)
     torch.library.impl(_name, "CPU", _cpu)
+    torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)  # results never require a gradient

@@ -227,7 +227,7 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
             leave int32.
     """
     if codes.ndim not in (2, 4):
-        raise LowbitError(f"codes are {list(codes.shape)}; a linear layer's are [N, K], a 2-d convolution's [N, C, ky, kx]")
+        raise LowbitError(f"codes are {list(codes.shape)}; [N, K] and [N, C, ky, kx] can be packed")
     if levels.ndim != 1 or not 2 <= levels.numel() <= 16:
         raise LowbitError(f"levels are {list(levels.shape)}; 2 to 16 levels in one dimension can be packed")
     bits = max(2, (levels.numel() - 1).bit_length()) if bits is None else bits
@@ -263,7 +263,7 @@ def _as_matrix(codes: Tensor) -> Tensor:
 def _row_scale(scale: Tensor | float, divisor: float, codes: Tensor) -> Tensor:
     scale = torch.as_tensor(scale, dtype=torch.float32, device=codes.device).detach()
     ones = (1,) * (codes.ndim - 1)
-    if scale.numel() not in (1, len(codes)) or (scale.numel() > 1 and scale.shape not in ((len(codes),), (len(codes), *ones))):
+    if scale.numel() != 1 and scale.shape not in ((len(codes),), (len(codes), *ones)):
         raise LowbitError(
             f"scale is {list(scale.shape)}; a packed weight {list(codes.shape)} has one scale, or one for each of its "
             f"{len(codes)} output channels"

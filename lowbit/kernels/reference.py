@@ -28,7 +28,10 @@ def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def dynamic_scale(x: Tensor, high: int) -> Tensor:
     """The scale that step 1 derives from float32 ``x``: one for each index of dim 0, kept dims; NaN if one is in it."""
-    return (x.abs().amax(dim=tuple(range(1, x.ndim)), keepdim=True) / high).clamp_min(SMALLEST_SCALE)
+    divisor = torch.full(
+        (), high, dtype=x.dtype, device=x.device
+    )  # by a plain number CUDA would not divide: it multiplies
+    return (x.abs().amax(dim=tuple(range(1, x.ndim)), keepdim=True) / divisor).clamp_min(SMALLEST_SCALE)
 
 
 def epilogue(
@@ -41,14 +44,14 @@ def epilogue(
     out_low: int = -128,
     out_high: int = 127,
 ) -> Tensor:
-    """Step 3; ``acc`` is an integer ``[rows, N]``, ``x_scale`` broadcasts from ``[rows, 1]``, the others are ``[N]``."""
+    """Step 3; ``acc`` is an integer ``[..., N]``, against which ``x_scale`` broadcasts; the others are ``[N]``."""
     y = acc.to(torch.float32) * x_scale * scale
     if bias is not None:
         y = y + bias
     if relu:
         y = torch.relu(y)
     if out_scale is not None:
-        steps = torch.tensor(out_scale, dtype=torch.float32, device=y.device)
+        steps = torch.full((), out_scale, dtype=torch.float32, device=y.device)
         return quantize(y, steps, out_low, out_high).to(torch.uint8 if out_high > 127 else torch.int8)
     return y
 

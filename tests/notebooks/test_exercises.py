@@ -87,6 +87,17 @@ RIGHT = {
         "ranges": lambda b: (2**b - 1, 2 ** (2 ** (b - 1) - 1)),
         "outer_share": lambda r, s: math.erfc(s * (1 + r) / 2 / math.sqrt(2)),
     },
+    "15_shift_kernel": {
+        "packed_bytes": lambda n, k, bits: -(-n // 16) * 16 * (-(-k // 64) * 64) * bits // 8,
+        "zero_becomes": lambda S, exponent_bits: 2.0 ** (S - (2 ** (exponent_bits - 1) - 1)),
+    },
+    "16_deploy": {
+        "fold": lambda scale, gamma, beta, mean, variance, eps: (
+            scale * gamma / (variance + eps) ** 0.5,
+            beta - gamma * mean / (variance + eps) ** 0.5,
+        ),
+        "layer_bytes": lambda n, k, bits: -(-n // 16) * 16 * (-(-k // 64) * 64) * bits // 8 + 8 * n,
+    },
 }
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
@@ -124,6 +135,12 @@ WRONG = [
     ("13_ofq_ladder", {"block_ratio": lambda heads, ratio: heads / 2}),
     ("14_where_the_papers_meet", {"ranges": lambda b: (2**b - 1, 2 ** (b - 1))}),
     ("14_where_the_papers_meet", {"outer_share": lambda r, s: math.erfc(s * r / math.sqrt(2))}),
+    ("15_shift_kernel", {"packed_bytes": lambda n, k, bits: -(-n * k * bits // 8)}),
+    ("15_shift_kernel", {"zero_becomes": lambda S, exponent_bits: 0.0}),
+    ("15_shift_kernel", {"zero_becomes": lambda S, exponent_bits: 2.0 ** (S - 15)}),
+    ("16_deploy", {"fold": lambda s, gamma, beta, mean, var, eps: (s * gamma / (var + eps) ** 0.5, beta - mean)}),
+    ("16_deploy", {"fold": lambda s, gamma, beta, mean, var, eps: (s * gamma / var**0.5, beta)}),
+    ("16_deploy", {"layer_bytes": lambda n, k, bits: n * k * bits // 8 + 8 * n}),
 ]
 
 

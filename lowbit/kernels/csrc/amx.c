@@ -53,29 +53,22 @@ typedef struct {
   int64_t stride;
 } rows16;
 
-/* Whether rows row ... row+15 lie in the map at one distance, and their tiles of 64 k within spans. */
+/* Whether rows row ... row+15 lie in the map at one distance. */
 static int in_place(const lb_job *job, int64_t row, int64_t last, int64_t *stride) {
   if (row + ROWS > last) return 0;
   *stride = job->row_start[row + 1] - job->row_start[row];
   for (int i = 2; i < ROWS; i++)
     if (job->row_start[row + i] - job->row_start[row + i - 1] != *stride) return 0;
-  for (int s = 0; s < job->n_spans; s++)
-    if (job->spans[s].length % 64) return 0;
   return 1;
 }
 
 /* Copies 16 rows (fewer at the end, and zeros) to [k / 64][16][64]. */
 static void gather(const lb_job *job, int64_t row, int64_t last, uint8_t *out) {
-  memset(out, 0, (size_t)(job->k * ROWS));
-  for (int i = 0; i < ROWS && row + i < last; i++) {
-    const uint8_t *start = job->map + job->row_start[row + i];
-    int64_t k = 0;
-    for (int s = 0; s < job->n_spans; s++)
-      for (int64_t done = 0, most; done < job->spans[s].length; done += most, k += most) {
-        most = lb_min(job->spans[s].length - done, 64 - k % 64);
-        memcpy(out + (k / 64 * ROWS + i) * 64 + k % 64, start + job->spans[s].offset + done, (size_t)most);
-      }
-  }
+  for (int64_t t = 0; t < job->used_k / 64; t++)
+    for (int i = 0; i < ROWS; i++, out += 64) {
+      if (row + i < last) memcpy(out, job->map + job->row_start[row + i] + job->k_offset[t * 16], 64);
+      else memset(out, 0, 64);
+    }
 }
 
 /* The rows of tile number t (64 k each) of a row tile. */
@@ -84,58 +77,65 @@ LB_INLINE rows16 tile_rows(const lb_job *job, const uint8_t *gathered, int64_t r
   return (rows16){job->map + job->row_start[row] + job->k_offset[t * 16], stride};
 }
 
-/* Which tiles of 64 k have a second plane, and it: [tile][16][64] where flagged. */
-static void spread_extra(const lb_extra *extra, int64_t row0, int64_t tiles, int8_t *plane, uint8_t *flags) {
+/* Spreads a list of rows beyond int8 over whole tiles: [tile][16][64], where flagged. `from` is the first of the list
+ * that lies at row0 or later; the result is the first beyond these tiles. */
+static int64_t spread_extra(const lb_extra *extra, int64_t from, int64_t row0, int64_t tiles, int8_t *plane,
+                            uint8_t *flags) {
   memset(flags, 0, (size_t)tiles);
-  for (int64_t i = 0; i < extra->count; i++) {
-    const int64_t row = extra->index[i] - row0, t = row / 16;
+  for (; from < extra->count && extra->index[from] < row0 + tiles * 16; from++) {
+    const int64_t row = extra->index[from] - row0, t = row / 16;
     if (!flags[t]) memset(plane + t * 1024, 0, 1024);
     flags[t] = 1;
-    memcpy(plane + row * LB_ROW, extra->rows + i * LB_ROW, LB_ROW);
+    memcpy(plane + row * LB_ROW, extra->rows + from * LB_ROW, LB_ROW);
   }
+  return from;
 }
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
   if (row1 - row0 < FEWEST) return lb_avx512vnni.product(job, row0, row1, block0, block1);
-  const int64_t row_tiles = (row1 - row0 + ROWS - 1) / ROWS, k_tiles = (job->used_k + 63) / 64;
+  enum { TILES = PIECE / 64, TILE_BYTES = 1024 };
+  const int64_t row_tiles = (row1 - row0 + ROWS - 1) / ROWS, k_tiles = job->used_k / 64;
   const lb_tables t = lb_make_tables(job);
   const int two = lb_needs_two(job);
-  lb_decoded d;
-  if (lb_alloc_decoded(&d, PIECE, 2)) return LB_NO_MEMORY;
+  lb_extra extra[2] = {{0}, {0}};
+  if (two && lb_alloc_extra(extra, job->k, 2)) return LB_NO_MEMORY;
 
-  /* row tiles that cannot be read in place are gathered once, for all blocks */
-  int64_t *strides = lb_scratch(LB_SLOT_GATHERED, (size_t)(row_tiles * (8 + 8 + job->k * ROWS) + 64));
-  const int64_t sum_bytes = (row_tiles + 1) * 2 * 1024;
-  int32_t *sums = lb_scratch(LB_SLOT_SUMS, (size_t)(sum_bytes + 2 * (PIECE / 64) * 1024 + 2 * PIECE / 64));
-  if (!strides || !sums) return LB_NO_MEMORY;
-  int8_t *rest[2] = {(int8_t *)sums + sum_bytes, (int8_t *)sums + sum_bytes + PIECE / 64 * 1024};
-  uint8_t *flags[2] = {(uint8_t *)rest[1] + PIECE / 64 * 1024, (uint8_t *)rest[1] + PIECE / 64 * 1024 + PIECE / 64};
-  const uint8_t **gathered = (const uint8_t **)(strides + row_tiles);
-  uint8_t *copy = (uint8_t *)lb_round_up((int64_t)(uintptr_t)(gathered + row_tiles), 64);
+  /* [2 blocks] decoded, [2] beyond int8, [row tiles][2] sums, two tables of row tiles, [row tiles] copies if needed */
+  const int64_t fixed = 4 * TILES * TILE_BYTES + lb_round_up(row_tiles, 2) * 2 * TILE_BYTES;
+  int64_t copies = 0, stride;
+  for (int64_t i = 0; i < row_tiles; i++) copies += !in_place(job, row0 + i * ROWS, row1, &stride);
+  int8_t *const decoded = lb_scratch(LB_SLOT_DECODED, (size_t)(fixed + copies * job->used_k * ROWS + row_tiles * 16));
+  if (!decoded) return LB_NO_MEMORY;
+  int8_t *const rest = decoded + 2 * TILES * TILE_BYTES;
+  int32_t *const sums = (int32_t *)(rest + 2 * TILES * TILE_BYTES);
+  uint8_t *copy = (uint8_t *)decoded + fixed;
+  int64_t *const strides = (int64_t *)(copy + copies * job->used_k * ROWS);
+  const uint8_t **const gathered = (const uint8_t **)(strides + row_tiles);
   for (int64_t i = 0; i < row_tiles; i++) {
-    const int64_t row = row0 + i * ROWS;
     gathered[i] = NULL;
-    if (!in_place(job, row, row1, &strides[i])) {
-      gather(job, row, row1, copy);
-      gathered[i] = copy;
-      copy += job->k * ROWS;
-    }
+    if (in_place(job, row0 + i * ROWS, row1, &strides[i])) continue;
+    gather(job, row0 + i * ROWS, row1, copy);
+    gathered[i] = copy;
+    copy += job->used_k * ROWS;
   }
 
   _tile_loadconfig(&config);
   for (int64_t b = block0; b < block1; b += 2) {
     const int blocks = (int)lb_min(2, block1 - b);
-    for (int64_t t0 = 0; t0 < k_tiles; t0 += PIECE / 64) {
-      const int64_t tiles = lb_min(PIECE / 64, k_tiles - t0);
+    int64_t from[2] = {0, 0};
+    for (int h = 0; two && h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
+    for (int64_t t0 = 0; t0 < k_tiles; t0 += TILES) {
+      const int64_t tiles = lb_min(TILES, k_tiles - t0);
+      uint8_t flags[2][TILES];
       for (int h = 0; h < blocks; h++) {
-        d.extra[h].count = 0;
-        lb_decode(job, b + h, t0 * 16, (t0 + tiles) * 16, &t, two, d.plane[h], &d.extra[h]);
-        spread_extra(&d.extra[h], t0 * 16, tiles, rest[h], flags[h]);
+        lb_decode(job, b + h, t0 * 16, (t0 + tiles) * 16, &t, decoded + h * TILES * TILE_BYTES);
+        from[h] = spread_extra(&extra[h], from[h], t0 * 16, tiles, rest + h * TILES * TILE_BYTES, flags[h]);
       }
       __asm__ volatile("" ::: "memory"); /* gcc's tile loads don't tell the compiler that they read memory */
-      const int8_t *w0 = d.plane[0], *w1 = d.plane[blocks - 1];
-      const int8_t *r0 = rest[0], *r1 = rest[blocks - 1];
-      const uint8_t *f0 = flags[0], *f1 = flags[blocks - 1];
+      const int last = blocks - 1; /* the second block, or the first once more */
+      const int8_t *w0 = decoded, *w1 = decoded + last * TILES * TILE_BYTES;
+      const int8_t *r0 = rest, *r1 = rest + last * TILES * TILE_BYTES;
+      const uint8_t *f0 = flags[0], *f1 = flags[last];
       for (int64_t i = 0; i < row_tiles; i += 2) {
         const int pair = i + 1 < row_tiles;
         const int64_t row = row0 + i * ROWS;
@@ -155,9 +155,9 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
         }
         for (int64_t j = 0; j < tiles; j++) {
           const rows16 a0 = tile_rows(job, gathered[i], row, strides[i], t0 + j);
-          _tile_loadd(6, w0 + j * 1024, 64);
+          _tile_loadd(6, w0 + j * TILE_BYTES, 64);
           _tile_loadd(4, a0.at, a0.stride);
-          _tile_loadd(7, w1 + j * 1024, 64);
+          _tile_loadd(7, w1 + j * TILE_BYTES, 64);
           _tile_dpbusd(0, 4, 6);
           _tile_dpbusd(1, 4, 7);
           if (pair) {
@@ -167,12 +167,12 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
             _tile_dpbusd(3, 5, 7);
           }
           if (two && f0[j]) {
-            _tile_loadd(6, r0 + j * 1024, 64);
+            _tile_loadd(6, r0 + j * TILE_BYTES, 64);
             _tile_dpbusd(0, 4, 6);
             if (pair) _tile_dpbusd(2, 5, 6);
           }
           if (two && f1[j]) {
-            _tile_loadd(7, r1 + j * 1024, 64);
+            _tile_loadd(7, r1 + j * TILE_BYTES, 64);
             _tile_dpbusd(1, 4, 7);
             if (pair) _tile_dpbusd(3, 5, 7);
           }
@@ -223,5 +223,5 @@ static int available(void) {
 #endif
 }
 
-const lb_isa_table lb_amx = {"amx", available, 0, absmax, quantize, product};
+const lb_isa_table lb_amx = {"amx", available, 0, absmax, quantize, product, 64};
 #endif

@@ -50,10 +50,8 @@ LB_INLINE __m256i codes_of(const int bits, const int r, const uint8_t *p, int ha
 #undef PART
 }
 
-LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, lb_decoded *d) {
+LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, int8_t *plane, lb_extra *extra) {
   const uint8_t *p = job->packed + b * job->block_bytes;
-  int8_t *plane = d->plane[0];
-  lb_extra *extra = &d->extra[0];
   extra->count = 0;
   for (int64_t row = 0; row < job->used_k / 4; row += 8, p += bits * 64, plane += 8 * LB_ROW) {
 #pragma GCC unroll 8
@@ -83,7 +81,8 @@ LB_INLINE __m256i load(const int8_t *w) { return _mm256_load_si256((const __m256
 
 LB_INLINE __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row, int64_t block, const lb_decoded *d) {
+LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row, int64_t block, const int8_t *w,
+                    const lb_extra *extra) {
   const uint8_t *a[TILE];
   __m256i acc[TILE][2];
 #pragma GCC unroll 4
@@ -91,7 +90,6 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
     a[r] = job->map + job->row_start[row + r];
     acc[r][0] = acc[r][1] = _mm256_setzero_si256();
   }
-  const int8_t *w = d->plane[0];
   for (int s = 0; s < job->n_spans; s++) {
     const int64_t end = job->spans[s].offset + job->spans[s].length;
     int64_t k = job->spans[s].offset;
@@ -119,9 +117,9 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
       }
     }
   }
-  for (int64_t i = 0; i < d->extra[0].count; i++) {
-    const __m256i w0 = load(d->extra[0].rows + i * LB_ROW), w1 = load(d->extra[0].rows + i * LB_ROW + 32);
-    const int64_t k = job->k_offset[d->extra[0].index[i]];
+  for (int64_t i = 0; i < extra->count; i++) {
+    const __m256i w0 = load(extra->rows + i * LB_ROW), w1 = load(extra->rows + i * LB_ROW + 32);
+    const int64_t k = job->k_offset[extra->index[i]];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const __m256i x = four(a[r] + k);
@@ -140,24 +138,25 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
 
 #define TILE_KERNEL(R, SMALL_) \
   static __attribute__((noinline)) void tile_##R##_##SMALL_(const lb_job *job, int64_t row, int64_t block, \
-                                                            const lb_decoded *d) { \
-    tile(R, SMALL_, job, row, block, d); \
+                                                            const int8_t *plane, const lb_extra *extra) { \
+    tile(R, SMALL_, job, row, block, plane, extra); \
   }
 #define TILE_KERNELS(R) TILE_KERNEL(R, 0) TILE_KERNEL(R, 1)
 TILE_KERNELS(1) TILE_KERNELS(2) TILE_KERNELS(3) TILE_KERNELS(4)
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
-  static void (*const tiles[2][TILE])(const lb_job *, int64_t, int64_t, const lb_decoded *) = {
+  static void (*const tiles[2][TILE])(const lb_job *, int64_t, int64_t, const int8_t *, const lb_extra *) = {
       {tile_1_0, tile_2_0, tile_3_0, tile_4_0}, {tile_1_1, tile_2_1, tile_3_1, tile_4_1}};
-  lb_decoded d;
-  if (lb_alloc_decoded(&d, job->k, 1)) return LB_NO_MEMORY;
   const tables t = make_tables(job);
+  lb_extra extra = {0};
+  int8_t *plane = lb_scratch(LB_SLOT_DECODED, (size_t)(job->k * 16));
+  if (!plane || (t.two && lb_alloc_extra(&extra, job->k, 1))) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b++) {
-    if (job->bits == 2) decode_bits(2, job, b, &t, &d);
-    else if (job->bits == 3) decode_bits(3, job, b, &t, &d);
-    else decode_bits(4, job, b, &t, &d);
+    if (job->bits == 2) decode_bits(2, job, b, &t, plane, &extra);
+    else if (job->bits == 3) decode_bits(3, job, b, &t, plane, &extra);
+    else decode_bits(4, job, b, &t, plane, &extra);
     for (int64_t m = row0; m < row1; m += TILE)
-      tiles[job->largest <= SMALL][lb_min(TILE, row1 - m) - 1](job, m, b, &d);
+      tiles[job->largest <= SMALL][lb_min(TILE, row1 - m) - 1](job, m, b, plane, &extra);
   }
   return LB_OK;
 }
@@ -179,5 +178,5 @@ static int available(void) {
   return __builtin_cpu_supports("avx2"); /* asks CPUID leaf 7 and XCR0 */
 }
 
-const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product};
+const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, 4};
 #endif

@@ -58,18 +58,19 @@ LB_INLINE __m512i lb_weights(const int bits, const int r, __m512i index, const _
   return _mm512_permutexvar_epi8(index, table[bits == 4 ? 0 : r & 3]);
 }
 
-/* Decodes rows row0 ... row1-1 (multiples of 8) of one block to `plane`, and appends to `extra` what is beyond int8. */
-LB_INLINE void lb_decode_bits(const int bits, const int two, const uint8_t *block, int64_t row0, int64_t row1,
+/* Decodes rows row0 ... row1-1 (multiples of 8) of one block: into `plane` what int8 holds, unless it is NULL; and, with
+ * `two`, appended to `extra` what is beyond. */
+LB_INLINE void lb_decode_bits(const int bits, const int two, const lb_job *job, int64_t b, int64_t row0, int64_t row1,
                               const lb_tables *t, int8_t *plane, lb_extra *extra) {
-  const uint8_t *p = block + row0 / 8 * (bits * 64);
-  for (int64_t row = row0; row < row1; row += 8, p += bits * 64, plane += 8 * LB_ROW) {
+  const uint8_t *p = job->packed + b * job->block_bytes + row0 / 8 * (bits * 64);
+  for (int64_t row = row0; row < row1; row += 8, p += bits * 64) {
     __m512i v[4];
     lb_load_group(bits, p, v);
     for (int i = 0; i < bits; i++) _mm_prefetch((const char *)p + 1024 + 64 * i, _MM_HINT_T0);
 #pragma GCC unroll 8
     for (int r = 0; r < 8; r++) {
       const __m512i index = lb_index(bits, r, v, t);
-      _mm512_store_si512(plane + r * LB_ROW, lb_weights(bits, r, index, t->first));
+      if (plane) _mm512_store_si512(plane + (row - row0 + r) * LB_ROW, lb_weights(bits, r, index, t->first));
       if (two) { /* stored always, counted where it matters: no branch */
         const __m512i rest = lb_weights(bits, r, index, t->rest);
         _mm512_store_si512(extra->rows + extra->count * LB_ROW, rest);
@@ -80,19 +81,19 @@ LB_INLINE void lb_decode_bits(const int bits, const int two, const uint8_t *bloc
   }
 }
 
-LB_INLINE void lb_decode(const lb_job *job, int64_t b, int64_t row0, int64_t row1, const lb_tables *t, int two,
-                         int8_t *plane, lb_extra *extra) {
-  const uint8_t *block = job->packed + b * job->block_bytes;
-  if (job->bits == 2) {
-    if (two) lb_decode_bits(2, 1, block, row0, row1, t, plane, extra);
-    else lb_decode_bits(2, 0, block, row0, row1, t, plane, extra);
-  } else if (job->bits == 3) {
-    if (two) lb_decode_bits(3, 1, block, row0, row1, t, plane, extra);
-    else lb_decode_bits(3, 0, block, row0, row1, t, plane, extra);
-  } else {
-    if (two) lb_decode_bits(4, 1, block, row0, row1, t, plane, extra);
-    else lb_decode_bits(4, 0, block, row0, row1, t, plane, extra);
-  }
+static __attribute__((unused)) void lb_decode(const lb_job *job, int64_t b, int64_t row0, int64_t row1,
+                                              const lb_tables *t, int8_t *plane) {
+  if (job->bits == 2) lb_decode_bits(2, 0, job, b, row0, row1, t, plane, NULL);
+  else if (job->bits == 3) lb_decode_bits(3, 0, job, b, row0, row1, t, plane, NULL);
+  else lb_decode_bits(4, 0, job, b, row0, row1, t, plane, NULL);
+}
+
+/* Lists what of block b is beyond int8. Activations at its pads are zero, so they need no care. */
+static __attribute__((unused)) void lb_list_extra(const lb_job *job, int64_t b, const lb_tables *t, lb_extra *extra) {
+  extra->count = 0;
+  if (job->bits == 2) lb_decode_bits(2, 1, job, b, 0, job->used_k / 4, t, NULL, extra);
+  else if (job->bits == 3) lb_decode_bits(3, 1, job, b, 0, job->used_k / 4, t, NULL, extra);
+  else lb_decode_bits(4, 1, job, b, 0, job->used_k / 4, t, NULL, extra);
 }
 
 LB_INLINE __m512i lb_steps512(__m512 x, __m512 scale, __m512 low, __m512 high) {

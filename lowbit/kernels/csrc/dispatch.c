@@ -65,7 +65,7 @@ int lb_select(const char *name) {
  * places as in the input, with the border around each image and the pad channels behind each place. A row of the
  * product is one place of the output: it reads its window from the map, without a copy. */
 
-enum { PART_BYTES = 1 << 20, PART_ROWS = 1024, LEAST_WORK = 1 << 19 };
+enum { PART_BYTES = 2 << 20, PART_ROWS = 1024, LEAST_WORK = 1 << 19 };
 
 typedef struct {
   const lb_args *args;
@@ -79,6 +79,9 @@ typedef struct {
   float *row_scale, *image_scale;
   uint32_t *line_max;
   int whole_line; /* a line is copied at once: no pad channels */
+  uint8_t *windows; /* if not NULL: the rows, copied together from the map */
+  lb_span *window;
+  int n_window;
   int64_t splits, rows, blocks; /* of the product */
   atomic_int status;
 } run;
@@ -153,6 +156,19 @@ static void fill_lines(void *argument, int64_t begin, int64_t end) {
   }
 }
 
+/* Windows of few channels come in pieces too small for the instruction set: copied together, zeros up to k. */
+static void copy_windows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  for (int64_t row = begin; row < end; row++) {
+    const uint8_t *from = r->map + r->row_start[row];
+    uint8_t *at = r->windows + row * r->job.k, *stop = at + r->job.k;
+    for (int s = 0; s < r->n_window; at += r->window[s++].length)
+      memcpy(at, from + r->window[s].offset, (size_t)r->window[s].length);
+    memset(at, 0, (size_t)(stop - at));
+    r->row_start[row] = row * r->job.k;
+  }
+}
+
 static void multiply(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   for (int64_t i = begin; i < end; i++) {
@@ -204,10 +220,10 @@ static void describe_weights(run *r) {
 }
 
 /* How k runs through a window of the map. Neighbouring taps of a line lie behind each other unless they are dilated. */
-static int64_t describe_window(run *r, lb_span *spans) {
+static int describe_window(const run *r, lb_span *spans) {
   const lb_args *a = r->args;
   const int joined = a->dilation_x == 1;
-  int64_t count = 0;
+  int count = 0;
   for (int64_t y = 0; y < a->kernel_y; y++)
     for (int64_t x = 0; x < (joined ? 1 : a->kernel_x); x++) {
       spans[count].offset = ((y * a->dilation_y) * r->map_width + x * a->dilation_x) * r->place;
@@ -246,6 +262,7 @@ static int run_part(run *r, int64_t threads) {
         r->row_scale[row] = r->image_scale[image];
       }
   r->rows = row;
+  if (r->windows) lb_parallel(fill_threads, row, lb_max(1, (1 << 14) / r->job.k), copy_windows, r);
   const int64_t pairs = (r->blocks + 1) / 2;
   const int64_t work = r->rows * r->blocks * 16 * r->job.used_k;
   threads = lb_max(1, lb_min(threads, work / LEAST_WORK));
@@ -283,29 +300,42 @@ int lb_run(const lb_args *a) {
 
   const int64_t image_bytes = r.map_height * r.map_width * r.place;
   const int64_t image_rows = r.out_height * r.out_width;
-  const int64_t part = lb_max(1, lb_min(lb_min(PART_BYTES / image_bytes, PART_ROWS / image_rows), a->batch));
+  const int64_t most = lb_max(1, lb_min(PART_BYTES / image_bytes, PART_ROWS / image_rows));
+  const int64_t parts = (a->batch + most - 1) / most, part = (a->batch + parts - 1) / parts;
   const int64_t rows = part * image_rows, lines = part * a->height;
-  const int64_t most_spans = a->kernel_y * a->kernel_x;
   r.map = lb_scratch(LB_SLOT_MAP, (size_t)(part * image_bytes + 128));
-  int64_t *table = lb_scratch(LB_SLOT_ROWS, (size_t)(rows * 12 + part * 4 + lines * 4 + most_spans * 16 + r.job.k * 2 + 64));
+  /* in this order: row starts, k offsets, spans (and one more), row scales, image scales, line maxima */
+  const int64_t words = rows + r.job.k / 4 + (taps + 1) * 2;
+  int64_t *table = lb_scratch(LB_SLOT_ROWS, (size_t)(words * 8 + (rows + part + lines) * 4));
   if (!r.map || !table) return LB_NO_MEMORY;
+  int64_t *offset = table + rows;
+  r.window = (lb_span *)(offset + r.job.k / 4);
   r.row_start = table;
-  r.job.k_offset = table + rows;
-  lb_span *spans = (lb_span *)(table + rows + r.job.k / 4);
-  r.row_scale = (float *)(spans + most_spans);
+  r.row_scale = (float *)(table + words);
   r.image_scale = r.row_scale + rows;
   r.line_max = (uint32_t *)(r.image_scale + part);
+  int apart = 0;
   if (taps == 1) {
-    spans[0].offset = 0, spans[0].length = r.job.used_k;
-    r.job.n_spans = 1;
+    r.n_window = 1;
+    r.window[0] = (lb_span){0, r.job.used_k};
   } else {
-    r.job.n_spans = (int)describe_window(&r, spans);
+    r.n_window = describe_window(&r, r.window);
   }
-  int64_t *offset = (int64_t *)r.job.k_offset;
-  for (int s = 0; s < r.job.n_spans; s++)
-    for (int64_t i = 0; i < spans[s].length; i += 4) *offset++ = spans[s].offset + i;
-  r.job.spans = spans;
+  for (int s = 0; s < r.n_window; s++) apart |= r.window[s].length % r.isa->span != 0;
   r.job.map = r.map;
+  r.job.spans = r.window;
+  r.job.n_spans = r.n_window;
+  if (apart) {
+    r.job.map = r.windows = lb_scratch(LB_SLOT_WINDOWS, (size_t)(rows * r.job.k + 128));
+    if (!r.windows) return LB_NO_MEMORY;
+    r.job.used_k = r.job.k;
+    r.job.spans = r.window + taps;
+    r.job.n_spans = 1;
+    r.window[taps] = (lb_span){0, r.job.k};
+  }
+  r.job.k_offset = offset;
+  for (int s = 0; s < r.job.n_spans; s++)
+    for (int64_t i = 0; i < r.job.spans[s].length; i += 4) *offset++ = r.job.spans[s].offset + i;
   r.job.row_start = r.row_start, r.job.row_scale = r.row_scale;
   memset(r.map + part * image_bytes, 0, 128);
 

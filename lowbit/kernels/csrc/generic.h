@@ -61,22 +61,15 @@ typedef struct {
   int8_t *rows;
 } lb_extra;
 
-/* Decoded weights of `blocks` neighbouring blocks: plane[b] holds k/4 rows; extra[] what has to be added. */
-typedef struct {
-  int8_t *plane[2];
-  lb_extra extra[2];
-} lb_decoded;
-
-LB_INLINE int lb_alloc_decoded(lb_decoded *d, int64_t k, int blocks) {
-  const int64_t rows = k / 4;
-  const int64_t one = rows * LB_ROW * 2 + lb_round_up(rows * (int64_t)sizeof(int32_t), 64);
-  int8_t *at = lb_scratch(LB_SLOT_DECODED, (size_t)(one * blocks));
+/* Room for `blocks` lists of at most k / 4 rows. */
+LB_INLINE int lb_alloc_extra(lb_extra *extra, int64_t k, int blocks) {
+  const int64_t rows = k / 4, indices = lb_round_up(rows * (int64_t)sizeof(int32_t), 64);
+  int8_t *at = lb_scratch(LB_SLOT_EXTRA, (size_t)((rows * LB_ROW + indices) * blocks));
   if (!at) return LB_NO_MEMORY;
-  for (int b = 0; b < blocks; b++, at += one) {
-    d->plane[b] = at;
-    d->extra[b].rows = at + rows * LB_ROW;
-    d->extra[b].index = (int32_t *)(at + rows * LB_ROW * 2);
-    d->extra[b].count = 0;
+  for (int b = 0; b < blocks; b++, at += rows * LB_ROW + indices) {
+    extra[b].rows = at;
+    extra[b].index = (int32_t *)(at + rows * LB_ROW);
+    extra[b].count = 0;
   }
   return LB_OK;
 }

@@ -47,6 +47,7 @@ typedef struct {
   uint32_t (*absmax)(const float *x, int64_t n); /* bits of max |x|; those of a NaN if there is one */
   void (*quantize)(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out);
   int (*product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1); /* LB_OK, ... */
+  int span; /* all spans are multiples of this many bytes, 4 at least; used_k then is too */
 } lb_isa_table;
 
 extern const lb_isa_table lb_portable;
@@ -63,7 +64,7 @@ typedef void (*lb_range_fn)(void *arg, int64_t begin, int64_t end);
 void lb_parallel(int64_t threads, int64_t items, int64_t grain, lb_range_fn fn, void *arg);
 
 /* A buffer of this thread, aligned to 64 bytes, that keeps its place until the slot is asked for more; NULL: no memory. */
-enum { LB_SLOT_MAP, LB_SLOT_ROWS, LB_SLOT_DECODED, LB_SLOT_GATHERED, LB_SLOT_SUMS, LB_SLOTS };
+enum { LB_SLOT_MAP, LB_SLOT_ROWS, LB_SLOT_WINDOWS, LB_SLOT_DECODED, LB_SLOT_EXTRA, LB_SLOT_SUMS, LB_SLOTS };
 void *lb_scratch(int slot, size_t bytes);
 void lb_scratch_trim(void); /* gives back what is unusually large */
 

@@ -37,4 +37,4 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
 
 static int available(void) { return 1; }
 
-const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product};
+const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product, 4};

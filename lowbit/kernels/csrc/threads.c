@@ -1,7 +1,8 @@
 /* A small pool of threads, and buffers that each thread keeps.
  *
  * One call at a time uses the pool; a second Python thread that comes meanwhile works alone: results are the same. Items
- * are handed out in ranges as threads get free. Workers look for the next call for some microseconds before they sleep.
+ * are handed out in ranges as threads get free; workers that wake up too late for a call are not waited for. They look for
+ * the next call for some microseconds before they sleep.
  * After a fork the child starts its own pool. */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -24,11 +25,11 @@ enum { MOST_WORKERS = 255, LOOKS = 2000 };
 
 static struct {
   pthread_mutex_t user;  /* whose work it is */
-  pthread_mutex_t mutex; /* guards `call`, `wanted` and `workers`, and the two conditions */
+  pthread_mutex_t mutex; /* guards what follows up to `running`, and the two conditions */
   pthread_cond_t wake, idle;
-  int workers, wanted;
-  atomic_uint call;
-  atomic_int running;
+  int workers, wanted, open;
+  atomic_uint call;   /* changes with each call */
+  atomic_int running; /* workers that have joined it and are not done */
   lb_range_fn fn;
   void *arg;
   int64_t items, grain;
@@ -73,7 +74,8 @@ static void *worker(void *argument) {
     pthread_mutex_lock(&pool.mutex);
     while (atomic_load(&pool.call) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
     seen = atomic_load(&pool.call);
-    const int mine = me < pool.wanted;
+    const int mine = pool.open && me < pool.wanted;
+    if (mine) atomic_fetch_add(&pool.running, 1);
     pthread_mutex_unlock(&pool.mutex);
     if (!mine) continue;
     work();
@@ -101,7 +103,7 @@ static void after_fork_child(void) { /* the workers stayed behind */
   pthread_mutex_init(&pool.mutex, NULL);
   pthread_cond_init(&pool.wake, NULL);
   pthread_cond_init(&pool.idle, NULL);
-  pool.workers = pool.wanted = 0;
+  pool.workers = pool.wanted = pool.open = 0;
   atomic_store(&pool.call, 0);
   atomic_store(&pool.running, 0);
 }
@@ -142,11 +144,14 @@ void lb_parallel(int64_t threads, int64_t items, int64_t grain, lb_range_fn fn, 
   pool.fn = fn, pool.arg = arg, pool.items = items, pool.grain = grain;
   atomic_store(&pool.next, 0);
   pool.wanted = have_workers((int)lb_min(threads - 1, MOST_WORKERS));
-  atomic_store(&pool.running, pool.wanted);
+  pool.open = 1;
   atomic_fetch_add(&pool.call, 1);
   pthread_cond_broadcast(&pool.wake);
   pthread_mutex_unlock(&pool.mutex);
   work();
+  pthread_mutex_lock(&pool.mutex);
+  pool.open = 0;
+  pthread_mutex_unlock(&pool.mutex);
   for (int i = 0; i < LOOKS && atomic_load(&pool.running); i++) PAUSE();
   if (atomic_load(&pool.running)) {
     pthread_mutex_lock(&pool.mutex);

@@ -1,0 +1,224 @@
+"""Every form of the kernels gives the bits of the reference: all instruction sets, thread counts, tables and shapes."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_helpers import MODES, TABLES, randn, random_weight
+
+from lowbit.functional import denseshift_levels
+from lowbit.kernels import compiled, pack_weight, reference, shift_conv2d, shift_linear
+from lowbit.kernels.packing import largest_k, padded_channels
+
+SHAPES = [(1, 1, 1), (1, 64, 16), (2, 70, 33), (3, 129, 48), (4, 200, 17), (8, 512, 64), (9, 333, 50), (37, 700, 40)]
+CONVOLUTIONS = [  # batch, channels, height, width, outputs, kernel, stride, padding, dilation
+    (1, 3, 8, 8, 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (2, 64, 9, 7, 33, (3, 3), (1, 1), (1, 1), (1, 1)),
+    (3, 40, 10, 6, 20, (3, 2), (2, 1), (0, 1), (1, 2)),
+    (2, 17, 5, 5, 8, (1, 1), (2, 2), (1, 0), (1, 1)),
+    (2, 16, 12, 40, 32, (5, 3), (1, 1), (2, 1), (1, 1)),
+    (1, 128, 12, 33, 17, (3, 3), (1, 1), (1, 1), (2, 2)),
+    (2, 64, 1, 50, 32, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (5, 600, 3, 3, 40, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (1, 1, 1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+]
+
+
+def compiled_linear(x, weight, bias=None, x_scale=None, **kwargs):
+    w = weight
+    return compiled.linear(x, w.data, w.levels, w.scale, w.sums, bias, x_scale, w.bits, **kwargs)
+
+
+def compiled_conv2d(x, weight, bias=None, x_scale=None, **kwargs):
+    w = weight
+    padded = padded_channels(w.shape[1], w.kernel)
+    return compiled.conv2d(x, w.data, w.levels, w.scale, w.sums, bias, x_scale, w.bits, w.kernel, padded, **kwargs)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear(library, table, shape):
+    m, k, n = shape
+    weight, x, bias = random_weight(table, (n, k)), randn(m, k), randn(n, seed=2)
+    for name, mode in MODES.items():
+        kwargs = mode(m)
+        expected = reference.linear(x, weight, bias, **kwargs)
+        assert torch.equal(compiled_linear(x, weight, bias, **kwargs), expected), name
+        for isa in library.isas():
+            with library.use(isa):
+                assert torch.equal(shift_linear(x, weight, bias, **kwargs), expected), (isa, name)
+
+
+@pytest.mark.parametrize("table", ["denseshift2", "denseshift3", "denseshift4", "statsq4", "s3_3", "top3"])
+@pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
+def test_conv2d(library, table, geometry):
+    batch, channels, height, width, n, kernel, stride, padding, dilation = geometry
+    weight, x, bias = (
+        random_weight(table, (n, channels, *kernel)),
+        randn(batch, channels, height, width),
+        randn(n, seed=2),
+    )
+    for name, mode in MODES.items():
+        kwargs = {**mode(batch), "stride": stride, "padding": padding, "dilation": dilation}
+        expected = reference.conv2d(x, weight, bias, **kwargs)
+        assert torch.equal(compiled_conv2d(x, weight, bias, **kwargs), expected), name
+        for isa in library.isas():
+            with library.use(isa):
+                assert torch.equal(shift_conv2d(x, weight, bias, **kwargs), expected), (isa, name)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(
+    m=st.integers(1, 40), k=st.integers(1, 300), n=st.integers(1, 70), table=st.sampled_from(sorted(TABLES)),
+    dtype=st.sampled_from([torch.float32, torch.int8, torch.uint8]), seed=st.integers(0, 999),
+    threads=st.integers(1, 4), bias=st.booleans(), relu=st.booleans(), out=st.sampled_from([None, 0.7]),
+)  # fmt: skip
+def test_any_linear(library, m, k, n, table, dtype, seed, threads, bias, relu, out):
+    generator = torch.Generator().manual_seed(seed)
+    weight = random_weight(table, (n, k), seed)
+    x = torch.randint(-128, 128, (m, k), generator=generator)
+    x = x.float() if dtype == torch.float32 else x.to(dtype)
+    kwargs = {"bias": torch.randn(n, generator=generator) if bias else None, "relu": relu, "out_scale": out}
+    kwargs["x_scale"] = None if dtype == torch.float32 else torch.rand(m, generator=generator)
+    expected = reference.linear(x, weight, **kwargs)
+    assert torch.equal(compiled_linear(x, weight, **kwargs), expected)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for isa in library.isas():
+            with library.use(isa):
+                assert torch.equal(shift_linear(x, weight, **kwargs), expected), isa
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("m", [1, 5, 130, 700])
+def test_the_number_of_threads_does_not_matter(isa, threads, m):
+    """Big enough for the work to be divided: by outputs, by rows, in several parts."""
+    weight, x = random_weight("denseshift4", (200, 3000)), randn(m, 3000)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(shift_linear(x, weight))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(results[0][:5], reference.linear(x[:5], weight))
+    assert torch.equal(results[0][-5:], reference.linear(x[-5:], weight))
+
+
+def test_convolutions_on_threads(isa, threads):
+    weight, x = random_weight("statsq3", (70, 64, 3, 3)), randn(40, 64, 14, 15)
+    threads(1)
+    one = shift_conv2d(x, weight, padding=1)
+    threads(4)
+    assert torch.equal(shift_conv2d(x, weight, padding=1), one)
+    assert torch.equal(one[-1:], reference.conv2d(x[-1:], weight, padding=(1, 1)))
+
+
+def test_several_python_threads_at_once(library, threads):
+    threads(3)
+    weights = [random_weight(table, (96, 900)) for table in ("denseshift2", "denseshift4", "statsq3")]
+    xs = [randn(m, 900, seed=m) for m in (3, 40, 90)]
+    expected = [shift_linear(x, w) for x, w in zip(xs, weights, strict=True)]
+    wrong = []
+
+    def repeat(i):
+        for _ in range(100):
+            if not torch.equal(shift_linear(xs[i], weights[i]), expected[i]):
+                wrong.append(i)
+
+    running = [threading.Thread(target=repeat, args=(i % 3,)) for i in range(6)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("fill", [(127, 127), (-128, 128), (-127, 127), (255, 255)], ids=str)
+@pytest.mark.parametrize("code", [0, 15])
+def test_extremes(isa, fill, code):
+    """All weights +128 or -128, all activations at an end: nothing saturates on the way."""
+    value, _ = fill
+    dtype = torch.uint8 if value > 127 else torch.int8
+    for m in (1, 9):
+        weight = pack_weight(torch.full((17, 1000), code), denseshift_levels(4))
+        x = torch.full((m, 1000), value, dtype=dtype)
+        y = shift_linear(x, weight, x_scale=torch.tensor(1.0))
+        assert (y == value * (128 if code else -128) * 1000).all()
+
+
+def test_k_at_its_bound(isa):
+    levels = denseshift_levels(4)
+    k = largest_k((-128, 128))
+    weight = pack_weight(torch.full((1, k), 15), levels)
+    x = torch.full((9, k), 255, dtype=torch.uint8)
+    total = 255 * 128 * k
+    assert 2**31 - 2**15 < total < 2**31
+    for rows in (x, x[:1]):
+        y = shift_linear(rows, weight, x_scale=torch.tensor(1.0))
+        assert (y == torch.tensor(total, dtype=torch.int64).float()).all()
+
+
+def test_inputs_of_any_strides(isa):
+    weight = random_weight("denseshift3", (20, 64))
+    x = randn(64, 30).T
+    assert not x.is_contiguous()
+    assert torch.equal(shift_linear(x, weight), reference.linear(x.contiguous(), weight))
+    x = randn(3, 128, 4)[:, ::2].transpose(1, 2)
+    y = shift_linear(x, weight)
+    assert y.shape == (3, 4, 20) and torch.equal(y, reference.linear(x, weight))
+    weight = random_weight("denseshift3", (20, 6, 3, 3))
+    x = randn(2, 6, 9, 8)
+    expected = reference.conv2d(x, weight)
+    for form in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        y = shift_conv2d(form, weight)
+        assert torch.equal(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rounding_half_to_even_and_clipping(isa):
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 1e30, -1e30, 3e-39, float("inf"), float("nan")]]).T
+    weight = pack_weight(torch.tensor([[1]]), torch.tensor([-1.0, 1.0]))
+    y = shift_linear(x.contiguous(), weight, x_scale=torch.tensor(1.0), low=-128)
+    assert y.flatten().tolist() == [0, 2, 2, 0, -2, 126, 127, 127, -128, 0, 127, 0]
+
+
+def test_nan_is_not_hidden_where_the_scale_follows_from_the_input(isa):
+    weight = random_weight("statsq2", (20, 100))
+    x = randn(12, 100)
+    x[3, 50], x[7, 99] = float("nan"), float("inf")
+    y = shift_linear(x, weight, relu=True)
+    assert y.isnan().all(dim=1).nonzero().flatten().tolist() == [3, 7] and not y[0].isnan().any()
+    image = randn(2, 5, 6, 6)
+    image[1, 2, 3, 4] = float("nan")
+    y = shift_conv2d(image, random_weight("statsq2", (4, 5, 3, 3)))
+    assert y[1].isnan().all() and not y[0].isnan().any()
+
+
+def test_the_programs_float_mode_does_not_matter(library):
+    weight = random_weight("denseshift3", (20, 64))
+    x = 1e-38 * randn(3, 64)
+    expected = reference.linear(x, weight)
+    torch.set_flush_denormal(True)
+    try:
+        y = shift_linear(x, weight)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, expected)
+
+
+def test_nothing_in_nothing_out(library):
+    weight = random_weight("denseshift3", (20, 64))
+    assert shift_linear(torch.empty(0, 64), weight).shape == (0, 20)
+    assert shift_linear(torch.empty(2, 0, 64), weight).shape == (2, 0, 20)
+    weight = random_weight("denseshift3", (20, 6, 3, 3))
+    assert shift_conv2d(torch.empty(0, 6, 5, 5), weight).shape == (0, 20, 3, 3)

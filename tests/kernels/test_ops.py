@@ -1,0 +1,187 @@
+"""The custom operators: what they refuse, and that PyTorch's compilers take them."""
+
+import warnings
+
+import pytest
+import torch
+from kernel_helpers import randn, random_weight
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import compiled, reference, shift_conv2d, shift_linear
+
+
+class Net(torch.nn.Module):
+    """A convolution and a linear layer with packed weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = random_weight("denseshift3", (16, 3, 3, 3)), random_weight("statsq4", (5, 16))
+        self.bias = torch.nn.Buffer(randn(16))
+
+    def forward(self, x):
+        y = shift_conv2d(x, self.first, self.bias, padding=1, relu=True)
+        return shift_linear(y.amax((2, 3)), self.second)
+
+
+def linear_args(dtype=torch.float32, **kwargs):
+    weight = random_weight("denseshift3", (20, 70))
+    x = randn(3, 70) if dtype == torch.float32 else torch.ones(3, 70, dtype=dtype)
+    scale = None if dtype == torch.float32 else torch.tensor(0.5)
+    return (x, weight.data, weight.levels, weight.scale, weight.sums, randn(20), scale, 3), kwargs
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"relu": True, "out_scale": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_opcheck_linear(library, dtype, kwargs):
+    args, kwargs = linear_args(dtype, **kwargs)
+    torch.library.opcheck(torch.ops.lowbit.shift_linear.default, args, kwargs)
+
+
+def test_opcheck_conv2d(library):
+    weight = random_weight("statsq2", (10, 5, 3, 3))
+    for x in (randn(2, 5, 8, 7), randn(2, 5, 8, 7).to(memory_format=torch.channels_last)):
+        args = (x, weight.data, weight.levels, weight.scale, weight.sums, None, None, 2, [3, 3], [2, 1], [1, 0], [1, 2])
+        torch.library.opcheck(torch.ops.lowbit.shift_conv2d.default, args)
+
+
+def test_compile_without_a_graph_break(library):
+    net, x = Net(), randn(2, 3, 9, 9)
+    made = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.equal(made(x), net(x))
+
+
+def test_export_keeps_the_operators(library):
+    net, x = Net(), randn(2, 3, 9, 9)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: batch}})
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "lowbit.shift_conv2d.default" in called and "lowbit.shift_linear.default" in called
+    x = randn(5, 3, 9, 9)
+    assert torch.equal(program.module()(x), net(x))
+
+
+@pytest.mark.slow
+def test_inductor_takes_the_operators(library):
+    net, x = Net(), randn(2, 3, 9, 9)
+    assert torch.equal(torch.compile(net, fullgraph=True)(x), net(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["denseshift2", "denseshift3", "denseshift4", "statsq4"])
+def test_inductor_compiles_the_pytorch_form(table):
+    w, x, bias = random_weight(table, (40, 130)), randn(9, 130), randn(40)
+
+    def form(x, data, bias):
+        return compiled.linear(x, data, w.levels, w.scale, w.sums, bias, None, w.bits, relu=True, out_scale=0.4)
+
+    made = torch.compile(form, fullgraph=True, dynamic=False)
+    for rows in (9, 1):
+        part = x[:rows].clone()
+        assert torch.equal(made(part, w.data, bias), reference.linear(part, w, bias, relu=True, out_scale=0.4))
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_pytorch_form_of_a_convolution():
+    w, x = random_weight("denseshift4", (8, 5, 3, 3)), randn(2, 5, 9, 8)
+
+    def form(x, data):
+        return compiled.conv2d(x, data, w.levels, w.scale, w.sums, None, None, w.bits, (3, 3), 8, padding=(1, 1))
+
+    made = torch.compile(form, fullgraph=True, dynamic=False)
+    assert torch.equal(made(x, w.data), reference.conv2d(x, w, padding=(1, 1)))
+
+
+def test_without_the_library_the_pytorch_form_serves_and_says_so_once(no_library):
+    weight, x = random_weight("denseshift4", (20, 70)), randn(3, 70)
+    with pytest.warns(UserWarning, match="LOWBIT_NATIVE=0"):
+        y = shift_linear(x, weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(shift_linear(x, weight), y)
+        image, kernel = randn(2, 5, 6, 6), random_weight("denseshift4", (4, 5, 3, 3))
+        assert torch.equal(shift_conv2d(image, kernel, padding=1), reference.conv2d(image, kernel, padding=(1, 1)))
+        assert shift_linear(torch.empty(0, 70), weight).shape == (0, 20)
+        assert shift_conv2d(torch.empty(0, 5, 6, 6), kernel).shape == (0, 4, 4, 4)
+    assert torch.equal(y, reference.linear(x, weight))
+
+
+def test_shapes_without_data():
+    weight = random_weight("denseshift3", (20, 70)).to("meta")
+    assert shift_linear(torch.empty(2, 3, 70, device="meta"), weight).shape == (2, 3, 20)
+    kernel = random_weight("denseshift3", (20, 7, 3, 2)).to("meta")
+    x = torch.empty(2, 7, 9, 9, device="meta")
+    y = shift_conv2d(x, kernel, stride=(2, 1), padding=(1, 0), dilation=2, out_scale=1.0)
+    assert y.shape == (2, 20, 4, 7) and y.dtype == torch.int8
+
+
+@pytest.fixture(params=["native", "pytorch form", "meta"])
+def form(request):
+    """Refusals are alike in all forms."""
+    request.getfixturevalue("no_library" if request.param == "pytorch form" else "library")
+    return request.param
+
+
+W = random_weight("denseshift3", (20, 70))
+C = random_weight("denseshift3", (20, 7, 3, 3))
+
+
+@pytest.mark.filterwarnings("ignore:lowbit's native kernels are not in use")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda to: shift_linear(to(randn(3, 70).double()), W), "x is torch.float64"),
+        (lambda to: shift_linear(to(randn(3, 70).half()), W), "x is torch.float16"),
+        (lambda to: shift_linear(to(randn(3, 129)), W), "K=129"),
+        (lambda to: shift_linear(to(torch.tensor(1.0)), W), r"x is \[\]"),
+        (lambda to: shift_linear(to(torch.ones(3, 70, dtype=torch.int8)), W), "x_scale has to say"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, x_scale=to(torch.ones(2))), "of 1 or 3 numbers"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, x_scale=to(torch.ones(1).double())), "x_scale is torch.float64"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, bias=to(torch.ones(19))), r"bias is torch.float32 \[19\]"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, low=-129), "low=-129"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, low=-1, high=128), "high=128"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, low=-5, high=0), "high=0"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, out_scale=0.0), "out_scale=0.0"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, out_scale=float("nan")), "out_scale=nan"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, out_low=-1, out_high=255), "out_low=-1"),
+        (lambda to: shift_linear(to(randn(3, 70)), C), "convolution's"),
+        (lambda to: shift_conv2d(to(randn(1, 7, 9, 9)), W), "linear layer's"),
+        (lambda to: shift_conv2d(to(randn(7, 9, 9)), C), r"x is \[7, 9, 9\]"),
+        (lambda to: shift_conv2d(to(randn(1, 70, 9, 9)), C), "packed is"),
+        (lambda to: shift_conv2d(to(randn(1, 7, 2, 9)), C), "smaller than the kernel"),
+        (lambda to: shift_conv2d(to(randn(1, 7, 9, 9)), C, stride=0), r"stride=\[0, 0\]"),
+        (lambda to: shift_conv2d(to(randn(1, 7, 9, 9)), C, padding=-1), r"padding=\[-1, -1\]"),
+    ],
+)
+def test_what_is_refused(form, call, message, monkeypatch):
+    where = "meta" if form == "meta" else "cpu"
+    for name in ("W", "C"):
+        monkeypatch.setitem(globals(), name, globals()[name].to(where))
+    with pytest.raises(LowbitError, match=message):
+        call(lambda tensor: tensor.to(where))
+
+
+def test_a_weight_elsewhere_is_refused(library):
+    with pytest.raises(LowbitError, match="packed is on meta, x on cpu"):
+        shift_linear(randn(3, 70), W.to("meta"))
+
+
+def test_wrong_parts_of_a_weight_are_refused(library):
+    def call(**changes):
+        parts = {"packed": W.data, "levels": W.levels, "scale": W.scale, "sums": W.sums, "bits": 3, **changes}
+        torch.ops.lowbit.shift_linear(
+            randn(2, 70), parts["packed"], parts["levels"], parts["scale"], parts["sums"], None, None, parts["bits"]
+        )
+
+    for changes, message in (
+        ({"bits": 5}, "bits=5"),
+        ({"bits": 2}, "packed is"),
+        ({"packed": W.data.to(torch.int8)}, "packed is torch.int8"),
+        ({"packed": W.data[:1]}, "packed is"),
+        ({"levels": [1] * 9}, "levels="),
+        ({"levels": [-200, 1]}, "levels="),
+        ({"scale": W.scale.double()}, "scale is torch.float64"),
+        ({"sums": W.sums.long()}, "sums is torch.int64"),
+        ({"sums": W.sums[:5]}, r"sums is torch.int32 \[5\]"),
+    ):
+        with pytest.raises(LowbitError, match=message):
+            call(**changes)
