@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 
 .PHONY: setup suite test lab bench notebooks clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed lowbit/kernels/_native.so
 
 # The environment is made once and used again until pyproject.toml changes. The mark is its checksum, not its date,
 # since a fresh clone has new dates.
@@ -26,6 +26,10 @@ $(VENV)/.installed: pyproject.toml
 	  $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'; \
 	  cksum pyproject.toml > $@; \
 	fi
+
+# Made while installing, and again when its sources change. Without a compiler everything works in PyTorch, more slowly.
+lowbit/kernels/_native.so: $(wildcard lowbit/kernels/csrc/*.[ch]) | $(VENV)/.installed
+	-$(BIN)/python -m lowbit.kernels.build
 
 suite: setup
 	$(BIN)/lowbit run --profile smoke -j $(JOBS)
