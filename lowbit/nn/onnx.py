@@ -72,12 +72,19 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
     """
     model = standard(model)
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise LowbitError(f"ONNX export needs the package {error.name!r}: pip install 'lowbit[onnx]'") from None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        torch.onnx.export(model, (example,), str(path), dynamo=True, external_data=False, verbose=False)
+        made = torch.onnx.export(model, (example,), dynamo=True, verbose=False).model_proto
+    # The exporter notes for each node where in this machine's files it comes from: nobody else's business, and large.
+    for part in (made, made.graph, *made.graph.node, *made.graph.value_info, *made.functions):
+        del part.metadata_props[:]
+    for function in made.functions:
+        for node in function.node:
+            del node.metadata_props[:]
+    onnx.save(made, str(path))
     return path

@@ -7,6 +7,7 @@ Where there is no such table the verdict is *no evidence*.
 
 import itertools
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,22 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_name("claims.yaml")
 METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
-KEYS = {"says", "table", "each", "a", "b", "value", "b_value", "times", "pair", "expected", "margin", "unit", "all"}
+KEYS = {
+    "says",
+    "table",
+    "each",
+    "a",
+    "b",
+    "value",
+    "b_value",
+    "times",
+    "pair",
+    "expected",
+    "margin",
+    "unit",
+    "all",
+    "log",
+}
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
     shown = str(path.relative_to(paths.project())) if path.is_relative_to(paths.project()) else path.name
     frame = pandas.read_csv(path)
     if "all" in item:
-        column = _column(frame, item["all"], item)
+        column = _column(_rows(frame, item["a"], item) if "a" in item else frame, item["all"], item)
         holds = bool(len(column)) and bool(column.astype(bool).all())
         note = f"{int(column.astype(bool).sum())} of {len(column)} checks hold"
         return Statement(item["says"], "reproduced" if holds else "not reproduced", table=shown, note=note)
@@ -173,15 +189,21 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
 
 def _values(frame: "pandas.DataFrame", rows: str, value: str | list[str], pair: str, item: dict[str, Any]):
     """One number a seed: the mean over its rows and over the columns, if there are several; None without rows."""
-    try:
-        chosen = frame.query(rows)
-    except Exception as error:  # pandas raises half a dozen kinds
-        raise LowbitError(f"{item['table']}: {rows!r} cannot be asked of it: {error}") from None
+    chosen = _rows(frame, rows, item)
     if chosen.empty:
         return None
     columns = [_column(chosen, name, item) for name in ([value] if isinstance(value, str) else value)]
     mean = sum(columns) / len(columns) * item.get("times", 1)
+    if item.get("log"):  # ratios, as of times, multiply
+        mean = mean.map(math.log)
     return mean.groupby(_column(chosen, pair, item)).mean()
+
+
+def _rows(frame: "pandas.DataFrame", rows: str, item: dict[str, Any]) -> "pandas.DataFrame":
+    try:
+        return frame.query(rows)
+    except Exception as error:  # pandas raises half a dozen kinds
+        raise LowbitError(f"{item['table']}: {rows!r} cannot be asked of it: {error}") from None
 
 
 def _column(frame: "pandas.DataFrame", name: str, item: dict[str, Any]):

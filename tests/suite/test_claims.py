@@ -108,6 +108,21 @@ def test_checks_hold_or_do_not(judged, holds, verdict):
     assert found.verdict == verdict and found.effect is None
 
 
+def test_some_checks_can_be_asked_alone(judged):
+    checks = [{"check": "1: a", "holds": 1}, {"check": "2: b", "holds": 0}]
+    one = {"says": "the first", "table": "made", "all": "holds", "a": "check.str.startswith('1')"}
+    assert judged(checks, one).verdict == "reproduced"
+    assert judged(checks, one | {"a": "check.str.startswith('3')"}).verdict == "not reproduced"  # none is not all
+
+
+def test_ratios_are_compared_by_their_logarithms(judged):
+    statement = {**STATEMENT, "each": {"bits": [2]}, "log": True, "pair": "repeat", "value": "us", "unit": ""}
+    times = [
+        {"arm": a, "bits": 2, "repeat": r, "us": t * (1 + r / 9)} for a, t in (("a", 8.0), ("b", 2.0)) for r in range(5)
+    ]
+    assert judged(times, statement).effect == pytest.approx(1.386294)  # ln 4
+
+
 def test_seeds_without_their_pair_are_refused(judged):
     with pytest.raises(LowbitError, match="pair"):
         judged(rows({2: 1.0, 3: 1.0})[1:])
