@@ -6,8 +6,8 @@ as the bytes of an int32 (`look_up`), and each row of the layout (see `lowbit.ke
 part of the activations.
 
 Every matrix product is exact: by `torch._int_mm` on CPU and CUDA, else by float32 products of so few terms that all
-sums stay below 2^24. Quantiser and epilogue are float32: on the CPU, compiled or not, they give the reference's bits; on
-a GPU Triton divides approximately unless ``torch._inductor.config.eager_numerics.division_rounding`` is set.
+sums stay below 2^24. Quantiser and epilogue are float32: on the CPU, compiled or not, they give the reference's bits;
+on a GPU Triton divides approximately unless ``torch._inductor.config.eager_numerics.division_rounding`` is set.
 
 Inductor's ``freezing`` would undo the packing: it folds the decoding away and keeps the weights wide.
 """

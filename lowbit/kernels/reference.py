@@ -28,9 +28,8 @@ def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 def dynamic_scale(x: Tensor, high: int) -> Tensor:
     """The scale that step 1 derives from float32 ``x``: one for each index of dim 0, kept dims; NaN if one is in it."""
-    divisor = torch.full(
-        (), high, dtype=x.dtype, device=x.device
-    )  # by a plain number CUDA would not divide: it multiplies
+    # A tensor, since CUDA multiplies by the inverse of a plain number.
+    divisor = torch.full((), high, dtype=x.dtype, device=x.device)
     return (x.abs().amax(dim=tuple(range(1, x.ndim)), keepdim=True) / divisor).clamp_min(SMALLEST_SCALE)
 
 

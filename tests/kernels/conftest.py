@@ -5,18 +5,12 @@ import platform
 import shutil
 
 import pytest
+from kernel_helpers import forget
 
 from lowbit.kernels import build, native
-from lowbit.kernels import ops as kernel_ops
 
 ARM = platform.machine().lower() in ("arm64", "aarch64")
 ISAS = ("portable", "neon", "neon_plain") if ARM else ("portable", "avx2", "avx512vnni", "amx")
-
-
-def forget() -> None:
-    """Makes `native` and the ops look again."""
-    native._load.cache_clear()
-    kernel_ops._use_native.cache_clear()
 
 
 @pytest.fixture(scope="session")

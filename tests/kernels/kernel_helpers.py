@@ -1,9 +1,9 @@
-"""Tables of levels and random problems that the kernels' tests share."""
+"""Tables of levels, random problems and a switch that the kernels' tests share."""
 
 import torch
 
 from lowbit.functional import denseshift_levels, s3_levels
-from lowbit.kernels import pack_weight
+from lowbit.kernels import native, ops, pack_weight
 
 
 def statsq_levels(bits):
@@ -51,3 +51,9 @@ MODES = {
         "out_high": 255,
     },
 }
+
+
+def forget() -> None:
+    """Makes `native` and the ops look again."""
+    native._load.cache_clear()
+    ops._use_native.cache_clear()

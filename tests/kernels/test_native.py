@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import forget
-from kernel_helpers import randn, random_weight
+from kernel_helpers import forget, randn, random_weight
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import build, native, shift_linear

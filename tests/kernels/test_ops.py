@@ -1,5 +1,8 @@
 """The custom operators: what they refuse, and that PyTorch's compilers take them."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -103,6 +106,23 @@ def test_without_the_library_the_pytorch_form_serves_and_says_so_once(no_library
         assert shift_linear(torch.empty(0, 70), weight).shape == (0, 20)
         assert shift_conv2d(torch.empty(0, 5, 6, 6), kernel).shape == (0, 4, 4, 4)
     assert torch.equal(y, reference.linear(x, weight))
+
+
+def test_the_pytorch_form_is_exact_without_vnni():
+    """There oneDNN adds products in 16 bits, with saturation; weights of 128 times 255 must not meet it."""
+    code = """
+import torch
+from lowbit.functional import denseshift_levels
+from lowbit.kernels import compiled, pack_weight
+w = pack_weight(torch.full((16, 64), 15), denseshift_levels(4))
+x = torch.full((4, 64), 255, dtype=torch.uint8)
+y = compiled.linear(x, w.data, w.levels, w.scale, w.sums, None, torch.ones(1), 4)
+assert (y == 64 * 255 * 128).all(), y
+"""
+    for isa in ("AVX2", "AVX512_CORE"):
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_shapes_without_data():

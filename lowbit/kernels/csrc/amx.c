@@ -1,8 +1,9 @@
 /* AMX: 16 rows of activations by 16 outputs by 64 k an instruction, unsigned by signed, summed in int32.
  *
- * Two by two tiles of sums. Two blocks of weights are decoded for a piece of k at a time, which stays in the first-level
- * cache; sums wait in memory between the pieces. A tile of activations is 16 rows of the map with one distance between
- * them, read in place: rows of a linear layer, neighbouring places of a line. Other rows are copied together first.
+ * Two by two tiles of sums. Two blocks of weights are decoded for a piece of k at a time, which stays in the
+ * first-level cache; sums wait in memory between the pieces. A tile of activations is 16 rows of the map with one
+ * distance between them, read in place: rows of a linear layer, neighbouring places of a line. Other rows are copied
+ * together first.
  *
  * The instructions have not met the real hardware: with -DLOWBIT_EMULATE_AMX the tiles are C functions
  * (amx_emulated.h), by which everything else in this file is tested on any processor with AVX-512. */
@@ -15,6 +16,7 @@
 #include <unistd.h>
 #endif
 #include <cpuid.h>
+#include <immintrin.h>
 #define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,amx-tile,amx-int8"
 #if defined(LOWBIT_EMULATE_AMX)
 #undef TARGET

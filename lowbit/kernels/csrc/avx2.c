@@ -50,7 +50,8 @@ LB_INLINE __m256i codes_of(const int bits, const int r, const uint8_t *p, int ha
 #undef PART
 }
 
-LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, int8_t *plane, lb_extra *extra) {
+LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, int8_t *plane,
+                           lb_extra *extra) {
   const uint8_t *p = job->packed + b * job->block_bytes;
   extra->count = 0;
   for (int64_t row = 0; row < job->used_k / 4; row += 8, p += bits * 64, plane += 8 * LB_ROW) {

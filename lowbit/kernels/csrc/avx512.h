@@ -1,14 +1,14 @@
-/* What the AVX-512 and the AMX kernels share: decoding by 64-entry tables, quantising, the epilogue. Include it after the
- * target pragma. */
+/* What the AVX-512 and the AMX kernels share: decoding by 64-entry tables, quantising, the epilogue. Include it after
+ * the target pragma. */
 #ifndef LOWBIT_AVX512_H
 #define LOWBIT_AVX512_H
 #include <immintrin.h>
 
 #include "generic.h"
 
-/* vpermb looks at 6 bits of each index byte. Where a code takes 2 or 4 of them, the table repeats itself over the others,
- * so that nothing has to be masked and rows 0-2 of 2-bit codes need no shift. Table r serves row r of each four. With
- * levels beyond int8 a second table holds the rest; `two` says so. */
+/* vpermb looks at 6 bits of each index byte. Where a code takes 2 or 4 of them, the table repeats itself over the
+ * others, so that nothing has to be masked and rows 0-2 of 2-bit codes need no shift. Table r serves row r of each
+ * four. With levels beyond int8 a second table holds the rest; `two` says so. */
 typedef struct {
   __m512i first[4], rest[4], top[4];
 } lb_tables;
@@ -58,8 +58,8 @@ LB_INLINE __m512i lb_weights(const int bits, const int r, __m512i index, const _
   return _mm512_permutexvar_epi8(index, table[bits == 4 ? 0 : r & 3]);
 }
 
-/* Decodes rows row0 ... row1-1 (multiples of 8) of one block: into `plane` what int8 holds, unless it is NULL; and, with
- * `two`, appended to `extra` what is beyond. */
+/* Decodes rows row0 ... row1-1 (multiples of 8) of one block: into `plane` what int8 holds, unless it is NULL; and,
+ * with `two`, appended to `extra` what is beyond. */
 LB_INLINE void lb_decode_bits(const int bits, const int two, const lb_job *job, int64_t b, int64_t row0, int64_t row1,
                               const lb_tables *t, int8_t *plane, lb_extra *extra) {
   const uint8_t *p = job->packed + b * job->block_bytes + row0 / 8 * (bits * 64);

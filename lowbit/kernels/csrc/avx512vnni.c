@@ -1,12 +1,13 @@
 /* AVX-512 with VBMI and VNNI: unsigned activations times signed weights, 64 products an instruction, summed in int32.
  *
- * A tile of up to 8 rows by 2 blocks of outputs stays in registers over the whole of K, while weights go from packed bytes
- * through a table straight into the products. That is as quick with many rows as decoding the weights once for all tiles:
- * a look-up costs 1/8 of the products it serves, and packed bytes come from the caches with less traffic. */
+ * A tile of up to 8 rows by 2 blocks of outputs stays in registers over the whole of K, while weights go from packed
+ * bytes through a table straight into the products. That is as quick with many rows as decoding the weights once for
+ * all tiles: a look-up costs 1/8 of the products it serves, and packed bytes come from the caches with less traffic. */
 #include "internal.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni"))), \
                              apply_to = function)
@@ -108,7 +109,7 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
       TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1)};
   const lb_tables t = lb_make_tables(job);
   const int two = lb_needs_two(job);
-  const int may_be_dense = two && job->bits == 4, few = may_be_dense && row1 - row0 <= TILE; /* too few for a list to pay */
+  const int may_be_dense = two && job->bits == 4, few = may_be_dense && row1 - row0 <= TILE; /* a list does not pay */
   lb_extra extra[2] = {{0}, {0}};
   if (two && !few && lb_alloc_extra(extra, job->k, 2)) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b += 2) {
@@ -116,7 +117,7 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
     int dense = few;
     if (two && !few) {
       for (int h = 0; h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
-      dense = may_be_dense && extra[0].count + extra[blocks - 1].count > job->used_k / 4; /* more than half of the rows */
+      dense = may_be_dense && extra[0].count + extra[blocks - 1].count > job->used_k / 4; /* over half the rows */
     }
     for (int64_t m = row0; m < row1; m += TILE)
       kernels[dense ? 3 : job->bits - 2][lb_min(TILE, row1 - m) - 1](job, m, b, blocks, &t, extra);

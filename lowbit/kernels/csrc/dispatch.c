@@ -1,4 +1,4 @@
-/* Chooses the instruction set, and drives one call: quantise a part of the input, multiply it, go on to the next part. */
+/* Chooses the instruction set, and drives one call: quantise a part of the input, multiply it, take the next part. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>

@@ -16,7 +16,8 @@ enum { LB_FLOAT32 = 0, LB_INT8 = 1, LB_UINT8 = 2 };
 enum { LB_OK = 0, LB_NO_MEMORY = 1, LB_WRONG_ARGS = 2, LB_UNKNOWN_ISA = 3, LB_UNAVAILABLE_ISA = 4 };
 
 /* A convolution of x [batch][height][width][channels] (channels fastest) with the packed weights, to
- * out [batch][height'][width'][outputs]. A linear layer is one with 1x1 images and a 1x1 kernel. All fields have 8 bytes. */
+ * out [batch][height'][width'][outputs]. A linear layer is one with 1x1 images and a 1x1 kernel. All fields have 8
+ * bytes. */
 typedef struct {
   const void *x;
   const uint8_t *packed;
@@ -41,7 +42,7 @@ typedef struct {
 } lb_args;
 
 LB_PUBLIC int lb_abi(void);
-/* Comma-separated names of the instruction sets that this processor (or, with all != 0, this build) offers, best first. */
+/* Comma-separated names of the instruction sets that this processor (all != 0: this build) offers, best first. */
 LB_PUBLIC const char *lb_isas(int all);
 LB_PUBLIC const char *lb_isa(void);         /* the one in use */
 LB_PUBLIC int lb_select(const char *name);  /* NULL: the best */

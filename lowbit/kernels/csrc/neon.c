@@ -1,5 +1,5 @@
 /* Arm: signed activations times signed weights. With the dot-product extension 16 products an instruction, summed in
- * int32; without it products of 16 bits, added in pairs into 32. 128 is split into 127 and 1, as in the other kernels. */
+ * int32; without it products of 16 bits, added in pairs into 32. 128 is split into 127 and 1, as in the others. */
 #include "internal.h"
 
 #if defined(__aarch64__)
@@ -159,5 +159,6 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
 static int available(void) { return 1; }
 
 const lb_isa_table lb_neon = {"neon", available, 1, lb_generic_absmax, lb_generic_quantize, product, 4};
-const lb_isa_table lb_neon_plain = {"neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, 4};
+const lb_isa_table lb_neon_plain = {
+    "neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, 4};
 #endif

@@ -82,7 +82,8 @@ static int problem(int number) {
   a.out_scale = a.out_type == LB_FLOAT32 ? 1.0 : 0.37;
 
   const size_t values = (size_t)(a.batch * a.height * a.width * c);
-  const size_t outs = (size_t)(a.batch * out_h * out_w * a.outputs), packed_bytes = (size_t)(blocks * k_padded * 2 * a.bits);
+  const size_t outs = (size_t)(a.batch * out_h * out_w * a.outputs);
+  const size_t packed_bytes = (size_t)(blocks * k_padded * 2 * a.bits);
   const size_t x_size = a.x_type == LB_FLOAT32 ? 4 : 1, out_size = a.out_type == LB_FLOAT32 ? 4 : 1;
   void *x = get(values * x_size);
   uint8_t *packed = get(packed_bytes), *codes = get((size_t)(a.outputs * taps * c));
@@ -158,7 +159,8 @@ static int problem(int number) {
       }
       wrong |= status;
       if (wrong)
-        printf("problem %d differs: %s, %d threads, %d bits, status %d\n", number, name, (int)a.threads, (int)a.bits, status);
+        printf("problem %d differs: %s, %d threads, %d bits, status %d\n", number, name, (int)a.threads, (int)a.bits,
+               status);
     }
   }
   free(x), free(packed), free(codes), free(scale), free(bias), free(x_scale), free(sums), free(out), free(expected);

@@ -1,8 +1,8 @@
 /* A small pool of threads, and buffers that each thread keeps.
  *
- * One call at a time uses the pool; a second Python thread that comes meanwhile works alone: results are the same. Items
- * are handed out in ranges as threads get free; workers that wake up too late for a call are not waited for. They look for
- * the next call for some microseconds before they sleep.
+ * One call at a time uses the pool; a second Python thread that comes meanwhile works alone: results are the same.
+ * Items are handed out in ranges as threads get free; workers that wake up too late for a call are not waited for. They
+ * look for the next call for some microseconds before they sleep.
  * After a fork the child starts its own pool. */
 #define _GNU_SOURCE
 #include <pthread.h>
