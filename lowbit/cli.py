@@ -12,7 +12,6 @@ import typer
 from lowbit.benchmarks import cli as benchmarks
 from lowbit.data import cli as data
 from lowbit.errors import LowbitError
-from lowbit.nn import cli as deploy
 from lowbit.suite import cli as suite
 from lowbit.training import cli as training
 

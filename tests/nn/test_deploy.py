@@ -236,3 +236,19 @@ def test_packed_linear_takes_any_batch_shape():
     layer = next(m for m in lowbit.pack(model.eval()).modules() if isinstance(m, PackedLinear))
     x = torch.randn(2, 3, layer.shape[1])
     assert torch.equal(layer(x)[1, 2], layer(x[1, 2]))
+
+
+def test_the_pack_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from lowbit.cli import app
+
+    model = quantized("resnet8", weight=DenseShift(bits=3), activation=LSQ(bits=4), first_last=8)
+    path, out = lowbit.save(model, tmp_path / "model.safetensors"), tmp_path / "packed.safetensors"
+    result = CliRunner().invoke(app, ["pack", str(path), str(out)])
+    assert result.exit_code == 0 and "packed" in result.stdout and "codes" in result.stdout
+    with torch.no_grad():
+        assert torch.equal(lowbit.load(out)(images()), lowbit.pack(model)(images()))
+    assert out.stat().st_size < path.stat().st_size / 9
+    assert CliRunner().invoke(app, ["pack", str(tmp_path / "none"), str(out)]).exit_code == 2
+    assert CliRunner().invoke(app, ["pack", str(out), str(tmp_path / "again")]).exit_code == 2

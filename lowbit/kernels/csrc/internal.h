@@ -63,7 +63,7 @@ extern const lb_isa_table lb_neon, lb_neon_plain;
 typedef void (*lb_range_fn)(void *arg, int64_t begin, int64_t end);
 void lb_parallel(int64_t threads, int64_t items, int64_t grain, lb_range_fn fn, void *arg);
 
-/* A buffer of this thread, aligned to 64 bytes, that keeps its place until more is asked of the slot; NULL: no memory. */
+/* A buffer of this thread, aligned to 64 bytes, kept until more is asked of the slot; NULL: no memory. */
 enum { LB_SLOT_MAP, LB_SLOT_ROWS, LB_SLOT_WINDOWS, LB_SLOT_DECODED, LB_SLOT_EXTRA, LB_SLOT_SUMS, LB_SLOTS };
 void *lb_scratch(int slot, size_t bytes);
 void lb_scratch_trim(void); /* gives back what is unusually large */
