@@ -12,6 +12,7 @@ import typer
 from lowbit.benchmarks import cli as benchmarks
 from lowbit.data import cli as data
 from lowbit.errors import LowbitError
+from lowbit.kernels import cli as kernels
 from lowbit.suite import cli as suite
 from lowbit.training import cli as training
 
@@ -37,16 +38,8 @@ def _plain_errors(command: Callable) -> Callable:
     return wrapped
 
 
-for command in (
-    suite.run,
-    suite.check,
-    suite.accept,
-    suite.claims,
-    suite.mutate,
-    suite.doctor,
-    training.train,
-    deploy.pack,
-):
+OF_SUITE = (suite.run, suite.check, suite.accept, suite.claims, suite.mutate, suite.doctor)
+for command in (*OF_SUITE, training.train, kernels.pack):
     app.command()(_plain_errors(command))
 app.add_typer(data.app, name="data", help="The data sets: what is there, where it comes from, is it whole.")
 app.add_typer(benchmarks.app, name="bench", help="Benchmarks: ratios measured in one run.")
