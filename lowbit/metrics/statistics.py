@@ -74,7 +74,9 @@ class Effect:
     def __str__(self) -> str:
         half = (self.high - self.low) / 2
         # Two significant digits of the uncertainty say how many decimals mean anything.
-        decimals = max(0, 1 - math.floor(math.log10(half))) if half > 0 else None
+        # An interval of no more than rounding error, as of equal differences, says nothing about decimals.
+        wide = half > 1e-9 * max(1, abs(self.mean))
+        decimals = max(0, 1 - math.floor(math.log10(half))) if wide else None
         mean, low, high = (
             f"{value:+.3g}" if decimals is None else f"{value:+.{decimals}f}"
             for value in (self.mean, self.low, self.high)

@@ -13,8 +13,6 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.packing import PackedWeight
 from lowbit.quantizers.base import IntegerForm
 
-ACTIVATIONS = ("int8", "float")
-
 
 class PackedLayer(nn.Module):
     """What `PackedLinear` and `PackedConv2d` share: the packed weight, and how the input becomes whole numbers.

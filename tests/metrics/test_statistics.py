@@ -186,3 +186,8 @@ def test_summary_of_groups():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(LowbitError, match=message):
         call()
+
+
+def test_an_interval_of_rounding_error_does_not_ask_for_sixteen_decimals():
+    effect = paired_difference([50.0 - 1 / 9, 60.0 - 1 / 9], [50.0, 60.0], unit="points")
+    assert str(effect).startswith("-0.111 points")
