@@ -16,9 +16,9 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
-ABI = 1
-# lb_args: 7 pointers, integers, out_scale, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
-_ARGS = struct.Struct("=7Q 24q d 16h")
+ABI = 2
+# lb_args: 8 pointers, integers, 2 scales, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
+_ARGS = struct.Struct("=8Q 25q 2d 16h")
 
 
 @functools.cache
@@ -105,12 +105,10 @@ def use(name: str) -> Iterator[None]:
         _select(library, before)
 
 
-def run(
-    pointers: tuple[int, int, int, int, int, int, int], numbers: tuple[int, ...], out_scale: float, levels: list[int]
-) -> None:
+def run(pointers: tuple[int, ...], numbers: tuple[int, ...], scales: tuple[float, float], levels: list[int]) -> None:
     """One call of ``lb_run``; the arguments are the fields of ``lb_args`` in order."""
     levels = [*levels, *[0] * (16 - len(levels))]
-    status = _load()[0].lb_run(_ARGS.pack(*pointers, *numbers, out_scale, *levels))
+    status = _load()[0].lb_run(_ARGS.pack(*pointers, *numbers, *scales, *levels))
     if status == 1:
         raise MemoryError("the native kernels could not get their working memory")
     if status:

@@ -352,15 +352,15 @@ def _run(
     x_scale = None if x_scale is None else x_scale.contiguous()
     pointers = (
         x.data_ptr(), packed.data_ptr(), scale.data_ptr(), sums.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(),
+        0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(), 0,
     )  # fmt: skip
     native.run(
         pointers,
         (
             _TYPES[x.dtype], _TYPES[out.dtype], 0 if x_scale is None else x_scale.numel(), bits, *geometry, low, high,
-            relu, out_low, out_high, torch.get_num_threads(),
+            relu, out_low, out_high, torch.get_num_threads(), 0,
         ),
-        1.0 if out_scale is None else out_scale,
+        (1.0 if out_scale is None else out_scale, 1.0),
         levels,
     )  # fmt: skip
 

@@ -187,9 +187,10 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
         }
         if (t0 + tiles < k_tiles) continue;
         for (int64_t m = row; m < lb_min(row + 2 * ROWS, row1); m++)
-          for (int h = 0; h < blocks; h++)
-            lb_finish512(job, m, b + h,
-                         _mm512_loadu_si512(c + ((m - row) / ROWS * 2 + h) * 256 + (m - row) % ROWS * 16));
+          for (int h = 0; h < blocks; h++) {
+            const __m512i acc = _mm512_loadu_si512(c + ((m - row) / ROWS * 2 + h) * 256 + (m - row) % ROWS * 16);
+            lb_finish512(job, m, 1, b + h, &acc, 0);
+          }
       }
     }
   }

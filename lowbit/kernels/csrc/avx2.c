@@ -22,7 +22,7 @@ typedef struct {
 
 static tables make_tables(const lb_job *job) {
   int8_t first[16], rest[16];
-  tables t = {.two = 0};
+  tables t = {.two = job->bits == 8};
   for (int i = 0; i < 16; i++) {
     const int level = job->levels[i];
     first[i] = (int8_t)(level > SAFE ? SAFE : level < -SAFE ? -SAFE : level);
@@ -69,6 +69,25 @@ LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const t
         extra->count += !_mm256_testz_si256(any, any);
       }
     }
+  }
+}
+
+/* 8 bits: nearly every row has something beyond the first plane's range. */
+static void split_bytes(const lb_job *job, int64_t b, int8_t *plane, lb_extra *extra) {
+  const __m256i most = _mm256_set1_epi8(SAFE), least = _mm256_set1_epi8(-SAFE);
+  const uint8_t *p = job->packed + b * job->block_bytes;
+  extra->count = 0;
+  for (int64_t row = 0; row < job->used_k / 4; row++, p += LB_ROW, plane += LB_ROW) {
+    __m256i any = _mm256_setzero_si256();
+    for (int half = 0; half < 2; half++) {
+      const __m256i w = _mm256_loadu_si256((const __m256i *)(p + 32 * half));
+      const __m256i first = _mm256_min_epi8(_mm256_max_epi8(w, least), most), rest = _mm256_sub_epi8(w, first);
+      _mm256_store_si256((__m256i *)(plane + 32 * half), first);
+      _mm256_store_si256((__m256i *)(extra->rows + extra->count * LB_ROW + 32 * half), rest);
+      any = _mm256_or_si256(any, rest);
+    }
+    extra->index[extra->count] = (int32_t)row;
+    extra->count += !_mm256_testz_si256(any, any);
   }
 }
 
@@ -155,7 +174,8 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   for (int64_t b = block0; b < block1; b++) {
     if (job->bits == 2) decode_bits(2, job, b, &t, plane, &extra);
     else if (job->bits == 3) decode_bits(3, job, b, &t, plane, &extra);
-    else decode_bits(4, job, b, &t, plane, &extra);
+    else if (job->bits == 4) decode_bits(4, job, b, &t, plane, &extra);
+    else split_bytes(job, b, plane, &extra);
     for (int64_t m = row0; m < row1; m += TILE)
       tiles[job->largest <= SMALL][lb_min(TILE, row1 - m) - 1](job, m, b, plane, &extra);
   }

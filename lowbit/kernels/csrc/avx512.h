@@ -85,7 +85,27 @@ static __attribute__((unused)) void lb_decode(const lb_job *job, int64_t b, int6
                                               const lb_tables *t, int8_t *plane) {
   if (job->bits == 2) lb_decode_bits(2, 0, job, b, row0, row1, t, plane, NULL);
   else if (job->bits == 3) lb_decode_bits(3, 0, job, b, row0, row1, t, plane, NULL);
-  else lb_decode_bits(4, 0, job, b, row0, row1, t, plane, NULL);
+  else if (job->bits == 4) lb_decode_bits(4, 0, job, b, row0, row1, t, plane, NULL);
+  else
+    for (int64_t row = row0; row < row1; row++, plane += LB_ROW)
+      _mm512_store_si512(plane, _mm512_loadu_si512(job->packed + b * job->block_bytes + row * LB_ROW));
+}
+
+/* Whether most of a sample of block b's rows of 4-bit codes hold something beyond int8. */
+LB_INLINE int lb_mostly_extra(const lb_job *job, int64_t b, const lb_tables *t) {
+  const int64_t groups = job->used_k / 32, step = groups / 8 + 1;
+  int64_t rows = 0, found = 0;
+  for (int64_t g = 0; g < groups; g += step) {
+    __m512i v[4];
+    lb_load_group(4, job->packed + b * job->block_bytes + g * 256, v);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+      const __m512i rest = lb_weights(4, r, lb_index(4, r, v, t), t->rest);
+      found += _mm512_test_epi8_mask(rest, rest) != 0;
+    }
+    rows += 8;
+  }
+  return found * 2 > rows;
 }
 
 /* Lists what of block b is beyond int8. Activations at its pads are zero, so they need no care. */
@@ -103,24 +123,44 @@ LB_INLINE __m512i lb_steps512(__m512 x, __m512 scale, __m512 low, __m512 high) {
   return _mm512_cvtps_epi32(v); /* half to even: lb_parallel sets the default rounding */
 }
 
-/* The epilogue of one row and one block of outputs, as lb_finish. */
-LB_INLINE void lb_finish512(const lb_job *job, int64_t row, int64_t block, __m512i acc) {
-  const int64_t n0 = block * 16, left = job->outputs - n0;
+/* The epilogue of `rows` rows and one block of outputs, as lb_finish. Everything that rows share is loaded once: the
+ * compiler could not know that the outputs don't overwrite it. */
+LB_INLINE void lb_finish512(const lb_job *job, int64_t row, const int rows, int64_t block, const __m512i *acc,
+                            const int step) {
+  const int64_t n0 = block * 16, left = job->outputs - n0, outputs = job->outputs;
   const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-  if (job->zero) { /* 128 or -128 */
-    const __m512i correction = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, job->sums + n0), 7);
-    acc = job->zero > 0 ? _mm512_sub_epi32(acc, correction) : _mm512_add_epi32(acc, correction);
-  }
-  __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(job->row_scale[row]));
-  y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, job->scale + n0));
-  if (job->bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, job->bias + n0));
-  if (job->relu) y = _mm512_max_ps(_mm512_setzero_ps(), y); /* this way round NaN stays NaN */
-  if (job->out_type == LB_FLOAT32) {
-    _mm512_mask_storeu_ps((float *)job->out + row * job->outputs + n0, mask, y);
-  } else {
-    const __m512i q = lb_steps512(y, _mm512_set1_ps(job->out_scale), _mm512_set1_ps(job->out_low),
-                                  _mm512_set1_ps(job->out_high));
-    _mm512_mask_cvtepi32_storeu_epi8((char *)job->out + row * job->outputs + n0, mask, q);
+  const int zero = job->zero, relu = job->relu, out_type = job->out_type, add_type = job->add_type;
+  const __m512 scale = _mm512_maskz_loadu_ps(mask, job->scale + n0);
+  const __m512 bias = job->bias ? _mm512_maskz_loadu_ps(mask, job->bias + n0) : _mm512_setzero_ps();
+  const int has_bias = job->bias != NULL; /* adding 0 would turn -0 into 0 */
+  const __m512 add_scale = _mm512_set1_ps(job->add_scale), out_scale = _mm512_set1_ps(job->out_scale);
+  const __m512 low = _mm512_set1_ps(job->out_low), high = _mm512_set1_ps(job->out_high);
+  const float *row_scale = job->row_scale + row;
+  const char *add = job->add;
+  char *out = job->out;
+  __m512i correction = _mm512_setzero_si512(); /* zero is 0, 128 or -128 */
+  if (zero) correction = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, job->sums + n0), 7);
+  if (zero < 0) correction = _mm512_sub_epi32(_mm512_setzero_si512(), correction);
+  int64_t at = row * outputs + n0;
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++, at += outputs) {
+    __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r * step], correction));
+    y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(row_scale[r])), scale);
+    if (has_bias) y = _mm512_add_ps(y, bias);
+    if (add) {
+      __m512 more;
+      if (add_type == LB_FLOAT32) {
+        more = _mm512_maskz_loadu_ps(mask, (const float *)add + at);
+      } else {
+        const __m128i bytes = _mm_maskz_loadu_epi8(mask, add + at);
+        const __m512i q = add_type == LB_INT8 ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+        more = _mm512_mul_ps(_mm512_cvtepi32_ps(q), add_scale);
+      }
+      y = _mm512_add_ps(y, more);
+    }
+    if (relu) y = _mm512_max_ps(_mm512_setzero_ps(), y); /* this way round NaN stays NaN */
+    if (out_type == LB_FLOAT32) _mm512_mask_storeu_ps((float *)out + at, mask, y);
+    else _mm512_mask_cvtepi32_storeu_epi8(out + at, mask, lb_steps512(y, out_scale, low, high));
   }
 }
 

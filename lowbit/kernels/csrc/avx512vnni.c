@@ -25,16 +25,17 @@ LB_INLINE __m512i four(const uint8_t *a) {
   return _mm512_set1_epi32(bytes);
 }
 
-/* R rows by two blocks (the second may be the first once more, then only one is kept). With R <= 2 neighbouring rows of
- * weights add into different registers, to keep the multipliers busy: U of them for each result. `two`: weights beyond
+/* R rows by B blocks, one or two. With few sums neighbouring rows of weights add into different registers, to keep the
+ * multipliers busy: U of them for each result. `two`: weights beyond
  * int8 have a second table, looked up for all; else extra[] lists them, if there are any. */
-LB_INLINE void tile(const int bits, const int two, const int R, const lb_job *job, int64_t row, int64_t block,
-                    int blocks, const lb_tables *t, const lb_extra extra[2]) {
-  const int U = R == 1 ? 4 : R == 2 ? 2 : 1;
+LB_INLINE void tile(const int bits, const int two, const int B, const int R, const lb_job *job, int64_t row,
+                    int64_t block, const lb_tables *t, const lb_extra extra[2]) {
+  const int U = R == 1 ? 4 : R == 2 || B == 1 ? 2 : 1;
   const int step = bits * 64;
-  const uint8_t *p = job->packed + block * job->block_bytes, *q = blocks > 1 ? p + job->block_bytes : p;
+  const uint8_t *p[2] = {job->packed + block * job->block_bytes};
   const uint8_t *a[TILE];
   __m512i acc[2][TILE][4];
+  if (B == 2) p[1] = p[0] + job->block_bytes;
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     a[r] = job->map + job->row_start[row + r];
@@ -43,41 +44,49 @@ LB_INLINE void tile(const int bits, const int two, const int R, const lb_job *jo
   }
   for (int s = 0; s < job->n_spans; s++) {
     const int64_t end = job->spans[s].offset + job->spans[s].length;
-    for (int64_t k = job->spans[s].offset; k < end; k += 32, p += step, q += step) {
+    for (int64_t k = job->spans[s].offset; k < end; k += 32) {
       __m512i v[2][4];
-      lb_load_group(bits, p, v[0]);
-      lb_load_group(bits, q, v[1]);
-#pragma GCC unroll 4
-      for (int i = 0; i < bits; i++) {
-        _mm_prefetch((const char *)p + bits * 1024 + 64 * i, _MM_HINT_T0);
-        _mm_prefetch((const char *)q + bits * 1024 + 64 * i, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int h = 0; h < B; h++) {
+        if (bits < 8) lb_load_group(bits, p[h], v[h]);
+#pragma GCC unroll 8
+        for (int i = 0; i < bits; i++) _mm_prefetch((const char *)p[h] + bits * 1024 + 64 * i, _MM_HINT_T0);
       }
 #pragma GCC unroll 8
       for (int g = 0; g < 8; g++) {
-        const __m512i i0 = lb_index(bits, g, v[0], t), i1 = lb_index(bits, g, v[1], t);
-        const __m512i w0 = lb_weights(bits, g, i0, t->first), w1 = lb_weights(bits, g, i1, t->first);
+        __m512i w[2], rest[2];
         const int u = g & (U - 1);
+#pragma GCC unroll 2
+        for (int h = 0; h < B; h++) {
+          if (bits == 8) {
+            w[h] = _mm512_loadu_si512(p[h] + 64 * g);
+          } else {
+            const __m512i index = lb_index(bits, g, v[h], t);
+            w[h] = lb_weights(bits, g, index, t->first);
+            if (two) rest[h] = lb_weights(bits, g, index, t->rest);
+          }
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           const __m512i x = four(a[r] + k + 4 * g);
-          acc[0][r][u] = _mm512_dpbusd_epi32(acc[0][r][u], x, w0);
-          acc[1][r][u] = _mm512_dpbusd_epi32(acc[1][r][u], x, w1);
-          if (two) {
-            acc[0][r][u] = _mm512_dpbusd_epi32(acc[0][r][u], x, lb_weights(bits, g, i0, t->rest));
-            acc[1][r][u] = _mm512_dpbusd_epi32(acc[1][r][u], x, lb_weights(bits, g, i1, t->rest));
+#pragma GCC unroll 2
+          for (int h = 0; h < B; h++) {
+            acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, w[h]);
+            if (two && bits < 8) acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, rest[h]);
           }
         }
       }
+#pragma GCC unroll 2
+      for (int h = 0; h < B; h++) p[h] += step;
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int u = 1; u < U; u++)
-      for (int h = 0; h < 2; h++) acc[h][r][0] = _mm512_add_epi32(acc[h][r][0], acc[h][r][u]);
+      for (int h = 0; h < B; h++) acc[h][r][0] = _mm512_add_epi32(acc[h][r][0], acc[h][r][u]);
 #pragma GCC unroll 2
-  for (int h = 0; h < 2; h++) {
-    if (h == blocks) break;
+  for (int h = 0; h < B; h++) {
     if (!two)
       for (int64_t i = 0; i < extra[h].count; i++) {
         const __m512i rest = _mm512_load_si512(extra[h].rows + i * LB_ROW);
@@ -85,42 +94,40 @@ LB_INLINE void tile(const int bits, const int two, const int R, const lb_job *jo
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) acc[h][r][0] = _mm512_dpbusd_epi32(acc[h][r][0], four(a[r] + k), rest);
       }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) lb_finish512(job, row + r, block + h, acc[h][r][0]);
+    lb_finish512(job, row, R, block + h, acc[h][0], 4);
   }
 }
 
-#define KERNEL(BITS, TWO, R) \
-  static __attribute__((noinline)) void tile_##BITS##_##TWO##_##R(const lb_job *job, int64_t row, int64_t block, \
-                                                                  int blocks, const lb_tables *t, \
-                                                                  const lb_extra extra[2]) { \
-    tile(BITS, TWO, R, job, row, block, blocks, t, extra); \
+typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const lb_extra *);
+#define KERNEL(BITS, TWO, B, R) \
+  static __attribute__((noinline)) void tile_##BITS##_##TWO##_##B##_##R( \
+      const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) { \
+    tile(BITS, TWO, B, R, job, row, block, t, extra); \
   }
-#define KERNELS(BITS, TWO) \
-  KERNEL(BITS, TWO, 1) KERNEL(BITS, TWO, 2) KERNEL(BITS, TWO, 3) KERNEL(BITS, TWO, 4) \
-  KERNEL(BITS, TWO, 5) KERNEL(BITS, TWO, 6) KERNEL(BITS, TWO, 7) KERNEL(BITS, TWO, 8)
-#define TABLE(BITS, TWO) \
-  {tile_##BITS##_##TWO##_1, tile_##BITS##_##TWO##_2, tile_##BITS##_##TWO##_3, tile_##BITS##_##TWO##_4, \
-   tile_##BITS##_##TWO##_5, tile_##BITS##_##TWO##_6, tile_##BITS##_##TWO##_7, tile_##BITS##_##TWO##_8}
-KERNELS(2, 0) KERNELS(3, 0) KERNELS(4, 0) KERNELS(4, 1)
+#define KERNELS(BITS, TWO, B) \
+  KERNEL(BITS, TWO, B, 1) KERNEL(BITS, TWO, B, 2) KERNEL(BITS, TWO, B, 3) KERNEL(BITS, TWO, B, 4) \
+  KERNEL(BITS, TWO, B, 5) KERNEL(BITS, TWO, B, 6) KERNEL(BITS, TWO, B, 7) KERNEL(BITS, TWO, B, 8)
+#define ENTRIES(BITS, TWO, B) \
+  {tile_##BITS##_##TWO##_##B##_1, tile_##BITS##_##TWO##_##B##_2, tile_##BITS##_##TWO##_##B##_3, \
+   tile_##BITS##_##TWO##_##B##_4, tile_##BITS##_##TWO##_##B##_5, tile_##BITS##_##TWO##_##B##_6, \
+   tile_##BITS##_##TWO##_##B##_7, tile_##BITS##_##TWO##_##B##_8}
+#define TABLE(BITS, TWO) {ENTRIES(BITS, TWO, 1), ENTRIES(BITS, TWO, 2)}
+KERNELS(2, 0, 1) KERNELS(3, 0, 1) KERNELS(4, 0, 1) KERNELS(4, 1, 1) KERNELS(8, 0, 1)
+KERNELS(2, 0, 2) KERNELS(3, 0, 2) KERNELS(4, 0, 2) KERNELS(4, 1, 2) KERNELS(8, 0, 2)
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
-  static void (*const kernels[4][TILE])(const lb_job *, int64_t, int64_t, int, const lb_tables *, const lb_extra *) = {
-      TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1)};
+  static tile_fn *const kernels[5][2][TILE] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
   const lb_tables t = lb_make_tables(job);
-  const int two = lb_needs_two(job);
-  const int may_be_dense = two && job->bits == 4, few = may_be_dense && row1 - row0 <= TILE; /* a list does not pay */
+  const int two = lb_needs_two(job), kind = job->bits == 8 ? 4 : job->bits - 2;
   lb_extra extra[2] = {{0}, {0}};
-  if (two && !few && lb_alloc_extra(extra, job->k, 2)) return LB_NO_MEMORY;
+  if (two && lb_alloc_extra(extra, job->k, 2)) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b += 2) {
     const int blocks = (int)lb_min(2, block1 - b);
-    int dense = few;
-    if (two && !few) {
-      for (int h = 0; h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
-      dense = may_be_dense && extra[0].count + extra[blocks - 1].count > job->used_k / 4; /* over half the rows */
-    }
+    /* for few rows a list does not pay */
+    const int dense = two && job->bits == 4 && (row1 - row0 <= TILE || lb_mostly_extra(job, b, &t));
+    for (int h = 0; two && !dense && h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
     for (int64_t m = row0; m < row1; m += TILE)
-      kernels[dense ? 3 : job->bits - 2][lb_min(TILE, row1 - m) - 1](job, m, b, blocks, &t, extra);
+      kernels[dense ? 3 : kind][blocks - 1][lb_min(TILE, row1 - m) - 1](job, m, b, &t, extra);
   }
   return LB_OK;
 }

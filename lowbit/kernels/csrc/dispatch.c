@@ -146,6 +146,16 @@ static void fill_lines(void *argument, int64_t begin, int64_t end) {
     if (r->whole_line) {
       store(r, x, a->width * c, scale, at);
       at += a->width * c;
+    } else if (r->place == 4) { /* few channels: the line at once, to the end of its room, then spread from there */
+      const uint8_t *from = at + a->width * (4 - c);
+      store(r, x, a->width * c, scale, at + a->width * (4 - c));
+      uint32_t keep = 0, values;
+      memset(&keep, 255, (size_t)c);
+      for (int64_t place = 0; place < a->width; place++, at += 4, from += c) {
+        memcpy(&values, from, 4); /* behind the last one lies room for the border or the next line */
+        values &= keep;
+        memcpy(at, &values, 4);
+      }
     } else {
       for (int64_t place = 0; place < a->width; place++, at += r->place, x += (size_t)c * x_bytes(a)) {
         store(r, x, c, scale, at);
@@ -156,14 +166,22 @@ static void fill_lines(void *argument, int64_t begin, int64_t end) {
   }
 }
 
+/* Whole 16 bytes at a time, up to 15 more than asked for: what follows is written later. */
+static void copy_over(uint8_t *to, const uint8_t *from, int64_t length) {
+  for (int64_t i = 0; i < length; i += 16) memcpy(to + i, from + i, 16);
+}
+
 /* Windows of few channels come in pieces too small for the instruction set: copied together, zeros up to k. */
 static void copy_windows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   for (int64_t row = begin; row < end; row++) {
     const uint8_t *from = r->map + r->row_start[row];
     uint8_t *at = r->windows + row * r->job.k, *stop = at + r->job.k;
-    for (int s = 0; s < r->n_window; at += r->window[s++].length)
-      memcpy(at, from + r->window[s].offset, (size_t)r->window[s].length);
+    const int last = r->n_window - 1;
+    for (int s = 0; s < last; at += r->window[s++].length)
+      copy_over(at, from + r->window[s].offset, r->window[s].length);
+    memcpy(at, from + r->window[last].offset, (size_t)r->window[last].length);
+    at += r->window[last].length;
     memset(at, 0, (size_t)(stop - at));
     r->row_start[row] = row * r->job.k;
   }
@@ -193,11 +211,11 @@ static int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t d
 }
 
 static int is_sane(const lb_args *a) {
-  return a->bits >= 2 && a->bits <= 4 && a->batch >= 0 && a->height > 0 && a->width > 0 && a->channels > 0 &&
+  return ((a->bits >= 2 && a->bits <= 4) || a->bits == 8) && a->batch >= 0 && a->height > 0 && a->width > 0 && a->channels > 0 &&
          a->padded_channels >= a->channels && a->outputs > 0 && a->kernel_y > 0 && a->kernel_x > 0 &&
          a->stride_y > 0 && a->stride_x > 0 && a->padding_y >= 0 && a->padding_x >= 0 && a->dilation_y > 0 &&
          a->dilation_x > 0 && a->x_type >= LB_FLOAT32 && a->x_type <= LB_UINT8 && a->out_type >= LB_FLOAT32 &&
-         a->out_type <= LB_UINT8 && (a->x_type == LB_FLOAT32 || a->x_scales) &&
+         a->out_type <= LB_UINT8 && a->add_type >= LB_FLOAT32 && a->add_type <= LB_UINT8 && (a->x_type == LB_FLOAT32 || a->x_scales) &&
          (a->x_scales == 0 || a->x_scales == 1 || a->x_scales == a->batch) &&
          (a->padded_channels % 4 == 0 || a->kernel_y * a->kernel_x == 1);
 }
@@ -209,8 +227,10 @@ static void describe_weights(run *r) {
   job->bits = (int)a->bits;
   memcpy(job->levels, a->levels, sizeof job->levels);
   for (int i = 0; i < 16; i++) job->largest = (int)lb_max(job->largest, abs(job->levels[i]));
+  if (a->bits == 8) job->largest = 128;
   job->block_bytes = job->k * 16 * a->bits / 8;
   job->scale = a->scale, job->bias = a->bias, job->sums = a->sums;
+  job->add_type = (int)a->add_type, job->add_scale = (float)a->add_scale;
   job->relu = (int)a->relu, job->out_type = (int)a->out_type;
   job->out_scale = (float)a->out_scale, job->out_low = (float)a->out_low, job->out_high = (float)a->out_high;
   job->outputs = a->outputs;
@@ -341,9 +361,11 @@ int lb_run(const lb_args *a) {
 
   int status = LB_OK;
   const size_t out_bytes = (size_t)(image_rows * a->outputs) * (a->out_type == LB_FLOAT32 ? 4 : 1);
+  const size_t add_bytes = (size_t)(image_rows * a->outputs) * (a->add_type == LB_FLOAT32 ? 4 : 1);
   for (r.first = 0; r.first < a->batch && !status; r.first += part) {
     r.images = lb_min(part, a->batch - r.first);
     r.job.out = (char *)a->out + (size_t)r.first * out_bytes;
+    if (a->add) r.job.add = (const char *)a->add + (size_t)r.first * add_bytes;
     status = run_part(&r, lb_max(1, a->threads));
   }
   lb_scratch_trim();

@@ -43,6 +43,13 @@ LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const in
   }
   if (job->bias)
     for (int i = 0; i < count; i++) y[i] += job->bias[n0 + i];
+  if (job->add) {
+    const int64_t at = row * job->outputs + n0;
+    for (int i = 0; i < count; i++)
+      y[i] += job->add_type == LB_FLOAT32 ? ((const float *)job->add)[at + i]
+              : job->add_type == LB_INT8  ? (float)((const int8_t *)job->add)[at + i] * job->add_scale
+                                          : (float)((const uint8_t *)job->add)[at + i] * job->add_scale;
+  }
   if (job->relu)
     for (int i = 0; i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
   if (job->out_type == LB_FLOAT32) {

@@ -20,7 +20,7 @@ typedef struct {
   const uint8_t *packed;
   int64_t block_bytes, k; /* of one block of 16 outputs; K as packed, a multiple of 64 */
   int bits;
-  int16_t levels[16];
+  int16_t levels[16]; /* not of 8 bits, where the bytes are the weights */
   int largest; /* the largest |level| */
 
   const uint8_t *map;       /* stored activations */
@@ -34,9 +34,10 @@ typedef struct {
   const float *row_scale; /* of each row */
   const float *scale, *bias;
   const int32_t *sums;
-  int relu, out_type;
-  float out_scale, out_low, out_high;
+  int relu, out_type, add_type;
+  float out_scale, out_low, out_high, add_scale;
   int64_t outputs;
+  const void *add; /* [rows][outputs] or NULL */
   void *out; /* [rows][outputs] */
 } lb_job;
 

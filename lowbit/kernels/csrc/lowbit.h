@@ -4,7 +4,7 @@
 #define LOWBIT_H
 #include <stdint.h>
 
-#define LB_ABI 1 /* raise with every change of lb_args or of what it means; native.py asks for the same number */
+#define LB_ABI 2 /* raise with every change of lb_args or of what it means; native.py asks for the same number */
 
 #if defined(__GNUC__)
 #define LB_PUBLIC __attribute__((visibility("default")))
@@ -26,9 +26,10 @@ typedef struct {
   const float *bias;    /* [outputs] or NULL */
   const float *x_scale; /* [x_scales] */
   void *out;
+  const void *add; /* like out, added to the outputs before ReLU; or NULL */
   int64_t x_type, out_type; /* LB_FLOAT32, LB_INT8, LB_UINT8 */
   int64_t x_scales;         /* 0: follows from x, for each image; 1: one; batch: one for each image */
-  int64_t bits;
+  int64_t bits;             /* 2, 3, 4; or 8: packed bytes are the weights themselves, levels are not used */
   int64_t batch, height, width, channels;
   int64_t padded_channels; /* channels as packed */
   int64_t outputs;
@@ -37,7 +38,9 @@ typedef struct {
   int64_t relu;
   int64_t out_low, out_high; /* range of the output, if it is not float */
   int64_t threads;
+  int64_t add_type;
   double out_scale;
+  double add_scale; /* of an add that is not float */
   int16_t levels[16]; /* what a code stands for; unused ones 0 */
 } lb_args;
 

@@ -132,7 +132,8 @@ static int run_product(const lb_job *job, int64_t row0, int64_t row1, int64_t bl
   for (int64_t b = block0; b < block1; b++) {
     if (job->bits == 2) decode_bits(2, job, b, &t, plane, &extra);
     else if (job->bits == 3) decode_bits(3, job, b, &t, plane, &extra);
-    else decode_bits(4, job, b, &t, plane, &extra);
+    else if (job->bits == 4) decode_bits(4, job, b, &t, plane, &extra);
+    else memcpy(plane, job->packed + b * job->block_bytes, (size_t)(job->used_k * 16));
     for (int64_t m = row0; m < row1; m += TILE) tile((int)lb_min(TILE, row1 - m), job, m, b, plane, &extra);
   }
   return LB_OK;

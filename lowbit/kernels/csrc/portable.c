@@ -6,6 +6,7 @@ static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
 
 static int code_of(const uint8_t *block, int bits, int64_t row, int i) {
   if (bits == 2) return block[(row / 4) * 64 + i] >> 2 * (row % 4) & 3;
+  if (bits == 8) return (int8_t)block[row * 64 + i]; /* the level itself */
   if (bits == 4) return block[(row / 2) * 64 + i] >> 4 * (row % 2) & 15;
   const uint8_t *group = block + (row / 8) * 192;
   const int r = (int)(row % 8);
@@ -18,8 +19,10 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   if (!weights) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b++) {
     for (int64_t r = 0; r < used_rows; r++)
-      for (int i = 0; i < 64; i++)
-        weights[r * 64 + i] = job->levels[code_of(job->packed + b * job->block_bytes, job->bits, r, i)];
+      for (int i = 0; i < 64; i++) {
+        const int code = code_of(job->packed + b * job->block_bytes, job->bits, r, i);
+        weights[r * 64 + i] = job->bits == 8 ? (int16_t)code : job->levels[code];
+      }
     for (int64_t m = row0; m < row1; m++) {
       const uint8_t *start = job->map + job->row_start[m];
       uint32_t acc[16] = {0}; /* unsigned: wraps */

@@ -18,12 +18,14 @@ static uint32_t draw(uint32_t below) {
 
 static int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-/* Writes code c of output n and input k; see packing.py. */
+/* Writes code c of output n and input k (of 8 bits: the level itself); see packing.py. */
 static void put_code(uint8_t *packed, int bits, int64_t k_padded, int64_t n, int64_t k, int c) {
   static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
   uint8_t *block = packed + n / 16 * (k_padded * 2 * bits);
   const int64_t row = k / 4, i = n % 16 * 4 + k % 4;
-  if (bits == 4) {
+  if (bits == 8) {
+    block[row * 64 + i] = (uint8_t)c;
+  } else if (bits == 4) {
     block[row / 2 * 64 + i] |= (uint8_t)(c << 4 * (row % 2));
   } else if (bits == 2) {
     block[row / 4 * 64 + i] |= (uint8_t)(c << 2 * (row % 4));
@@ -54,9 +56,9 @@ static int problem(int number) {
                                         {-128, -64, -32, -16, -8, -4, -2, -1, 1, 2, 4, 8, 16, 32, 64, 128},
                                         {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15}};
   static const int counts[6] = {4, 4, 8, 7, 16, 16};
-  const int table = (int)draw(6);
-  lb_args a = {.bits = 2 + table / 2};
-  memcpy(a.levels, tables[table], sizeof a.levels);
+  const int table = (int)draw(7), bytes = table == 6;
+  lb_args a = {.bits = bytes ? 8 : 2 + table / 2};
+  if (!bytes) memcpy(a.levels, tables[table], sizeof a.levels);
   const int linear = (int)draw(2);
   a.batch = 1 + draw(linear ? 50 : 3);
   a.height = linear ? 1 : 1 + draw(9);
@@ -86,9 +88,10 @@ static int problem(int number) {
   const size_t packed_bytes = (size_t)(blocks * k_padded * 2 * a.bits);
   const size_t x_size = a.x_type == LB_FLOAT32 ? 4 : 1, out_size = a.out_type == LB_FLOAT32 ? 4 : 1;
   void *x = get(values * x_size);
-  uint8_t *packed = get(packed_bytes), *codes = get((size_t)(a.outputs * taps * c));
+  uint8_t *packed = get(packed_bytes);
   float *scale = get((size_t)a.outputs * 4), *bias = get((size_t)a.outputs * 4), *x_scale = get((size_t)a.x_scales * 4);
   int32_t *sums = get((size_t)a.outputs * 4);
+  int16_t *levels = get((size_t)(a.outputs * taps * c) * 2);
   char *out = get(outs * out_size), *expected = get(outs * out_size);
   for (size_t i = 0; i < values; i++) {
     if (a.x_type == LB_FLOAT32) ((float *)x)[i] = (float)((int)draw(2001) - 1000) * 0.01f;
@@ -100,10 +103,11 @@ static int problem(int number) {
     scale[n] = 0.001f * (float)((int)draw(100) - 50), bias[n] = (float)draw(100) - 50.0f, sums[n] = 0;
     for (int64_t tap = 0; tap < taps; tap++)
       for (int64_t i = 0; i < c; i++) {
-        const int code = (int)draw((uint32_t)counts[table]);
-        codes[(n * taps + tap) * c + i] = (uint8_t)code;
+        const int code = bytes ? (int)draw(256) - 128 : (int)draw((uint32_t)counts[table]);
+        const int level = bytes ? code : a.levels[code];
+        levels[(n * taps + tap) * c + i] = (int16_t)level;
         put_code(packed, (int)a.bits, k_padded, n, tap * a.padded_channels + i, code);
-        sums[n] += a.levels[code];
+        sums[n] += level;
       }
   }
   for (int64_t n = a.outputs; n < blocks * 16; n++) /* pads may hold anything */
@@ -112,6 +116,14 @@ static int problem(int number) {
     for (int64_t n = 0; n < a.outputs; n++) put_code(packed, (int)a.bits, k_padded, n, k_padded - 1, (1 << a.bits) - 1);
   a.x = x, a.packed = packed, a.scale = scale, a.sums = sums, a.bias = draw(2) ? bias : NULL;
   a.x_scale = x_scale, a.out = out;
+  a.add_type = draw(3), a.add_scale = 0.21;
+  const size_t add_bytes = outs * (a.add_type == LB_FLOAT32 ? 4 : 1);
+  void *add = get(add_bytes);
+  for (size_t i = 0; i < outs; i++) {
+    if (a.add_type == LB_FLOAT32) ((float *)add)[i] = (float)draw(100) * 0.1f - 5.0f;
+    else ((uint8_t *)add)[i] = (uint8_t)draw(256);
+  }
+  if (draw(2)) a.add = add;
 
   size_t o = 0;
   for (int64_t image = 0; image < a.batch; image++) {
@@ -134,11 +146,14 @@ static int problem(int number) {
               const int64_t q = a.x_type == LB_FLOAT32  ? quantized(((float *)x)[at + (size_t)i], s, a.low, a.high)
                                 : a.x_type == LB_INT8 ? ((int8_t *)x)[at + (size_t)i]
                                                       : ((uint8_t *)x)[at + (size_t)i];
-              sum += q * a.levels[codes[(n * taps + tap) * c + i]];
+              sum += q * levels[(n * taps + tap) * c + i];
             }
           }
           float value = (float)sum * s * scale[n];
           if (a.bias) value += bias[n];
+          if (a.add)
+            value += a.add_type == LB_FLOAT32 ? ((float *)add)[o]
+                     : (float)(a.add_type == LB_INT8 ? ((int8_t *)add)[o] : ((uint8_t *)add)[o]) * (float)a.add_scale;
           if (a.relu && value < 0) value = 0;
           if (a.out_type == LB_FLOAT32) memcpy(expected + o * 4, &value, 4);
           else expected[o] = (char)quantized(value, (float)a.out_scale, a.out_low, a.out_high);
@@ -163,7 +178,7 @@ static int problem(int number) {
                status);
     }
   }
-  free(x), free(packed), free(codes), free(scale), free(bias), free(x_scale), free(sums), free(out), free(expected);
+  free(x), free(packed), free(levels), free(scale), free(bias), free(x_scale), free(sums), free(out), free(expected), free(add);
   return wrong;
 }
 
