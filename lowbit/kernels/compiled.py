@@ -99,6 +99,11 @@ def accumulate(q: Tensor, data: Tensor, levels: tuple[int, ...], bits: int) -> T
     m, k = q.shape
     blocks = data.shape[0]
     padded = data.shape[1] // (2 * bits)  # K rounded up to 64
+    if bits == 8:
+        stored = data.view(torch.int8).reshape(blocks, -1, 16, 4).transpose(1, 2).reshape(blocks * 16, -1)
+        first = stored.clamp(-SAFE_WEIGHT, SAFE_WEIGHT)
+        q = F.pad(q, (0, padded - k))
+        return _product(q, _dense(first), SAFE_WEIGHT) + _product(q, _dense(stored - first), SAFE_WEIGHT)
     rows = row_codes(data, bits)
     words = _dense(F.pad(q, (0, padded - k))).view(torch.int32).reshape(m, -1, len(rows))
     acc = None
@@ -136,6 +141,7 @@ def linear(
     bits: int,
     low: int = -127,
     high: int = 127,
+    add: Tensor | None = None,
     **epilogue,
 ) -> Tensor:
     """`lowbit.kernels.reference.linear` of packed bytes (see `PackedWeight` for them), bit for bit."""
@@ -143,7 +149,9 @@ def linear(
     acc = accumulate(q, data, levels, bits)[:, : scale.shape[0]]
     if zero:
         acc = acc - zero * sums
-    return reference.epilogue(acc, x_scale, scale, bias, **epilogue).reshape(*x.shape[:-1], scale.shape[0])
+    if add is not None:
+        add = add.reshape(acc.shape)
+    return reference.epilogue(acc, x_scale, scale, bias, add=add, **epilogue).reshape(*x.shape[:-1], scale.shape[0])
 
 
 def conv2d(
@@ -162,6 +170,7 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     low: int = -127,
     high: int = 127,
+    add: Tensor | None = None,
     **epilogue,
 ) -> Tensor:
     """`lowbit.kernels.reference.conv2d` of packed bytes, bit for bit; ``padded`` is C as packed."""
@@ -178,4 +187,6 @@ def conv2d(
     if zero:
         acc = acc - zero * sums
     acc = acc.reshape(batch, height, width, -1)
-    return reference.epilogue(acc, x_scale, scale, bias, **epilogue).permute(0, 3, 1, 2)
+    if add is not None:
+        add = add.permute(0, 2, 3, 1)
+    return reference.epilogue(acc, x_scale, scale, bias, add=add, **epilogue).permute(0, 3, 1, 2)

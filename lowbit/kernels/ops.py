@@ -20,6 +20,7 @@ __all__ = ["shift_conv2d", "shift_linear"]
 
 _WEIGHT = "Tensor packed, int[] levels, Tensor scale, Tensor sums, Tensor? bias, Tensor? x_scale, int bits"
 _REST = "int low=-127, int high=127, bool relu=False, float? out_scale=None, int out_low=-128, int out_high=127"
+_REST += ", Tensor? add=None, float add_scale=1.0"
 torch.library.define("lowbit::shift_linear", f"(Tensor x, {_WEIGHT}, {_REST}) -> Tensor")
 torch.library.define(
     "lowbit::shift_conv2d",
@@ -39,6 +40,8 @@ def shift_linear(
     out_scale: float | None = None,
     out_low: int = -128,
     out_high: int = 127,
+    add: Tensor | None = None,
+    add_scale: float = 1.0,
 ) -> Tensor:
     """A linear layer with packed weights: ``[..., K]`` → ``[..., N]``, float32, or 8 bits if ``out_scale`` is given.
 
@@ -54,14 +57,16 @@ def shift_linear(
         relu: whether negative outputs become 0.
         out_scale: if given, outputs are quantised by it, to int8, or uint8 if ``out_high > 127``.
         out_low, out_high: range of quantised outputs.
+        add: of the output's shape, added to it before ReLU (a residual); float32, or int8 or uint8 times ``add_scale``.
+        add_scale: what a step of such an ``add`` is worth.
 
     Raises:
         LowbitError: a dtype, shape, device or number that does not fit.
     """
     _check_shape(weight, 2)
     return torch.ops.lowbit.shift_linear(
-        x, weight.data, weight.levels, weight.scale, weight.sums, bias, x_scale, weight.bits, low, high, relu,
-        out_scale, out_low, out_high,
+        x, weight.data, weight.table, weight.scale, weight.sums, bias, x_scale, weight.bits, low, high, relu,
+        out_scale, out_low, out_high, add, add_scale,
     )  # fmt: skip
 
 
@@ -79,6 +84,8 @@ def shift_conv2d(
     out_scale: float | None = None,
     out_low: int = -128,
     out_high: int = 127,
+    add: Tensor | None = None,
+    add_scale: float = 1.0,
 ) -> Tensor:
     """A convolution (``groups=1``) with packed weights: ``[B, C, H, W]`` → ``[B, N, H', W']``, padded by zeros.
 
@@ -91,8 +98,8 @@ def shift_conv2d(
     _check_shape(weight, 4)
     stride, padding, dilation = ([v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     return torch.ops.lowbit.shift_conv2d(
-        x, weight.data, weight.levels, weight.scale, weight.sums, bias, x_scale, weight.bits, weight.kernel, stride,
-        padding, dilation, low, high, relu, out_scale, out_low, out_high,
+        x, weight.data, weight.table, weight.scale, weight.sums, bias, x_scale, weight.bits, weight.kernel, stride,
+        padding, dilation, low, high, relu, out_scale, out_low, out_high, add, add_scale,
     )  # fmt: skip
 
 
@@ -103,6 +110,8 @@ def _check_shape(weight: PackedWeight, dims: int) -> None:
 
 
 # ---- what is refused, alike for every device ----
+
+_TYPES = {torch.float32: 0, torch.int8: 1, torch.uint8: 2}
 
 
 def _check(
@@ -124,7 +133,7 @@ def _check(
 ) -> None:
     """``k`` is K as packed, ``rows`` how many scales ``x_scale`` may have."""
     if bits not in BITS:
-        raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3 or 4 bits")
+        raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3, 4 or 8 bits")
     if x.dtype not in (torch.float32, torch.int8, torch.uint8):
         raise LowbitError(f"x is {x.dtype}; float32, int8 and uint8 activations are allowed")
     if scale.ndim != 1 or scale.dtype != torch.float32 or not scale.numel():
@@ -135,7 +144,10 @@ def _check(
             f"packed is {packed.dtype} {list(packed.shape)}; for bits={bits}, {n} outputs and K={k} inputs (as x and "
             f"scale say) it is torch.uint8 {list(packed_shape(bits, n, k))}"
         )
-    if not 2 <= len(levels) <= 2**bits or min(levels) < -LARGEST_LEVEL or max(levels) > LARGEST_LEVEL:
+    if bits == 8:
+        if levels:
+            raise LowbitError(f"levels={list(levels)[:4]}... with bits=8: none are allowed, the bytes are the levels")
+    elif not 2 <= len(levels) <= 2**bits or min(levels) < -LARGEST_LEVEL or max(levels) > LARGEST_LEVEL:
         raise LowbitError(f"levels={list(levels)}: 2 to {2**bits} whole numbers from -128 to 128 are allowed")
     if sums.dtype != torch.int32 or sums.shape != scale.shape:
         raise LowbitError(f"sums is {sums.dtype} {list(sums.shape)}; it is int32 [{n}]")
@@ -155,6 +167,18 @@ def _check(
         raise LowbitError(f"out_scale={out_scale!r} is not allowed; a positive number is, or None for float32 outputs")
     if not (-128 <= out_low < out_high <= 127 or 0 <= out_low < out_high <= 255):
         raise LowbitError(f"out_low={out_low}, out_high={out_high} is not allowed: inside -128 ... 127 or 0 ... 255 is")
+
+
+def _check_add(add: Tensor | None, add_scale: float, shape: tuple[int, ...], device: torch.device) -> None:
+    if add is None:
+        return
+    if add.dtype not in _TYPES or tuple(add.shape) != shape or add.device != device:
+        raise LowbitError(
+            f"add is {add.dtype} {list(add.shape)} on {add.device}; it is float32, int8 or uint8, of the output's "
+            f"shape {list(shape)}, on {device}"
+        )
+    if not 0 < add_scale < float("inf"):
+        raise LowbitError(f"add_scale={add_scale!r} is not allowed; a positive number is")
 
 
 def _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high) -> None:
@@ -200,55 +224,45 @@ def _out_dtype(out_scale: float | None, out_high: int) -> torch.dtype:
 
 def _fake_linear(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
-    out_high=127,
+    out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
     _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high)
+    _check_add(add, add_scale, (*x.shape[:-1], scale.shape[0]), x.device)
     return x.new_empty((*x.shape[:-1], scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
 
 
 def _linear(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
-    out_high=127,
+    out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
     _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high)
+    _check_add(add, add_scale, (*x.shape[:-1], scale.shape[0]), x.device)
     if not x.numel():
         return x.new_empty((*x.shape[:-1], scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
     return compiled.linear(
-        x, packed, tuple(levels), scale, sums, bias, x_scale, bits, low, high, relu=relu, out_scale=out_scale,
-        out_low=out_low, out_high=out_high,
+        x, packed, tuple(levels), scale, sums, bias, x_scale, bits, low, high, add, relu=relu, out_scale=out_scale,
+        out_low=out_low, out_high=out_high, add_scale=add_scale,
     )  # fmt: skip
 
 
 def _linear_cpu(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
-    out_high=127,
+    out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
     if not _use_native():
         return _linear(
-            x, packed, levels, scale, sums, bias, x_scale, bits, low, high, relu, out_scale, out_low, out_high
-        )
+            x, packed, levels, scale, sums, bias, x_scale, bits, low, high, relu, out_scale, out_low, out_high, add,
+            add_scale,
+        )  # fmt: skip
     _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high)
+    _check_add(add, add_scale, (*x.shape[:-1], scale.shape[0]), x.device)
     k, n = x.shape[-1], scale.shape[0]
     out = torch.empty((*x.shape[:-1], n), dtype=_out_dtype(out_scale, out_high))
     geometry = (x.numel() // k, 1, 1, k, k, n, 1, 1, 1, 1, 0, 0, 1, 1)
     _run(
-        x,
-        packed,
-        levels,
-        scale,
-        sums,
-        bias,
-        x_scale,
-        bits,
-        geometry,
-        low,
-        high,
-        relu,
-        out_scale,
-        out_low,
-        out_high,
-        out,
-    )
+        x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
+        add, add_scale, out,
+    )  # fmt: skip
     return out
 
 
@@ -257,77 +271,66 @@ def _linear_cpu(
 
 def _fake_conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127,
+    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
     height, width = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
         out_scale, out_low, out_high,
     )  # fmt: skip
+    _check_add(add, add_scale, (x.shape[0], scale.shape[0], height, width), x.device)
     out = x.new_empty((x.shape[0], height, width, scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
     return out.permute(0, 3, 1, 2)
 
 
 def _conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127,
+    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
     height, width = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
         out_scale, out_low, out_high,
     )  # fmt: skip
+    _check_add(add, add_scale, (x.shape[0], scale.shape[0], height, width), x.device)
     if not x.numel():
         out = x.new_empty((x.shape[0], height, width, scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
         return out.permute(0, 3, 1, 2)
     kernel = tuple(kernel_size)
     return compiled.conv2d(
         x, packed, tuple(levels), scale, sums, bias, x_scale, bits, kernel, padded_channels(x.shape[1], kernel), stride,
-        padding, dilation, low, high, relu=relu, out_scale=out_scale, out_low=out_low, out_high=out_high,
+        padding, dilation, low, high, add, relu=relu, out_scale=out_scale, out_low=out_low, out_high=out_high,
+        add_scale=add_scale,
     )  # fmt: skip
 
 
 def _conv2d_cpu(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127,
+    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
     if not _use_native():
         return _conv2d(
             x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-            relu, out_scale, out_low, out_high,
+            relu, out_scale, out_low, out_high, add, add_scale,
         )  # fmt: skip
     height, width = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
         out_scale, out_low, out_high,
     )  # fmt: skip
+    _check_add(add, add_scale, (x.shape[0], scale.shape[0], height, width), x.device)
     batch, channels, *size = x.shape
     n = scale.shape[0]
     out = torch.empty((batch, height, width, n), dtype=_out_dtype(out_scale, out_high))
     padded = padded_channels(channels, tuple(kernel_size))
     geometry = (batch, *size, channels, padded, n, *kernel_size, *stride, *padding, *dilation)
     x = x.permute(0, 2, 3, 1)
+    add = None if add is None else add.permute(0, 2, 3, 1)
     _run(
-        x,
-        packed,
-        levels,
-        scale,
-        sums,
-        bias,
-        x_scale,
-        bits,
-        geometry,
-        low,
-        high,
-        relu,
-        out_scale,
-        out_low,
-        out_high,
-        out,
-    )
+        x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
+        add, add_scale, out,
+    )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
 
 # ---- the native call ----
-
-_TYPES = {torch.float32: 0, torch.int8: 1, torch.uint8: 2}
 
 
 @functools.cache
@@ -344,23 +347,26 @@ def _use_native() -> bool:
 
 
 def _run(
-    x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high, out
+    x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
+    add, add_scale, out,
 ) -> None:  # fmt: skip
     # Held by these names until the call is over: a copy must not be freed under it.
     x, packed, scale, sums = x.contiguous(), packed.contiguous(), scale.contiguous(), sums.contiguous()
     bias = None if bias is None else bias.contiguous()
     x_scale = None if x_scale is None else x_scale.contiguous()
+    add = None if add is None else add.contiguous()
     pointers = (
         x.data_ptr(), packed.data_ptr(), scale.data_ptr(), sums.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(), 0,
+        0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(),
+        0 if add is None else add.data_ptr(),
     )  # fmt: skip
     native.run(
         pointers,
         (
             _TYPES[x.dtype], _TYPES[out.dtype], 0 if x_scale is None else x_scale.numel(), bits, *geometry, low, high,
-            relu, out_low, out_high, torch.get_num_threads(), 0,
+            relu, out_low, out_high, torch.get_num_threads(), 0 if add is None else _TYPES[add.dtype],
         ),
-        (1.0 if out_scale is None else out_scale, 1.0),
+        (1.0 if out_scale is None else out_scale, add_scale),
         levels,
     )  # fmt: skip
 

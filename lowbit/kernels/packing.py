@@ -12,6 +12,8 @@ bytes, one 512-bit register, one row of an AMX tile. A block holds its rows in a
   bits, row r's in bit ``TOP_BIT[r % 4] + (r & 4)``: where one table look-up by 6 bits, which don't care for the other
   three, finds it without shifting.
 
+- 8 bits: a row is 64 bytes, each not a code but the level itself, -128 to 127 (first and last layers).
+
 N is padded to a multiple of 16 and K to one of 64. What the pads decode to has no meaning: kernels multiply them by
 zero or drop them.
 """
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 8)
 TOP_BIT = (2, 0, 1, 3)
 LARGEST_LEVEL = 128
 LARGEST_ACTIVATION = 255  # 8 bits, signed or not
@@ -39,7 +41,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
-        raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3 or 4 bits")
+        raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3, 4 or 8 bits")
 
 
 def packed_shape(bits: int, n: int, k: int) -> tuple[int, int]:
@@ -50,8 +52,10 @@ def packed_shape(bits: int, n: int, k: int) -> tuple[int, int]:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs ``codes``, integers ``[N, K]`` from 0 to 2^bits-1, into uint8 ``[⌈N/16⌉, ⌈K/64⌉·128·bits]``.
 
+    With 8 bits ``codes`` are the bytes to keep: levels modulo 256.
+
     Raises:
-        LowbitError: bits other than 2, 3, 4; codes that are no matrix, not whole numbers or out of range.
+        LowbitError: bits other than 2, 3, 4, 8; codes that are no matrix, not whole numbers or out of range.
     """
     _check_bits(bits)
     if codes.ndim != 2 or codes.is_floating_point() or codes.is_complex():
@@ -65,6 +69,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     blocks = _round_up(n, 16) // 16
     padded = F.pad(codes.to(torch.uint8), (0, _round_up(k, 64) - k, 0, blocks * 16 - n))
     rows = padded.reshape(blocks, 16, -1, 4).transpose(1, 2).reshape(blocks, -1, 64)
+    if bits == 8:
+        return rows.reshape(blocks, -1)
     if bits == 4:
         return (rows[:, 0::2] | rows[:, 1::2] << 4).reshape(blocks, -1)
     low = rows & 3
@@ -81,7 +87,7 @@ def unpack(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
     """The codes ``[n, k]``, int16, that `pack` made into ``packed``.
 
     Raises:
-        LowbitError: bits other than 2, 3, 4, or bytes that are not those of an ``[n, k]`` weight.
+        LowbitError: bits other than 2, 3, 4, 8, or bytes that are not those of an ``[n, k]`` weight.
     """
     _check_bits(bits)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(bits, n, k):
@@ -90,7 +96,9 @@ def unpack(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
             f"{list(packed_shape(bits, n, k))}"
         )
     blocks = packed.shape[0]
-    if bits == 4:
+    if bits == 8:
+        rows = packed.reshape(blocks, -1, 64)
+    elif bits == 4:
         data = packed.reshape(blocks, -1, 64)
         rows = torch.stack([data & 15, data >> 4], dim=2)
     elif bits == 2:
@@ -155,12 +163,12 @@ class PackedWeight:
 
     Args:
         data: uint8, see `pack`; K counts padded channels (`padded_channels`).
-        levels: whole numbers, ascending, at most 2^bits of them, magnitudes <= 128. No tensor, so that a compiled graph
-            holds them as constants.
+        levels: whole numbers, ascending, at most 2^bits of them, magnitudes <= 128; of 8 bits consecutive ones, -128 to
+            127. No tensor, so that a compiled graph holds them as constants.
         scale: float32 ``[N]``.
         sums: int32 ``[N]``, the sum of ``levels[code]`` over k, pads left out; kernels correct activations that are
             stored with an offset by it.
-        bits: 2, 3 or 4.
+        bits: 2, 3, 4 or 8.
         shape: the weight's: ``(N, K)``, or ``(N, C, ky, kx)``.
     """
 
@@ -182,6 +190,11 @@ class PackedWeight:
         return self.kernel[0] * self.kernel[1] * padded_channels(self.shape[1], self.kernel)
 
     @property
+    def table(self) -> tuple[int, ...]:
+        """What the operators take as ``levels``: none of 8 bits, whose bytes are the levels themselves."""
+        return () if self.bits == 8 else self.levels
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed codes, scales and sums."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.sums))
@@ -192,7 +205,8 @@ class PackedWeight:
 
     def codes(self) -> Tensor:
         """The codes as the quantiser gave them, int16, of the weight's shape."""
-        return weight_codes(self.data, self.bits, self.shape)
+        stored = weight_codes(self.data, self.bits, self.shape)
+        return (stored.to(torch.uint8).view(torch.int8).to(torch.int16) - self.levels[0]) if self.bits == 8 else stored
 
     def integers(self) -> Tensor:
         """``levels[codes]``, int16, of the weight's shape."""
@@ -204,7 +218,7 @@ class PackedWeight:
 
 
 def weight_codes(data: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes, int16, of a weight of ``shape`` (2 or 4 dimensions) from its packed bytes."""
+    """What `pack` was given, int16, of a weight of ``shape`` (2 or 4 dimensions) from its packed bytes."""
     if len(shape) == 2:
         return unpack(data, bits, *shape)
     n, c, ky, kx = shape
@@ -220,7 +234,7 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
         codes: integers, ``[N, K]`` of a linear layer or ``[N, C, ky, kx]`` of a convolution (``groups=1``).
         levels: ``[L]``, ascending, whole numbers up to a common divisor (see `integer_levels`).
         scale: broadcastable to the weight; one number, or one for each output channel.
-        bits: 2, 3 or 4; None takes the fewest that hold L codes.
+        bits: 2, 3, 4 or 8; None takes the fewest that hold L codes.
 
     Raises:
         LowbitError: a shape, table, scale or number of bits that does not fit, or so many inputs K that the sum could
@@ -228,15 +242,21 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
     """
     if codes.ndim not in (2, 4):
         raise LowbitError(f"codes are {list(codes.shape)}; [N, K] and [N, C, ky, kx] can be packed")
-    if levels.ndim != 1 or not 2 <= levels.numel() <= 16:
-        raise LowbitError(f"levels are {list(levels.shape)}; 2 to 16 levels in one dimension can be packed")
-    bits = max(2, (levels.numel() - 1).bit_length()) if bits is None else bits
+    if levels.ndim != 1 or not 2 <= levels.numel() <= 256:
+        raise LowbitError(f"levels are {list(levels.shape)}; 2 to 256 levels in one dimension can be packed")
+    if bits is None:
+        bits = next(width for width in BITS if levels.numel() <= 2**width)
     _check_bits(bits)
     if levels.numel() > 2**bits:
         raise LowbitError(f"{levels.numel()} levels do not fit into bits={bits}; {2**bits} do")
     if codes.numel() and int(codes.max()) >= levels.numel():
         raise LowbitError(f"codes go up to {int(codes.max())}; there are {levels.numel()} levels")
     whole, divisor = integer_levels(levels)
+    if bits == 8 and whole != tuple(range(max(-128, whole[0]), min(127, whole[-1]) + 1)):
+        raise LowbitError(
+            f"levels {whole[0]} ... {whole[-1]} ({len(whole)} of them) cannot be packed with 8 bits: consecutive whole "
+            "numbers from -128 to 127 can"
+        )
     n, k = codes.shape[0], codes[0].numel() if len(codes) else 0
     if k > largest_k(whole):
         raise LowbitError(
@@ -247,12 +267,18 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
     table = torch.tensor(whole, dtype=torch.int32, device=codes.device)
     sums = table[codes.reshape(n, -1).long()].sum(1, dtype=torch.int32)
     return PackedWeight(
-        pack(_as_matrix(codes), bits), whole, _row_scale(scale, divisor, codes), sums, bits, tuple(codes.shape)
+        pack(_as_matrix(codes, whole[0] if bits == 8 else 0), bits),
+        whole,
+        _row_scale(scale, divisor, codes),
+        sums,
+        bits,
+        tuple(codes.shape),
     )
 
 
-def _as_matrix(codes: Tensor) -> Tensor:
-    """``[N, C, ky, kx]`` as ``[N, ky·kx·padded C]``."""
+def _as_matrix(codes: Tensor, first: int) -> Tensor:
+    """``[N, C, ky, kx]`` as ``[N, ky·kx·padded C]``; ``first`` is added, modulo 256."""
+    codes = (codes.to(torch.int16) + first) & 255
     if codes.ndim == 2:
         return codes
     n, c, *kernel = codes.shape

@@ -6,8 +6,9 @@
 2. ``acc[m, n] = Σ_k q[m, k] · levels[code[n, k]]``, exact. Every form sums in 32 bits, which `pack_weight` makes sure
    is enough; so the order of summation, hence instruction set and number of threads, cannot matter.
 3. The epilogue is float32, each operation rounded on its own (no fused multiply-add), in this order:
-   ``y = (float(acc) · s[m]) · scale[n]``, ``y + bias[n]``, ReLU, ``clamp(round_half_even(y / out_scale), out_low,
-   out_high)`` to int8 (uint8 if ``out_high > 127``); what is not asked for is left out.
+   ``y = (float(acc) · s[m]) · scale[n]``, ``y + bias[n]``, ``y + add`` (whole numbers: ``float(add) · add_scale``),
+   ReLU, ``clamp(round_half_even(y / out_scale), out_low, out_high)`` to int8 (uint8 if ``out_high > 127``); what is not
+   asked for is left out.
 
 Hence all forms agree bit for bit. Activations that stay floats are in `lowbit.kernels.floats`.
 """
@@ -42,11 +43,15 @@ def epilogue(
     out_scale: float | None = None,
     out_low: int = -128,
     out_high: int = 127,
+    add: Tensor | None = None,
+    add_scale: float = 1.0,
 ) -> Tensor:
-    """Step 3; ``acc`` is an integer ``[..., N]``, against which ``x_scale`` broadcasts; the others are ``[N]``."""
+    """Step 3; ``acc`` and ``add`` are ``[..., N]``, ``x_scale`` broadcasts against them; the others are ``[N]``."""
     y = acc.to(torch.float32) * x_scale * scale
     if bias is not None:
         y = y + bias
+    if add is not None:
+        y = y + (add if add.is_floating_point() else add.to(torch.float32) * torch.full_like(y, add_scale))
     if relu:
         y = torch.relu(y)
     if out_scale is not None:
@@ -72,12 +77,15 @@ def linear(
     x_scale: Tensor | None = None,
     low: int = -127,
     high: int = 127,
+    add: Tensor | None = None,
     **epilogue_options,
 ) -> Tensor:
     """The linear layer ``[..., K]`` → ``[..., N]``; arguments as of `lowbit.kernels.shift_linear`."""
     q, x_scale = _activations(x.reshape(-1, x.shape[-1]), x_scale, low, high)
     acc = q @ weight.integers().to(torch.int64).T
-    y = epilogue(acc, x_scale, weight.scale, bias, **epilogue_options)
+    if add is not None:
+        add = add.reshape(acc.shape)
+    y = epilogue(acc, x_scale, weight.scale, bias, add=add, **epilogue_options)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -91,6 +99,7 @@ def conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    add: Tensor | None = None,
     **epilogue_options,
 ) -> Tensor:
     """The convolution ``[B, C, H, W]`` → ``[B, N, H', W']``, padded by q = 0; arguments as of `shift_conv2d`."""
@@ -101,4 +110,6 @@ def conv2d(
     windows = windows[..., :: dilation[0], :: dilation[1]]  # [B, C, H', W', ky, kx]
     rows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)  # [B, H', W', C·ky·kx]
     acc = rows @ weight.integers().to(torch.int64).flatten(1).T
-    return epilogue(acc, x_scale, weight.scale, bias, **epilogue_options).permute(0, 3, 1, 2)
+    if add is not None:
+        add = add.permute(0, 2, 3, 1)
+    return epilogue(acc, x_scale, weight.scale, bias, add=add, **epilogue_options).permute(0, 3, 1, 2)

@@ -85,7 +85,10 @@ def _packed(found: QuantizedLayer) -> PackedLayer | None:
     """The packed form of a layer; None if the kernels don't do it."""
     layer, linear = found.layer, isinstance(found.layer, nn.Linear)
     plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
-    if not (linear or (plain and isinstance(layer.padding, tuple))) or found.weight.levels.numel() > 2 ** max(BITS):
+    levels = found.weight.levels.numel()
+    if not (linear or (plain and isinstance(layer.padding, tuple))) or levels > 2 ** max(BITS):
+        return None
+    if levels > 16 and found.activation is None:  # a first or last layer that was trained on floats gets floats
         return None
     try:
         form = _input_form(found)

@@ -17,6 +17,8 @@ TABLES = {
     **{f"s3_{b}": (b, s3_levels(b)) for b in (2, 3, 4)},
     "ternary": (2, torch.tensor([-1.0, 0.0, 1.0])),
     "lsq4": (4, torch.arange(-8.0, 8.0)),
+    "lsq8": (8, torch.arange(-128.0, 128.0)),
+    "some of 8 bits": (8, torch.arange(-65.0, 12.0)),
     "top2": (2, torch.tensor([-127.0, 1.0, 127.0, 128.0])),  # beyond int8 at 2 and 3 bits too
     "top3": (3, torch.tensor([-128.0, -65.0, -64.0, 0.0, 1.0, 64.0, 65.0, 128.0])),
 }

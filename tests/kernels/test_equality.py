@@ -51,7 +51,7 @@ def test_linear(library, table, shape):
                 assert torch.equal(shift_linear(x, weight, bias, **kwargs), expected), (isa, name)
 
 
-@pytest.mark.parametrize("table", ["denseshift2", "denseshift3", "denseshift4", "statsq4", "s3_3", "top3"])
+@pytest.mark.parametrize("table", ["denseshift2", "denseshift3", "denseshift4", "statsq4", "s3_3", "top3", "lsq8"])
 @pytest.mark.parametrize("geometry", CONVOLUTIONS, ids=str)
 def test_conv2d(library, table, geometry):
     batch, channels, height, width, n, kernel, stride, padding, dilation = geometry
@@ -67,6 +67,33 @@ def test_conv2d(library, table, geometry):
         for isa in library.isas():
             with library.use(isa):
                 assert torch.equal(shift_conv2d(x, weight, bias, **kwargs), expected), (isa, name)
+
+
+ADDED = {  # a residual of so many numbers
+    "float32": lambda size: {"add": randn(*size, seed=5)},
+    "int8": lambda size: {"add": torch.arange(-128, 128, dtype=torch.int8).repeat(40)[: size.numel()].reshape(size)},
+    "uint8": lambda size: {"add": torch.arange(256).to(torch.uint8).repeat(40)[: size.numel()].reshape(size)},
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("table", ["denseshift3", "lsq8"])
+@pytest.mark.parametrize("out_scale", [None, 0.3])
+def test_residual(library, added, table, out_scale):
+    common = {"x_scale": torch.tensor([0.03]), "relu": True, "out_scale": out_scale, "add_scale": 0.037}
+    for x, n, run, forms in (
+        (randn(11, 96), 37, shift_linear, (reference.linear, compiled_linear)),
+        (randn(2, 33, 5, 7), 21, shift_conv2d, (reference.conv2d, compiled_conv2d)),
+    ):
+        weight = random_weight(table, (n, x.shape[1], *((3, 3) if x.ndim == 4 else ())))
+        without = reference.linear(x, weight) if x.ndim == 2 else reference.conv2d(x, weight)
+        kwargs = common | ADDED[added](without.shape)
+        expected, other = (form(x, weight, **kwargs) for form in forms)
+        assert not torch.equal(expected, forms[0](x, weight, **(kwargs | {"add": None})))
+        assert torch.equal(other, expected)
+        for isa in library.isas():
+            with library.use(isa):
+                assert torch.equal(run(x, weight, **kwargs), expected), isa
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
