@@ -29,6 +29,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "errors": ["LowbitError"],
         "nn": ["QuantConfig", "calibrate", "quantize_"],
         "nn.deploy": ["pack"],
+        "nn.fuse": ["fuse"],
         "serialization": ["load", "save"],
         "suite.record": ["record"],
         "suite.tables": ["save_table"],
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from lowbit.errors import LowbitError
     from lowbit.nn import QuantConfig, calibrate, quantize_
     from lowbit.nn.deploy import pack
+    from lowbit.nn.fuse import fuse
     from lowbit.serialization import load, save
     from lowbit.suite.record import record
     from lowbit.suite.tables import save_table

@@ -164,8 +164,11 @@ def quantized(model: Model, bits: int) -> nn.Module:
     return gather_statistics(made, x)
 
 
-def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = False) -> Built:
-    """What `lowbit.pack` makes of it, channels last; ``compile``: the rest of the model under torch.compile."""
+def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = False, fuse: bool = False) -> Built:
+    """What `lowbit.pack` makes of it, channels last.
+
+    ``compile``: the rest of the model under torch.compile; ``fuse``: by `lowbit.fuse`, attention written out.
+    """
     import lowbit
 
     _begin(threads)
@@ -174,7 +177,7 @@ def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = 
     made = lowbit.pack(made, x)
     facts = {"mb": _saved(made, folder)}
     made, x = _layout(made, x)
-    run = torch.compile(made) if compile else made
+    run = torch.compile(made) if compile else lowbit.fuse(made, attention="plain") if fuse else made
     facts["error"] = check_close(run(x), expected, PACKED)
     return Built(partial(run, x), facts=facts)
 
@@ -272,6 +275,7 @@ ENGINES = {
     "torch fp32 compiled": torch_compiled,
     "torch bf16 compiled": partial(torch_compiled, dtype=torch.bfloat16),
     **{f"lowbit {bits}-bit": partial(packed, bits=bits) for bits in (2, 3, 4)},
+    **{f"lowbit {bits}-bit fused": partial(packed, bits=bits, fuse=True) for bits in (2, 3, 4)},
     **{f"lowbit {bits}-bit compiled": partial(packed, bits=bits, compile=True) for bits in (2, 3, 4)},
     "onnxruntime fp32": onnxruntime_model,
     "onnxruntime int8 static": partial(onnxruntime_model, kind="static"),
