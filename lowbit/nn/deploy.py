@@ -28,8 +28,8 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     Linear layers and convolutions of 2, 3 or 4 bits become `PackedLinear` and `PackedConv2d`. Their input's quantiser
     goes into the kernel; where a layer has none, its input becomes 8-bit numbers with a scale that follows each row (of
-    a convolution: each image). Other quantised layers (first and last, depthwise, other widths) keep calculating with
-    floats but store codes. What is in full precision stays.
+    a convolution: each image). So do the first and last layers of 8 bits whose input is quantised. Other quantised
+    layers (depthwise, other widths) keep calculating with floats but store codes. What is in full precision stays.
 
     Outputs equal those of ``model`` in evaluation mode up to the rounding of float32 sums, as far as all inputs are
     quantised.
