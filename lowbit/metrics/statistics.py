@@ -58,6 +58,7 @@ class Effect:
         n: seeds, or pairs of seeds.
         confidence: coverage of the interval.
         unit: what is counted, e.g. "points"; may be empty.
+        of: what ``n`` counts.
     """
 
     mean: float
@@ -66,6 +67,7 @@ class Effect:
     n: int
     confidence: float = 0.95
     unit: str = ""
+    of: str = "seeds"
 
     def __post_init__(self) -> None:
         if not (self.n == 1 and math.isfinite(self.mean)) and not self.low <= self.mean <= self.high:
@@ -84,7 +86,7 @@ class Effect:
         unit = f" {self.unit}" if self.unit else ""
         if self.n == 1:
             return f"{mean}{unit} (1 seed, no interval)"
-        return f"{mean}{unit} ({100 * self.confidence:g} % interval {low} ... {high}, {self.n} seeds)"
+        return f"{mean}{unit} ({100 * self.confidence:g} % interval {low} ... {high}, {self.n} {self.of})"
 
 
 Scores = Sequence[float] | Mapping[Any, float]

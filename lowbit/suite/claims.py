@@ -52,6 +52,7 @@ class Statement:
         seeds: how many decided.
         table: path of the rows, relative to the project; None if there is no such file.
         note: why there is no evidence, or what the test was.
+        of: what ``seeds`` counts: seeds, or rounds of a timing.
     """
 
     says: str
@@ -62,6 +63,7 @@ class Statement:
     seeds: int = 0
     table: str | None = None
     note: str = ""
+    of: str = "seeds"
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
     said = verdict(effect, item["expected"], margin)
     note = f"expected: {item['expected']}" + (f", margin {margin:g}" if margin else "")
     bounds = None if effect.n == 1 else (effect.low, effect.high)
-    return Statement(item["says"], said, effect.mean, bounds, item["unit"], effect.n, shown, note)
+    of = "rounds" if pair == "repeat" else "seeds"
+    return Statement(item["says"], said, effect.mean, bounds, item["unit"], effect.n, shown, note, of)
 
 
 def _values(frame: "pandas.DataFrame", rows: str, value: str | list[str], pair: str, item: dict[str, Any]):
@@ -271,4 +274,4 @@ def _effect(judged: Statement) -> str:
     if judged.interval is None:
         return f"{judged.effect:+.3g} {judged.unit}".strip()
     low, high = judged.interval
-    return str(Effect(judged.effect, low, high, judged.seeds, unit=judged.unit))
+    return str(Effect(judged.effect, low, high, judged.seeds, unit=judged.unit, of=judged.of))
