@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import BITS, pack_weight
@@ -145,29 +146,42 @@ def _batchnorms(model: nn.Module, example: Tensor | None) -> dict[str, str]:
     names = {module: name for name, module in model.named_modules()}
     made: dict[int, tuple[Tensor, nn.Module]] = {}
     takers: dict[int, list[nn.Module]] = {}
+    inside: list[nn.Module] = []  # the BatchNorms that are running
+    elsewhere: set[int] = set()  # outputs that an operation outside of them calculates with
+
+    class Uses(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if not inside and isinstance(result, Tensor):
+                elsewhere.update(id(arg) for arg in args if isinstance(arg, Tensor) and id(arg) in made)
+            return result
 
     def leaves(module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
             made[id(output)] = (output, module)  # kept alive, so that no other tensor gets its id
+        if inside and inside[-1] is module:
+            inside.pop()
 
     def enters(module: nn.Module, args: tuple) -> None:
         for arg in args:
             if isinstance(arg, Tensor) and id(arg) in made:
                 takers.setdefault(id(arg), []).append(module)
+        if isinstance(module, nn.BatchNorm2d):
+            inside.append(module)
 
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_hook(leaves))
         hooks.append(module.register_forward_pre_hook(enters))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), Uses():
             model(example)
     finally:
         for hook in hooks:
             hook.remove()
     follows = {}
     for key, modules in takers.items():
-        if len(modules) == 1 and isinstance(modules[0], nn.BatchNorm2d):
+        if len(modules) == 1 and isinstance(modules[0], nn.BatchNorm2d) and key not in elsewhere:
             follows[names[made[key][1]]] = names[modules[0]]
     used = list(follows.values())
     return {conv: norm for conv, norm in follows.items() if used.count(norm) == 1}

@@ -134,6 +134,28 @@ def test_saved_and_loaded_it_says_the_same_to_the_bit(pair, tmp_path):
     assert kinds == [(name, type(module)) for name, module in again.named_modules()]
 
 
+@pytest.mark.parametrize("also", [False, True])
+def test_a_batchnorm_is_folded_only_if_nothing_else_needs_the_convolution(also):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) + y if also else self.bn(y) * 2
+
+    torch.manual_seed(0)
+    model, x = Block(), torch.randn(4, 3, 9, 9)
+    lowbit.quantize_(model, lowbit.QuantConfig(weight=StatsQ(bits=3), activation=LSQ(bits=4), first_last="same"))
+    with torch.no_grad():
+        lowbit.calibrate(model, x)
+        model.train()(x)
+        packed = lowbit.pack(model.eval(), x)
+        assert packed.folded == ([] if also else ["bn"])
+        assert (packed(x) - model(x)).abs().max() < 1e-4
+
+
 def test_first_and_last_layers_are_packed_with_eight_bits():
     model = quantized("resnet8", weight=DenseShift(bits=2), activation=LSQ(bits=4), first_last=8)
     packed = lowbit.pack(model)
