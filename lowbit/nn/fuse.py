@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import ops  # noqa: F401  (registers the operators)
+from lowbit.nn.deploy import _example
 from lowbit.nn.packed import PackedConv2d, PackedLayer
 
 ATTENTION = ("keep", "plain")
@@ -24,7 +26,7 @@ _IDENTITIES = (nn.Identity, nn.Dropout)  # in evaluation mode
 _OPERATORS = {True: torch.ops.lowbit.shift_conv2d.default, False: torch.ops.lowbit.shift_linear.default}
 
 
-def fuse(model: nn.Module, attention: str = "keep") -> fx.GraphModule:
+def fuse(model: nn.Module, example: Tensor | None = None, attention: str = "keep") -> fx.GraphModule:
     """The packed ``model`` as one graph, for inference: save the packed model, and fuse it after loading.
 
     1. ReLU behind a packed layer goes into its kernel, and so does a residual addition, the ReLU behind it included.
@@ -32,16 +34,20 @@ def fuse(model: nn.Module, attention: str = "keep") -> fx.GraphModule:
        those whole numbers, int8 or uint8, itself.
     3. What does nothing in evaluation mode disappears.
 
-    The result equals ``model``'s output to the bit.
+    The result equals ``model``'s output to the bit; on the CPU this is checked with the example.
 
     Args:
         model: made by `lowbit.pack` (or loaded), of one input; it stays as it is, its tensors are shared.
+        example: an input batch, of the size of later ones (their number may differ). By it additions that broadcast or
+            change the layout, which kernels don't do, are told from residual ones. None makes one up for models of
+            `lowbit.models.create`, and else leaves additions alone and checks nothing.
         attention: "keep" leaves attention alone. "plain" writes PyTorch's fused attention out as two products and a
-            softmax, which is quicker for the few and short sequences of one image on a CPU; equal up to the rounding of
-            float32 sums.
+            softmax, which some CPUs do quicker and others slower, so measure it; equal up to the rounding of float32
+            sums.
 
     Raises:
-        LowbitError: the model is not packed, or its code cannot be traced by torch.fx.
+        LowbitError: the model is not packed, its code cannot be traced by torch.fx, or what was traced says something
+            else of the example.
     """
     if attention not in ATTENTION:
         raise LowbitError(f"attention={attention!r} is not allowed; {' or '.join(map(repr, ATTENTION))} is")
@@ -55,19 +61,23 @@ def fuse(model: nn.Module, attention: str = "keep") -> fx.GraphModule:
             f"{type(model).__name__} cannot be fused, torch.fx does not get through it ({first}); use the packed model "
             "as it is, or under torch.compile"
         ) from error
+    example = _made_up(model) if example is None else example
     made = fx.GraphModule(root, graph, f"Fused{type(model).__name__}")
-    _drop_identities(made)
+    _redirect(made)
+    _simplify(made)
     _inline_layers(made)
+    if example is not None:
+        _note_shapes(made, example)
     for node in list(graph.nodes):
         if _is_layer(node):
             _take_in(made, node)
-    _hand_on(made)
+    _hand_on(graph)
+    _finish(made)
+    if example is not None and example.device.type == "cpu":  # elsewhere a float layer may differ from itself
+        _check_equal(made, model, example)
     if attention == "plain":
         _write_attention_out(graph)
-    graph.eliminate_dead_code()
-    made.delete_all_unused_submodules()
-    graph.lint()
-    made.recompile()
+        _finish(made)
     return made.eval()
 
 
@@ -98,17 +108,50 @@ def _parts(model: nn.Module, node: fx.Node) -> list[nn.Module]:
     return list(module) if isinstance(module, nn.Sequential) else [module]
 
 
-def _drop_identities(made: fx.GraphModule) -> None:
+def _calls(node: fx.Node | None, targets: set) -> bool:
+    return node is not None and node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _changed(made: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The tensor that a node changes in place and returns; None if it changes none."""
+    if node.op == "call_module":
+        parts = [part for part in _parts(made, node) if type(part) not in _IDENTITIES]
+        in_place = bool(parts) and getattr(parts[0], "inplace", False) is True
+    elif node.op in ("call_function", "call_method"):
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace", False)
+        in_place = in_place or node.target is operator.iadd
+    else:
+        in_place = False
+    return node.args[0] if in_place and node.args and isinstance(node.args[0], fx.Node) else None
+
+
+def _redirect(made: fx.GraphModule) -> None:
+    """Who reads a tensor after it was changed in place reads the changing node's result: then order is in the edges."""
+    place = {node: i for i, node in enumerate(made.graph.nodes)}
+    for node in made.graph.nodes:
+        changed = _changed(made, node)
+        for user in list(changed.users) if changed is not None else ():
+            if place[user] > place[node]:
+                user.replace_input_with(changed, node)
+
+
+def _simplify(made: fx.GraphModule) -> None:
+    """Drops what does nothing, and makes every ReLU a ``torch.relu``."""
     for node in list(made.graph.nodes):
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        if _calls(node, _RELUS):
+            relu = True
+        elif node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            rest = [type(part) for part in _parts(made, node) if type(part) not in _IDENTITIES]
+            if any(kind is not nn.ReLU for kind in rest):
+                continue
+            relu = bool(rest)
+        else:
             continue
-        rest = [part for part in _parts(made, node) if not isinstance(part, _IDENTITIES)]
-        if all(isinstance(part, nn.ReLU) for part in rest):
-            x = node.args[0]
-            with made.graph.inserting_before(node):
-                new = made.graph.call_function(torch.relu, (x,)) if rest else x
-            node.replace_all_uses_with(new)
-            made.graph.erase_node(node)
+        x = node.args[0] if node.args else node.kwargs["input"]
+        with made.graph.inserting_before(node):
+            node.replace_all_uses_with(made.graph.call_function(torch.relu, (x,)) if relu else x)
+        made.graph.erase_node(node)
 
 
 def _inline_layers(made: fx.GraphModule) -> None:
@@ -116,28 +159,55 @@ def _inline_layers(made: fx.GraphModule) -> None:
     graph = made.graph
     for node in list(graph.nodes):
         layer = made.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, PackedLayer) or layer.before is not None:
+        if not isinstance(layer, PackedLayer) or layer.before is not None or len(node.args) != 1:
             continue
         if layer.x_scale is not None and layer.x_scale.numel() > 1:  # a step for each token: the layer's own business
             continue
-        convolution = isinstance(layer, PackedConv2d)
-        scale = layer.x_scale
+        tensors = {"packed": layer.data, "scale": layer.scale, "sums": layer.sums, "bias": layer.bias}
+        tensors["x_scale"] = None if layer.x_scale is None else layer.x_scale.reshape(1)
         with graph.inserting_before(node):
-            kwargs: dict[str, Any] = {"x": node.args[0], "levels": list(layer.weight.table), "bits": layer.bits}
-            kwargs |= {"low": layer.low, "high": layer.high, "x_scale": None, "bias": None}
-            for name, attribute in (("packed", "data"), ("scale", "scale"), ("sums", "sums"), ("bias", "bias")):
-                if getattr(layer, attribute) is not None:
-                    kwargs[name] = graph.get_attr(f"{node.target}.{attribute}")
-            if scale is not None:
-                made.register_buffer(f"step_{node.name}", scale.reshape(1))
-                kwargs["x_scale"] = graph.get_attr(f"step_{node.name}")
+            # As the layer does, lest whole numbers that come from elsewhere are taken for steps.
+            kwargs: dict[str, Any] = {"x": graph.call_method("float", (node.args[0],)), "bits": layer.bits}
+            kwargs |= {"levels": list(layer.weight.table), "low": layer.low, "high": layer.high}
+            for name, tensor in tensors.items():
+                # On the root: each step of a path of modules costs every call half a microsecond.
+                held = f"{node.name}_{name}"
+                if tensor is not None:
+                    made.register_buffer(held, tensor)
+                kwargs[name] = None if tensor is None else graph.get_attr(held)
+            convolution = isinstance(layer, PackedConv2d)
             if convolution:
                 pairs = {name: list(layer.geometry[name]) for name in ("stride", "padding", "dilation")}
                 kwargs |= {"kernel_size": list(layer.weight.kernel), **pairs}
             new = graph.call_function(_OPERATORS[convolution], (), kwargs)
-        new.meta["step"] = None if scale is None else float(scale)
+        new.meta["step"] = None if layer.x_scale is None else float(layer.x_scale)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+def _made_up(model: nn.Module) -> Tensor | None:
+    shape = _example(model)
+    device = next(module.data.device for module in model.modules() if isinstance(module, PackedLayer))
+    return None if shape is None else torch.randn(shape.shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+class _Shapes(fx.Interpreter):
+    """Appends each tensor's shape, dtype and strides (0 where there is but one index) to ``meta["shapes"]``."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            strides = tuple(step * (size > 1) for step, size in zip(result.stride(), result.shape, strict=True))
+            n.meta.setdefault("shapes", []).append((result.shape, result.dtype, strides))
+        return result
+
+
+@torch.no_grad()
+def _note_shapes(made: fx.GraphModule, example: Tensor) -> None:
+    """With one input more, too, so that shapes that only agree at that number are seen to differ."""
+    made.graph.lint()
+    for batch in (example, torch.cat([example, example[:1]])):
+        _Shapes(made).run(batch.clone())
 
 
 def _is_layer(node: Any) -> bool:
@@ -148,36 +218,35 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _calls(node: fx.Node | None, targets: set) -> bool:
-    return node is not None and node.op in ("call_function", "call_method") and node.target in targets
-
-
 def _take_in(made: fx.GraphModule, layer: fx.Node) -> None:
     """The addition and the ReLU that alone follow a layer go into it; it moves to where they were."""
     user = _only_user(layer)
-    if _calls(user, _ADDITIONS) and len(user.args) == 2 and not user.kwargs:
+    if _calls(user, _ADDITIONS) and len(user.args) == 2 and not user.kwargs and _can_move(made, layer, user):
         other = user.args[1] if user.args[0] is layer else user.args[0]
-        if isinstance(other, fx.Node) and other is not layer and _same_shape(made, layer, other):
+        if isinstance(other, fx.Node) and other is not layer and _same_sum(layer, other, user):
             layer = _replace(made.graph, user, layer, add=other)
             user = _only_user(layer)
-    if _calls(user, _RELUS):
+    if _calls(user, {torch.relu}) and _can_move(made, layer, user):
         _replace(made.graph, user, layer, relu=True)
 
 
-def _same_shape(made: fx.GraphModule, layer: fx.Node, other: fx.Node) -> bool:
-    """Whether the addition certainly does not broadcast: the other is an image, too, or rows of as many features."""
-    if _is_layer(other) and other.target is layer.target:
-        return True
-    return layer.target is _OPERATORS[True] and _is_image(other)
-
-
-def _is_image(node: fx.Node) -> bool:
-    """Whether a node is the result of a convolution with what follows it in a residual network."""
-    while not _is_layer(node):
-        if not (_calls(node, _RELUS | _ADDITIONS) or "pool" in str(node.target)) or not node.args:
+def _can_move(made: fx.GraphModule, layer: fx.Node, to: fx.Node) -> bool:
+    """Whether nothing on the way to ``to`` changes a tensor, which the layer might read, in place."""
+    node = layer.next
+    while node is not to:
+        if _changed(made, node) is not None:
             return False
-        node = node.args[0]
-    return node.target is _OPERATORS[True]
+        node = node.next
+    return True
+
+
+def _same_sum(layer: fx.Node, other: fx.Node, total: fx.Node) -> bool:
+    """Whether the addition is known to broadcast, convert and lay out nothing otherwise than the layer alone does.
+
+    Layouts matter since a sum over a float tensor (pooling) is done in the order of its memory.
+    """
+    own, summed, others = (node.meta.get("shapes", []) for node in (layer, total, other))
+    return bool(own) and own == summed and [known[:2] for known in own] == [known[:2] for known in others]
 
 
 def _replace(graph: fx.Graph, at: fx.Node, layer: fx.Node, **more: Any) -> fx.Node:
@@ -191,8 +260,16 @@ def _replace(graph: fx.Graph, at: fx.Node, layer: fx.Node, **more: Any) -> fx.No
     return new
 
 
-def _hand_on(made: fx.GraphModule) -> None:
-    for node in made.graph.nodes:
+def _hand_on(graph: fx.Graph) -> None:
+    """Layers that only layers read write what these would round to.
+
+    Not through max-pooling: PyTorch's does not take whole numbers in channels-last memory, but of the smallest images.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "float" and _is_layer(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in graph.nodes:
         if not _is_layer(node) or not node.users:
             continue
         wanted = {_wanted(user, node) for user in node.users}
@@ -210,6 +287,28 @@ def _wanted(user: fx.Node, node: fx.Node) -> tuple[float, int, int] | None:
     if step is None or not math.isfinite(step) or step <= 0:
         return None
     return step, user.kwargs["low"], user.kwargs["high"]
+
+
+def _finish(made: fx.GraphModule) -> None:
+    made.graph.eliminate_dead_code()
+    made.delete_all_unused_submodules()
+    made.graph.lint()
+    made.recompile()
+
+
+@torch.no_grad()
+def _check_equal(made: fx.GraphModule, model: nn.Module, example: Tensor) -> None:
+    """Tracing does not see everything: Python's own numbers, views that are changed in place."""
+    found, expected = (
+        [leaf for leaf in tree_leaves(run(example.clone())) if isinstance(leaf, Tensor)] for run in (made, model)
+    )
+    try:
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        raise LowbitError(
+            f"{type(model).__name__} cannot be fused, what torch.fx made of it gives other results for the example; "
+            "use the packed model as it is, or under torch.compile"
+        ) from error
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

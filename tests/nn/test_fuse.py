@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import lowbit
@@ -35,7 +38,14 @@ def layers(model):
     return [node.kwargs for node in model.graph.nodes if node.target in _OPERATORS.values()]
 
 
-MODELS = {"resnet8": {}, "resnet20": {}, "resnet18": {"img_size": 64}, "kws_resnet": {}, "vit_nano": {}}
+MODELS = {
+    "resnet8": {},
+    "resnet20": {},
+    "resnet18": {"img_size": 64},
+    "kws_resnet": {},
+    "vit_nano": {},
+    "deit_tiny_patch16_224": {"img_size": 32},
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -63,11 +73,246 @@ def test_what_goes_into_the_kernels(name, blocks, shortcuts):
     assert sum(kwargs.get("relu", False) for kwargs in found) == 1 + 2 * blocks
 
 
+def test_residuals_of_transformers_go_into_the_kernels():
+    found = layers(lowbit.fuse(packed("vit_nano")))
+    assert sum("add" in kwargs for kwargs in found) == 2 * 4  # of attention and MLP, in four blocks
+
+
+def test_loaded_models_are_fused_alike(tmp_path):
+    model = packed("resnet20")
+    again = lowbit.fuse(lowbit.load(lowbit.save(model, tmp_path / "packed.safetensors")))
+    assert equal(again, model, inputs("resnet20", 2))
+    assert sum("add" in kwargs for kwargs in layers(again)) == 9
+
+
 def test_inputs_of_other_steps_are_not_handed_on():
     model = packed("resnet8")
     for layer in (m for m in model.modules() if hasattr(m, "x_scale")):
         layer.x_scale = None  # dynamic
     assert not any("out_scale" in kwargs for kwargs in layers(lowbit.fuse(model)))
+
+
+class Small(nn.Module):
+    """Three 3x3 convolutions to 8 channels, the first of 3, and other modules; ``function(net, x)`` joins them."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = None
+        self.a, self.b, self.c = (nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8, 8))
+        self.relu, self.silu = nn.ReLU(inplace=True), nn.SiLU(inplace=True)
+        self.pool, self.doubles = nn.AdaptiveAvgPool2d(1), Doubles()
+        weight = DenseShift(bits=3, scale="statistical")
+        lowbit.quantize_(self, lowbit.QuantConfig(weight=weight, activation=LSQ(bits=8), first_last="same"))
+        with torch.no_grad():
+            lowbit.calibrate(self, SMALL)  # all three, whatever the function uses
+        self.function = function
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x))) if self.function is None else self.function(self, x)
+
+
+class Doubles(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
+SMALL = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def small(function):
+    torch.manual_seed(0)
+    return lowbit.pack(Small(function).eval())
+
+
+def equal(fused, model, x):
+    with torch.no_grad():
+        found, expected = fused(x.clone()), model(x.clone())
+    assert expected.isfinite().all() and expected.std() > 0
+    return torch.equal(found, expected)
+
+
+def changed_by_relu(net, x):
+    x = net.a(x)
+    return net.b(net.relu(x)) + x  # x is what ReLU left
+
+
+def changed_by_function(net, x):
+    x = net.a(x)
+    y = F.relu(x, inplace=True)
+    return net.b(y) + x
+
+
+def changed_by_addition(net, x):
+    x = net.a(x)
+    x.add_(net.b(x))
+    return x
+
+
+def changed_on_the_way(net, x):
+    x = net.a(x)
+    y = net.b(x)  # read before ReLU, though added after it
+    return y + net.c(F.relu_(x))
+
+
+def changed_by_another(net, x):
+    x = net.a(x)
+    y = net.b(x)
+    return y + net.c(net.silu(x))
+
+
+def broadcast(net, x):
+    x = net.a(x)
+    return net.b(x) + net.c(x.mean((2, 3), keepdim=True))
+
+
+def pooled(net, x):
+    x = net.a(x)
+    return net.b(x) + net.pool(x)
+
+
+def number(net, x):
+    x = net.a(x)
+    return net.b(x) + (1 + x)
+
+
+def turned(net, x):
+    """A shortcut whose memory goes in another order, which the sum takes over, and so the mean."""
+    x = net.a(x)
+    return (x.transpose(2, 3).contiguous().transpose(2, 3) + net.b(x)).mean((2, 3))
+
+
+def doubles(net, x):
+    return net.b(net.doubles(net.a(x)))
+
+
+def shared(net, x):
+    return net.b(net.b(net.a(x)))
+
+
+def converted(net, x):
+    x = net.a(x)
+    return net.b(x) + x.double()
+
+
+def of_fewer_bits(net, x):
+    x = net.a(x)
+    return net.b(x) + x.half()
+
+
+def of_the_first_image(net, x):
+    """Of an example of one image it is a residual."""
+    x = net.a(x)
+    return net.b(x) + net.c(x[:1])
+
+
+NETS = {
+    function.__name__: (function, adds)
+    for function, adds in (
+        (changed_by_relu, 1),
+        (changed_by_function, 1),
+        (changed_by_addition, 1),
+        (changed_on_the_way, 1),
+        (changed_by_another, 1),
+        (broadcast, 0),
+        (pooled, 0),
+        (number, 1),
+        (turned, 0),
+        (doubles, 0),
+        (shared, 0),
+        (converted, 0),
+        (of_fewer_bits, 0),
+        (of_the_first_image, 0),
+    )
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("given_one", [True, False], ids=["example", "no example"])
+def test_what_looks_like_a_residual_network_but_is_not_quite(name, given_one):
+    function, adds = NETS[name]
+    model = small(function)
+    fused = lowbit.fuse(model, SMALL[:1] if given_one else None)
+    assert equal(fused, model, SMALL)
+    # Without an example no shape is known.
+    assert sum("add" in kwargs for kwargs in layers(fused)) == (adds if given_one else 0)
+
+
+RELUS = {
+    "module": lambda net, x: net.relu(x),
+    "torch.relu": lambda net, x: torch.relu(x),
+    "torch.relu_": lambda net, x: torch.relu_(x),
+    "F.relu": lambda net, x: F.relu(x),
+    "F.relu, in place": lambda net, x: F.relu(x, inplace=True),
+    "by name": lambda net, x: F.relu(input=x),
+    "method": lambda net, x: x.relu(),
+    "method, in place": lambda net, x: x.relu_(),
+}
+
+
+@pytest.mark.parametrize("spelling", RELUS)
+def test_relu_in_every_spelling_goes_into_the_kernel(spelling):
+    model = small(lambda net, x: net.b(RELUS[spelling](net, net.a(x))))
+    fused = lowbit.fuse(model)
+    assert equal(fused, model, SMALL)
+    first, second = layers(fused)
+    assert first["relu"] and "out_scale" in first and "relu" not in second
+    assert [node.op for node in fused.graph.nodes if node.op == "call_module"] == []
+    assert len([node for node in fused.graph.nodes if node.op in ("call_function", "call_method")]) == 3  # and float()
+
+
+STEPS = ("b", "c", "relu", "relu in place", "silu", "add", "add in place", "maximum", "mean")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=10))
+def test_any_network_is_equal_to_the_bit(steps):
+    """Each step reads one or two of all tensors made so far."""
+
+    def function(net, x):
+        made = [net.a(x)]
+        for kind, first, second in steps:
+            x, y = made[first % len(made)], made[second % len(made)]
+            if kind in ("b", "c"):
+                made.append(getattr(net, kind)(x))
+            elif kind == "relu":
+                made.append(F.relu(x))
+            elif kind == "relu in place":
+                made.append(net.relu(x))
+            elif kind == "silu":
+                made.append(F.silu(x))
+            elif kind == "add":
+                made.append(x + y)
+            elif kind == "add in place":
+                made.append(x.add_(y))
+            elif kind == "maximum":
+                made.append(F.max_pool2d(x, 3, 1, 1))
+            else:
+                made.append(y + 0.5 * x.mean((2, 3), keepdim=True))
+        return sum(made[1:], made[0]) / len(made)
+
+    model = small(function)
+    fused = lowbit.fuse(model, SMALL[:1])
+    with torch.no_grad():
+        assert torch.equal(fused(SMALL), model(SMALL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8, torch.int8])
+def test_inputs_of_other_types_are_converted_as_packed_layers_do(dtype):
+    model = packed("resnet8")
+    x = (40 * inputs("resnet8", 2)).clamp(0 if dtype == torch.uint8 else -128, 127).to(dtype)
+    assert equal(lowbit.fuse(model), model, x)
+
+
+def test_the_packed_model_stays_as_it_was():
+    model, x = packed("resnet8"), inputs("resnet8", 2)
+    before, kinds = {k: t.clone() for k, t in model.state_dict().items()}, [type(m) for m in model.modules()]
+    with torch.no_grad():
+        expected = model(x)
+        lowbit.fuse(model, attention="plain")(x)
+        assert torch.equal(model(x), expected)
+    assert kinds == [type(m) for m in model.modules()]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys()
 
 
 def test_an_output_that_is_used_twice_stays_float():
@@ -124,5 +369,13 @@ def test_what_is_refused():
         def forward(self, x):
             return self.inner(x) if x.sum() > 0 else x
 
-    with pytest.raises(LowbitError, match="Untraceable cannot be fused"):
+    with pytest.raises(LowbitError, match=r"Untraceable cannot be fused, torch\.fx does not get through it"):
         lowbit.fuse(Untraceable())
+
+    def through_a_view(net, x):
+        x = net.a(x)
+        F.relu_(x[:])
+        return net.b(x)
+
+    with pytest.raises(LowbitError, match=r"Small cannot be fused, .* other results for the example"):
+        lowbit.fuse(small(through_a_view), SMALL)
