@@ -167,7 +167,7 @@ def quantized(model: Model, bits: int) -> nn.Module:
 def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = False, fuse: bool = False) -> Built:
     """What `lowbit.pack` makes of it, channels last.
 
-    ``compile``: the rest of the model under torch.compile; ``fuse``: by `lowbit.fuse`, attention written out.
+    ``compile``: the rest of the model under torch.compile; ``fuse``: by `lowbit.fuse`.
     """
     import lowbit
 
@@ -177,7 +177,7 @@ def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = 
     made = lowbit.pack(made, x)
     facts = {"mb": _saved(made, folder)}
     made, x = _layout(made, x)
-    run = torch.compile(made) if compile else lowbit.fuse(made, attention="plain") if fuse else made
+    run = torch.compile(made) if compile else lowbit.fuse(made, x) if fuse else made
     facts["error"] = check_close(run(x), expected, PACKED)
     return Built(partial(run, x), facts=facts)
 
