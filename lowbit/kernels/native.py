@@ -19,6 +19,7 @@ from lowbit.errors import LowbitError
 ABI = 2
 # lb_args: 8 pointers, integers, 2 scales, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
 _ARGS = struct.Struct("=8Q 25q 2d 16h")
+_UNUSED = (0,) * 16  # levels
 
 
 @functools.cache
@@ -107,8 +108,7 @@ def use(name: str) -> Iterator[None]:
 
 def run(pointers: tuple[int, ...], numbers: tuple[int, ...], scales: tuple[float, float], levels: list[int]) -> None:
     """One call of ``lb_run``; the arguments are the fields of ``lb_args`` in order."""
-    levels = [*levels, *[0] * (16 - len(levels))]
-    status = _load()[0].lb_run(_ARGS.pack(*pointers, *numbers, *scales, *levels))
+    status = _load()[0].lb_run(_ARGS.pack(*pointers, *numbers, *scales, *levels, *_UNUSED[len(levels) :]))
     if status == 1:
         raise MemoryError("the native kernels could not get their working memory")
     if status:

@@ -112,6 +112,7 @@ def _check_shape(weight: PackedWeight, dims: int) -> None:
 # ---- what is refused, alike for every device ----
 
 _TYPES = {torch.float32: 0, torch.int8: 1, torch.uint8: 2}
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def _check(
@@ -134,12 +135,12 @@ def _check(
     """``k`` is K as packed, ``rows`` how many scales ``x_scale`` may have."""
     if bits not in BITS:
         raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3, 4 or 8 bits")
-    if x.dtype not in (torch.float32, torch.int8, torch.uint8):
+    if x.dtype not in _TYPES:
         raise LowbitError(f"x is {x.dtype}; float32, int8 and uint8 activations are allowed")
     if scale.ndim != 1 or scale.dtype != torch.float32 or not scale.numel():
         raise LowbitError(f"scale is {scale.dtype} {list(scale.shape)}; it is float32 [N], one for each output")
     n = scale.shape[0]
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != packed_shape(bits, n, k):
+    if packed.dtype != torch.uint8 or packed.shape != packed_shape(bits, n, k):
         raise LowbitError(
             f"packed is {packed.dtype} {list(packed.shape)}; for bits={bits}, {n} outputs and K={k} inputs (as x and "
             f"scale say) it is torch.uint8 {list(packed_shape(bits, n, k))}"
@@ -158,48 +159,59 @@ def _check(
             raise LowbitError(f"x is {x.dtype}, so x_scale has to say what its steps are worth")
     elif x_scale.dtype != torch.float32 or x_scale.numel() not in (1, rows):
         raise LowbitError(f"x_scale is {x_scale.dtype} {list(x_scale.shape)}; it is float32, of 1 or {rows} numbers")
-    for tensor, name in ((packed, "packed"), (scale, "scale"), (sums, "sums"), (bias, "bias"), (x_scale, "x_scale")):
-        if tensor is not None and tensor.device != x.device:
-            raise LowbitError(f"{name} is on {tensor.device}, x on {x.device}; they have to be on one device")
     if not (-128 <= low < high <= 127 or 0 <= low < high <= 255) or high <= 0:
         raise LowbitError(f"low={low}, high={high} is not allowed: inside -128 ... 127 or 0 ... 255, high > 0, is")
-    if out_scale is not None and not (out_scale > 0 and out_scale < float("inf")):
-        raise LowbitError(f"out_scale={out_scale!r} is not allowed; a positive number is, or None for float32 outputs")
+    if out_scale is not None and not 0 < out_scale <= LARGEST_FLOAT:
+        raise LowbitError(
+            f"out_scale={out_scale!r} is not allowed; a positive number of float32's range is, or None for float32 "
+            "outputs"
+        )
     if not (-128 <= out_low < out_high <= 127 or 0 <= out_low < out_high <= 255):
         raise LowbitError(f"out_low={out_low}, out_high={out_high} is not allowed: inside -128 ... 127 or 0 ... 255 is")
 
 
-def _check_add(add: Tensor | None, add_scale: float, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Not called by what serves the CPU: the dispatcher takes that only if every tensor is there."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise LowbitError(f"{name} is on {tensor.device}, x on {x.device}; they have to be on one device")
+
+
+def _check_add(add: Tensor | None, add_scale: float, shape: tuple[int, ...]) -> None:
     if add is None:
         return
-    if add.dtype not in _TYPES or tuple(add.shape) != shape or add.device != device:
+    if add.dtype not in _TYPES or add.shape != shape:
         raise LowbitError(
-            f"add is {add.dtype} {list(add.shape)} on {add.device}; it is float32, int8 or uint8, of the output's "
-            f"shape {list(shape)}, on {device}"
+            f"add is {add.dtype} {list(add.shape)}; it is float32, int8 or uint8, of the output's shape {list(shape)}"
         )
-    if not 0 < add_scale < float("inf"):
-        raise LowbitError(f"add_scale={add_scale!r} is not allowed; a positive number is")
+    if not 0 < add_scale <= LARGEST_FLOAT:
+        raise LowbitError(f"add_scale={add_scale!r} is not allowed; a positive number of float32's range is")
 
 
-def _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high) -> None:
+def _check_linear(
+    x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
+) -> tuple[int, ...]:
+    """The output's shape."""
     if x.ndim < 1 or not x.shape[-1]:
         raise LowbitError(f"x is {list(x.shape)}; a linear layer takes [..., K]")
-    rows = x.numel() // x.shape[-1]
-    k = x.shape[-1]
+    *outer, k = x.shape
+    rows = x.numel() // k
     _check(x, packed, levels, scale, sums, bias, x_scale, bits, k, rows, low, high, out_scale, out_low, out_high)
+    shape = (*outer, scale.shape[0])
+    _check_add(add, add_scale, shape)
+    return shape
 
 
 def _check_conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel, stride, padding, dilation, low, high, out_scale,
-    out_low, out_high,
-) -> tuple[int, int]:  # fmt: skip
-    """Height and width of the output."""
+    out_low, out_high, add, add_scale,
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """The output's shape."""
     if x.ndim != 4 or not all(x.shape[1:]):
         raise LowbitError(f"x is {list(x.shape)}; a convolution takes [B, C, H, W]")
-    pairs = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    for name, pair in pairs.items():
-        least = 0 if name == "padding" else 1
-        if len(pair) != 2 or min(pair) < least:
+    pairs = (("kernel_size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    for name, pair, least in pairs:
+        if len(pair) != 2 or pair[0] < least or pair[1] < least:
             raise LowbitError(f"{name}={list(pair)} is not allowed; two whole numbers from {least} are")
     k = kernel[0] * kernel[1] * padded_channels(x.shape[1], tuple(kernel))
     _check(x, packed, levels, scale, sums, bias, x_scale, bits, k, x.shape[0], low, high, out_scale, out_low, out_high)
@@ -212,7 +224,9 @@ def _check_conv2d(
                 f"{list(dilation)}"
             )
         size.append(room // stride[i] + 1)
-    return size[0], size[1]
+    shape = (x.shape[0], scale.shape[0], *size)
+    _check_add(add, add_scale, shape)
+    return shape
 
 
 def _out_dtype(out_scale: float | None, out_high: int) -> torch.dtype:
@@ -226,19 +240,23 @@ def _fake_linear(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
     out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high)
-    _check_add(add, add_scale, (*x.shape[:-1], scale.shape[0]), x.device)
-    return x.new_empty((*x.shape[:-1], scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
+    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    shape = _check_linear(
+        x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
+    )
+    return x.new_empty(shape, dtype=_out_dtype(out_scale, out_high))
 
 
 def _linear(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
     out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high)
-    _check_add(add, add_scale, (*x.shape[:-1], scale.shape[0]), x.device)
+    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    shape = _check_linear(
+        x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
+    )
     if not x.numel():
-        return x.new_empty((*x.shape[:-1], scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
+        return x.new_empty(shape, dtype=_out_dtype(out_scale, out_high))
     return compiled.linear(
         x, packed, tuple(levels), scale, sums, bias, x_scale, bits, low, high, add, relu=relu, out_scale=out_scale,
         out_low=out_low, out_high=out_high, add_scale=add_scale,
@@ -254,11 +272,13 @@ def _linear_cpu(
             x, packed, levels, scale, sums, bias, x_scale, bits, low, high, relu, out_scale, out_low, out_high, add,
             add_scale,
         )  # fmt: skip
-    _check_linear(x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high)
-    _check_add(add, add_scale, (*x.shape[:-1], scale.shape[0]), x.device)
-    k, n = x.shape[-1], scale.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=_out_dtype(out_scale, out_high))
+    shape = _check_linear(
+        x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
+    )
+    out = x.new_empty(shape, dtype=_out_dtype(out_scale, out_high))
+    k, n = x.shape[-1], shape[-1]
     geometry = (x.numel() // k, 1, 1, k, k, n, 1, 1, 1, 1, 0, 0, 1, 1)
+    x, add = x.contiguous(), None if add is None else add.contiguous()
     _run(
         x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
         add, add_scale, out,
@@ -269,31 +289,33 @@ def _linear_cpu(
 # ---- convolution ----
 
 
+def _new_nhwc(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _fake_conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    height, width = _check_conv2d(
+    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    shape = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-        out_scale, out_low, out_high,
+        out_scale, out_low, out_high, add, add_scale,
     )  # fmt: skip
-    _check_add(add, add_scale, (x.shape[0], scale.shape[0], height, width), x.device)
-    out = x.new_empty((x.shape[0], height, width, scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
-    return out.permute(0, 3, 1, 2)
+    return _new_nhwc(x, shape, _out_dtype(out_scale, out_high))
 
 
 def _conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    height, width = _check_conv2d(
+    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    shape = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-        out_scale, out_low, out_high,
+        out_scale, out_low, out_high, add, add_scale,
     )  # fmt: skip
-    _check_add(add, add_scale, (x.shape[0], scale.shape[0], height, width), x.device)
     if not x.numel():
-        out = x.new_empty((x.shape[0], height, width, scale.shape[0]), dtype=_out_dtype(out_scale, out_high))
-        return out.permute(0, 3, 1, 2)
+        return _new_nhwc(x, shape, _out_dtype(out_scale, out_high))
     kernel = tuple(kernel_size)
     return compiled.conv2d(
         x, packed, tuple(levels), scale, sums, bias, x_scale, bits, kernel, padded_channels(x.shape[1], kernel), stride,
@@ -311,23 +333,21 @@ def _conv2d_cpu(
             x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
             relu, out_scale, out_low, out_high, add, add_scale,
         )  # fmt: skip
-    height, width = _check_conv2d(
+    shape = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-        out_scale, out_low, out_high,
+        out_scale, out_low, out_high, add, add_scale,
     )  # fmt: skip
-    _check_add(add, add_scale, (x.shape[0], scale.shape[0], height, width), x.device)
+    out = _new_nhwc(x, shape, _out_dtype(out_scale, out_high))
     batch, channels, *size = x.shape
-    n = scale.shape[0]
-    out = torch.empty((batch, height, width, n), dtype=_out_dtype(out_scale, out_high))
     padded = padded_channels(channels, tuple(kernel_size))
-    geometry = (batch, *size, channels, padded, n, *kernel_size, *stride, *padding, *dilation)
-    x = x.permute(0, 2, 3, 1)
-    add = None if add is None else add.permute(0, 2, 3, 1)
+    geometry = (batch, *size, channels, padded, shape[1], *kernel_size, *stride, *padding, *dilation)
+    nhwc = torch.channels_last
+    x, add = x.contiguous(memory_format=nhwc), None if add is None else add.contiguous(memory_format=nhwc)
     _run(
         x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
         add, add_scale, out,
     )  # fmt: skip
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 # ---- the native call ----
@@ -350,11 +370,11 @@ def _run(
     x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
     add, add_scale, out,
 ) -> None:  # fmt: skip
+    """``x``, ``add`` and ``out`` lie in memory as the kernels want them, channels fastest."""
     # Held by these names until the call is over: a copy must not be freed under it.
-    x, packed, scale, sums = x.contiguous(), packed.contiguous(), scale.contiguous(), sums.contiguous()
+    packed, scale, sums = packed.contiguous(), scale.contiguous(), sums.contiguous()
     bias = None if bias is None else bias.contiguous()
     x_scale = None if x_scale is None else x_scale.contiguous()
-    add = None if add is None else add.contiguous()
     pointers = (
         x.data_ptr(), packed.data_ptr(), scale.data_ptr(), sums.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(),

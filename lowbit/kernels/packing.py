@@ -11,7 +11,6 @@ bytes, one 512-bit register, one row of an AMX tile. A block holds its rows in a
 - 3 bits: 8 rows in 192 bytes; the two low bits of rows 0-3 as at 2 bits, then those of rows 4-7, then 64 bytes of top
   bits, row r's in bit ``TOP_BIT[r % 4] + (r & 4)``: where one table look-up by 6 bits, which don't care for the other
   three, finds it without shifting.
-
 - 8 bits: a row is 64 bytes, each not a code but the level itself, -128 to 127 (first and last layers).
 
 N is padded to a multiple of 16 and K to one of 64. What the pads decode to has no meaning: kernels multiply them by
@@ -242,6 +241,8 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
     """
     if codes.ndim not in (2, 4):
         raise LowbitError(f"codes are {list(codes.shape)}; [N, K] and [N, C, ky, kx] can be packed")
+    if codes.is_floating_point() or codes.is_complex():
+        raise LowbitError(f"codes are {codes.dtype}; whole numbers, indices into levels, can be packed")
     if levels.ndim != 1 or not 2 <= levels.numel() <= 256:
         raise LowbitError(f"levels are {list(levels.shape)}; 2 to 256 levels in one dimension can be packed")
     if bits is None:
@@ -249,8 +250,9 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
     _check_bits(bits)
     if levels.numel() > 2**bits:
         raise LowbitError(f"{levels.numel()} levels do not fit into bits={bits}; {2**bits} do")
-    if codes.numel() and int(codes.max()) >= levels.numel():
-        raise LowbitError(f"codes go up to {int(codes.max())}; there are {levels.numel()} levels")
+    low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
+    if low < 0 or high >= levels.numel():
+        raise LowbitError(f"codes go from {low} to {high}; of {levels.numel()} levels they go from 0 on")
     whole, divisor = integer_levels(levels)
     if bits == 8 and whole != tuple(range(max(-128, whole[0]), min(127, whole[-1]) + 1)):
         raise LowbitError(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import BITS, pack_weight
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import pandas
 
 KINDS = {PackedLinear: "linear", PackedConv2d: "conv2d"}
+# What a question about a tensor gives whose answer does not depend on the numbers in it: shape, dtype, ...
+_FACTS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 
 
 def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
@@ -29,8 +33,9 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     Linear layers and convolutions of 2, 3 or 4 bits become `PackedLinear` and `PackedConv2d`. Their input's quantiser
     goes into the kernel; where a layer has none, its input becomes 8-bit numbers with a scale that follows each row (of
-    a convolution: each image). So do the first and last layers of 8 bits whose input is quantised. Other quantised
-    layers (depthwise, other widths) keep calculating with floats but store codes. What is in full precision stays.
+    a convolution: each image). So do layers of 5 to 8 bits, mostly the first and last, whose input is quantised; they
+    take 8 bits. Other quantised layers (depthwise, other widths) keep calculating with floats but store codes. What is
+    in full precision stays.
 
     Outputs equal those of ``model`` in evaluation mode up to the rounding of float32 sums, as far as all inputs are
     quantised.
@@ -62,7 +67,7 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         kinds = ", ".join(sorted({type(layer.weight.config).__name__ for layer in found if layer.weight is not None}))
         raise LowbitError(
             f"no layer of this model can be packed: kernels take 2 to 4 bits in linear layers and 2-d convolutions "
-            f"without groups (its weights: {kinds or 'full precision'})"
+            f"without groups, and up to 8 where the input is quantised too (its weights: {kinds or 'full precision'})"
         )
     model.folded = [follows[name] for name in packed if name in follows and _fold_(model, name, follows[name])]
     return model
@@ -140,51 +145,64 @@ def _example(model: nn.Module) -> Tensor | None:
 
 
 def _batchnorms(model: nn.Module, example: Tensor | None) -> dict[str, str]:
-    """Which BatchNorm takes the output of which convolution, and nothing else does: names, by running ``example``."""
+    """Which BatchNorm takes all outputs of which convolution, and nothing else does: names, by running ``example``."""
     if example is None:
         return {}
-    names = {module: name for name, module in model.named_modules()}
-    made: dict[int, tuple[Tensor, nn.Module]] = {}
+    made: dict[int, tuple[Tensor, nn.Module]] = {}  # outputs of convolutions; kept alive, so that ids stay theirs
     takers: dict[int, list[nn.Module]] = {}
+    sources: dict[nn.Module, set[nn.Module | None]] = {}  # of a BatchNorm; None: something else than a convolution
     inside: list[nn.Module] = []  # the BatchNorms that are running
-    elsewhere: set[int] = set()  # outputs that an operation outside of them calculates with
+    elsewhere: set[int] = set()  # outputs that something outside of them reads or changes
+
+    def outputs_in(tree: Any) -> set[int]:
+        return {id(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and id(leaf) in made}
 
     class Uses(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
+            used = set() if inside else outputs_in((args, kwargs))
             result = func(*args, **(kwargs or {}))
-            if not inside and isinstance(result, Tensor):
-                elsewhere.update(id(arg) for arg in args if isinstance(arg, Tensor) and id(arg) in made)
+            if not isinstance(result, _FACTS):
+                elsewhere.update(used)
             return result
+
+    class Operators(TorchDispatchMode):  # a scripted function is none that `Uses` hears of, what it calls arrives here
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            elsewhere.update(set() if inside else outputs_in((args, kwargs)))
+            return func(*args, **(kwargs or {}))
+
+    def enters(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        taken = outputs_in((args, kwargs))
+        for key in taken:
+            takers.setdefault(key, []).append(module)
+        if isinstance(module, nn.BatchNorm2d):
+            sources.setdefault(module, set()).update({made[key][1] for key in taken} or {None})
+            inside.append(module)
 
     def leaves(module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
-            made[id(output)] = (output, module)  # kept alive, so that no other tensor gets its id
+            made[id(output)] = (output, module)
         if inside and inside[-1] is module:
             inside.pop()
-
-    def enters(module: nn.Module, args: tuple) -> None:
-        for arg in args:
-            if isinstance(arg, Tensor) and id(arg) in made:
-                takers.setdefault(id(arg), []).append(module)
-        if isinstance(module, nn.BatchNorm2d):
-            inside.append(module)
 
     hooks = []
     for module in model.modules():
         hooks.append(module.register_forward_hook(leaves))
-        hooks.append(module.register_forward_pre_hook(enters))
+        hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
     try:
-        with torch.no_grad(), Uses():
-            model(example)
+        with torch.no_grad(), Uses(), Operators():
+            result = model(example)
     finally:
         for hook in hooks:
             hook.remove()
-    follows = {}
-    for key, modules in takers.items():
-        if len(modules) == 1 and isinstance(modules[0], nn.BatchNorm2d) and key not in elsewhere:
-            follows[names[made[key][1]]] = names[modules[0]]
-    used = list(follows.values())
-    return {conv: norm for conv, norm in follows.items() if used.count(norm) == 1}
+    elsewhere |= outputs_in(result)
+    norms: dict[nn.Module, set[nn.Module | None]] = {}  # of a convolution; None: not only a BatchNorm takes an output
+    for key, (_, conv) in made.items():
+        modules = takers.get(key, [])
+        alone = len(modules) == 1 and isinstance(modules[0], nn.BatchNorm2d) and key not in elsewhere
+        norms.setdefault(conv, set()).add(modules[0] if alone else None)
+    names = {module: name for name, module in model.named_modules()}
+    pairs = ((conv, taking.pop()) for conv, taking in norms.items() if len(taking) == 1)
+    return {names[conv]: names[norm] for conv, norm in pairs if norm is not None and sources[norm] == {conv}}
 
 
 def _fold_(model: nn.Module, name: str, norm_name: str) -> bool:

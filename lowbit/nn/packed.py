@@ -112,7 +112,8 @@ class PackedConv2d(PackedLayer):
 def store_(layer: nn.Module, codes: Tensor, levels: Tensor, scale: Tensor) -> nn.Module:
     """Makes ``layer`` keep its weight as uint8 codes; its float weight ``scale·levels[codes]`` is not saved.
 
-    For layers that the kernels don't do (depthwise, 1-d, more than 4 bits): they calculate with floats as before.
+    For layers that the kernels don't do (depthwise, 1-d, 5 to 8 bits on inputs that stay floats): they calculate
+    with floats as before.
 
     Args:
         layer: a linear layer or convolution without parametrisation.

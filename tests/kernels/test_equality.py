@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_helpers import MODES, TABLES, randn, random_weight
 
-from lowbit.functional import denseshift_levels
 from lowbit.kernels import compiled, pack_weight, reference, shift_conv2d, shift_linear
 from lowbit.kernels.packing import largest_k, padded_channels
 
@@ -96,29 +95,105 @@ def test_residual(library, added, table, out_scale):
                 assert torch.equal(run(x, weight, **kwargs), expected), isa
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-@given(
-    m=st.integers(1, 40), k=st.integers(1, 300), n=st.integers(1, 70), table=st.sampled_from(sorted(TABLES)),
-    dtype=st.sampled_from([torch.float32, torch.int8, torch.uint8]), seed=st.integers(0, 999),
-    threads=st.integers(1, 4), bias=st.booleans(), relu=st.booleans(), out=st.sampled_from([None, 0.7]),
-)  # fmt: skip
-def test_any_linear(library, m, k, n, table, dtype, seed, threads, bias, relu, out):
-    generator = torch.Generator().manual_seed(seed)
-    weight = random_weight(table, (n, k), seed)
-    x = torch.randint(-128, 128, (m, k), generator=generator)
-    x = x.float() if dtype == torch.float32 else x.to(dtype)
-    kwargs = {"bias": torch.randn(n, generator=generator) if bias else None, "relu": relu, "out_scale": out}
-    kwargs["x_scale"] = None if dtype == torch.float32 else torch.rand(m, generator=generator)
-    expected = reference.linear(x, weight, **kwargs)
-    assert torch.equal(compiled_linear(x, weight, **kwargs), expected)
+def test_residuals_of_any_strides(isa):
+    weight = random_weight("lsq8", (20, 64))
+    x, add = randn(6, 64), randn(20, 6, seed=3).T
+    assert not add.is_contiguous()
+    assert torch.equal(shift_linear(x, weight, add=add), reference.linear(x, weight, add=add.contiguous()))
+    weight = random_weight("denseshift3", (20, 6, 3, 3))
+    x, add = randn(2, 6, 9, 8), randn(2, 20, 7, 6, seed=3)
+    expected = reference.conv2d(x, weight, add=add)
+    for form in (add, add.to(memory_format=torch.channels_last), add.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(shift_conv2d(x, weight, add=form), expected)
+    one = torch.randint(-128, 128, (3, 20, 1, 1), dtype=torch.int8)  # one place: in both layouts at once
+    y = shift_conv2d(randn(3, 6, 3, 3), weight, add=one.expand(3, 20, 1, 1), add_scale=0.1)
+    assert torch.equal(y, reference.conv2d(randn(3, 6, 3, 3), weight, add=one, add_scale=0.1))
+
+
+@st.composite
+def requests(draw, rows):
+    """Keyword arguments of a kernel but for bias and residual, and the activations' dtype, for ``rows`` of them."""
+    dtype = draw(st.sampled_from([torch.float32, torch.int8, torch.uint8]))
+    scales = draw(st.sampled_from([1, rows] if dtype != torch.float32 else [0, 1, rows]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    kwargs = {
+        "x_scale": torch.rand(scales, generator=generator) + 0.01 if scales else None,
+        "relu": draw(st.booleans()),
+    }
+    kwargs["out_scale"] = draw(st.sampled_from([None, 0.7]))
+    if draw(st.booleans()):
+        kwargs |= {"out_low": 0, "out_high": 255}
+    return dtype, kwargs
+
+
+def numbers(shape, dtype, generator):
+    """All that 8 bits can hold, -128 and 255 included."""
+    made = torch.randint(-128, 128, shape, generator=generator)
+    return made.float() if dtype == torch.float32 else made.to(dtype)
+
+
+def options(kwargs, shape, bias, added, generator):
+    """``kwargs`` with a bias and a residual, as far as they are asked for, for outputs of ``shape`` (N in dim 1)."""
+    made = kwargs | {"bias": torch.randn(shape[1], generator=generator) if bias else None}
+    return made if added is None else made | {"add": numbers(shape, added, generator), "add_scale": 0.37}
+
+
+def assert_all_equal(library, threads, run, expected):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for isa in library.isas():
             with library.use(isa):
-                assert torch.equal(shift_linear(x, weight, **kwargs), expected), isa
+                assert torch.equal(run(), expected), isa
     finally:
         torch.set_num_threads(before)
+
+
+ADDENDS = [None, torch.float32, torch.int8, torch.uint8]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(
+    m=st.integers(1, 40), k=st.integers(1, 300), n=st.integers(1, 70), bits=st.sampled_from([2, 3, 4, 8]),
+    seed=st.integers(0, 999), threads=st.integers(1, 4), bias=st.booleans(), added=st.sampled_from(ADDENDS),
+    data=st.data(),
+)  # fmt: skip
+def test_any_linear(library, m, k, n, bits, seed, threads, bias, added, data):
+    table = data.draw(st.sampled_from(sorted(name for name in TABLES if max(2, TABLES[name][0]) == bits)))
+    dtype, kwargs = data.draw(requests(m))
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = random_weight(table, (n, k), seed), numbers((m, k), dtype, generator)
+    kwargs = options(kwargs, (m, n), bias, added, generator)
+    expected = reference.linear(x, weight, **kwargs)
+    assert torch.equal(compiled_linear(x, weight, **kwargs), expected)
+    assert_all_equal(library, threads, lambda: shift_linear(x, weight, **kwargs), expected)
+
+
+PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(
+    batch=st.integers(1, 3), channels=st.integers(1, 70), n=st.integers(1, 40), kernel=PAIR, stride=PAIR,
+    dilation=PAIR, padding=st.tuples(*[st.integers(0, 2)] * 2), more=st.tuples(*[st.integers(0, 6)] * 2),
+    table=st.sampled_from(["denseshift2", "denseshift3", "denseshift4", "lsq8", "some of 8 bits"]),
+    seed=st.integers(0, 999), threads=st.integers(1, 4), bias=st.booleans(), added=st.sampled_from(ADDENDS),
+    data=st.data(),
+)  # fmt: skip
+def test_any_convolution(
+    library, batch, channels, n, more, kernel, stride, dilation, padding, table, seed, threads, bias, added, data
+):
+    dtype, kwargs = data.draw(requests(batch))
+    generator = torch.Generator().manual_seed(seed)
+    size = [(kernel[i] - 1) * dilation[i] + 1 + more[i] for i in (0, 1)]  # without padding a kernel fits in
+    weight = random_weight(table, (n, channels, *kernel), seed)
+    x = numbers((batch, channels, *size), dtype, generator)
+    outputs = [(more[i] + 2 * padding[i]) // stride[i] + 1 for i in (0, 1)]
+    kwargs = options(kwargs, (batch, n, *outputs), bias, added, generator)
+    kwargs |= {"stride": stride, "padding": padding, "dilation": dilation}
+    expected = reference.conv2d(x, weight, **kwargs)
+    assert torch.equal(compiled_conv2d(x, weight, **kwargs), expected)
+    assert_all_equal(library, threads, lambda: shift_conv2d(x, weight, **kwargs), expected)
 
 
 @pytest.fixture
@@ -129,26 +204,29 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("table", ["denseshift4", "lsq8"])
 @pytest.mark.parametrize("m", [1, 5, 130, 700])
-def test_the_number_of_threads_does_not_matter(isa, threads, m):
+def test_the_number_of_threads_does_not_matter(isa, threads, m, table):
     """Big enough for the work to be divided: by outputs, by rows, in several parts."""
-    weight, x = random_weight("denseshift4", (200, 3000)), randn(m, 3000)
+    weight, x, add = random_weight(table, (200, 3000)), randn(m, 3000), randn(m, 200, seed=3)
     results = []
     for count in (1, 2, 3, 4):
         threads(count)
-        results.append(shift_linear(x, weight))
+        results.append(shift_linear(x, weight, add=add))
     assert all(torch.equal(result, results[0]) for result in results)
-    assert torch.equal(results[0][:5], reference.linear(x[:5], weight))
-    assert torch.equal(results[0][-5:], reference.linear(x[-5:], weight))
+    assert torch.equal(results[0][:5], reference.linear(x[:5], weight, add=add[:5]))
+    assert torch.equal(results[0][-5:], reference.linear(x[-5:], weight, add=add[-5:]))
 
 
-def test_convolutions_on_threads(isa, threads):
-    weight, x = random_weight("statsq3", (70, 64, 3, 3)), randn(40, 64, 14, 15)
+@pytest.mark.parametrize("table", ["statsq3", "lsq8"])
+def test_convolutions_on_threads(isa, threads, table):
+    weight, x, add = random_weight(table, (70, 64, 3, 3)), randn(40, 64, 14, 15), randn(40, 70, 14, 15, seed=3)
     threads(1)
-    one = shift_conv2d(x, weight, padding=1)
-    threads(4)
-    assert torch.equal(shift_conv2d(x, weight, padding=1), one)
-    assert torch.equal(one[-1:], reference.conv2d(x[-1:], weight, padding=(1, 1)))
+    one = shift_conv2d(x, weight, padding=1, add=add)
+    for count in (2, 3, 4):
+        threads(count)
+        assert torch.equal(shift_conv2d(x, weight, padding=1, add=add), one)
+    assert torch.equal(one[-1:], reference.conv2d(x[-1:], weight, padding=(1, 1), add=add[-1:]))
 
 
 def test_several_python_threads_at_once(library, threads):
@@ -171,26 +249,33 @@ def test_several_python_threads_at_once(library, threads):
     assert not wrong
 
 
-@pytest.mark.parametrize("fill", [(127, 127), (-128, 128), (-127, 127), (255, 255)], ids=str)
-@pytest.mark.parametrize("code", [0, 15])
-def test_extremes(isa, fill, code):
-    """All weights +128 or -128, all activations at an end: nothing saturates on the way."""
-    value, _ = fill
+@pytest.mark.parametrize("value", [127, -128, -127, 255])
+@pytest.mark.parametrize("table", ["denseshift4", "lsq8"])
+@pytest.mark.parametrize("end", [0, -1])
+def test_extremes(isa, value, table, end):
+    """All weights and activations at an end: nothing saturates on the way."""
+    levels = TABLES[table][1]
     dtype = torch.uint8 if value > 127 else torch.int8
+    code = range(len(levels))[end]
+    one = torch.tensor(1.0)
     for m in (1, 9):
-        weight = pack_weight(torch.full((17, 1000), code), denseshift_levels(4))
+        weight = pack_weight(torch.full((17, 1000), code), levels)
         x = torch.full((m, 1000), value, dtype=dtype)
-        y = shift_linear(x, weight, x_scale=torch.tensor(1.0))
-        assert (y == value * (128 if code else -128) * 1000).all()
+        assert (shift_linear(x, weight, x_scale=one) == value * levels[end] * 1000).all()
+        assert (compiled_linear(x, weight, x_scale=one) == value * levels[end] * 1000).all()
+    kernel = pack_weight(torch.full((17, 40, 3, 3), code), levels)
+    x = torch.full((2, 40, 5, 4), value, dtype=dtype)
+    y = shift_conv2d(x, kernel, x_scale=one, padding=1)
+    assert (y[..., 1:-1, 1:-1] == value * levels[end] * 360).all() and (y[..., 0, 0] == value * levels[end] * 160).all()
 
 
-def test_k_at_its_bound(isa):
-    levels = denseshift_levels(4)
+@pytest.mark.parametrize("table", ["denseshift4", "lsq8"])
+def test_k_at_its_bound(isa, table):
     k = largest_k((-128, 128))
-    weight = pack_weight(torch.full((1, k), 15), levels)
+    weight = pack_weight(torch.full((1, k), 0), TABLES[table][1])
     x = torch.full((9, k), 255, dtype=torch.uint8)
-    total = 255 * 128 * k
-    assert 2**31 - 2**15 < total < 2**31
+    total = 255 * -128 * k
+    assert -(2**31) < total < 2**15 - 2**31
     for rows in (x, x[:1]):
         y = shift_linear(rows, weight, x_scale=torch.tensor(1.0))
         assert (y == torch.tensor(total, dtype=torch.int64).float()).all()

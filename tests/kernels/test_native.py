@@ -69,6 +69,23 @@ def python(code, **environment):
     )
 
 
+def test_arguments_lie_where_the_library_expects_them(tmp_path):
+    """`native` packs the bytes of ``lb_args`` itself."""
+    if build.compiler() is None:
+        pytest.skip("no C compiler: the native kernels are not tested")
+    fields = ("x", "out", "add", "x_type", "bits", "low", "threads", "add_type", "out_scale", "add_scale", "levels")
+    source, program = tmp_path / "fields.c", tmp_path / "fields"
+    sizes = "".join(f'printf("%zu ", offsetof(lb_args, {field}));' for field in fields)
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "lowbit.h"\n'
+        f'int main(void) {{ {sizes} printf("%zu %d", sizeof(lb_args), LB_ABI); return 0; }}'
+    )
+    subprocess.run([build.compiler(), f"-I{build.FOLDER / 'csrc'}", str(source), "-o", str(program)], check=True)
+    *offsets, size, abi = map(int, subprocess.run([program], capture_output=True, text=True).stdout.split())
+    assert offsets == [8 * i for i in (0, 6, 7, 8, 11, 26, 31, 32, 33, 34, 35)]
+    assert (size, abi) == (native._ARGS.size, native.ABI)
+
+
 def test_libraries_that_cannot_be_used_are_not(library, monkeypatch, tmp_path):
     (tmp_path / "broken.so").write_text("no library")
     other = tmp_path / "other.c"

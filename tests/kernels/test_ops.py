@@ -26,25 +26,49 @@ class Net(torch.nn.Module):
         return shift_linear(y.amax((2, 3)), self.second)
 
 
-def linear_args(dtype=torch.float32, **kwargs):
-    weight = random_weight("denseshift3", (20, 70))
+def linear_args(dtype=torch.float32, table="denseshift3", **kwargs):
+    weight = random_weight(table, (20, 70))
     x = randn(3, 70) if dtype == torch.float32 else torch.ones(3, 70, dtype=dtype)
     scale = None if dtype == torch.float32 else torch.tensor(0.5)
-    return (x, weight.data, weight.levels, weight.scale, weight.sums, randn(20), scale, 3), kwargs
+    return (x, weight.data, weight.table, weight.scale, weight.sums, randn(20), scale, weight.bits), kwargs
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"relu": True, "out_scale": 0.5}])
+FORMS = pytest.mark.parametrize("serves", ["library", "no_library"])
+QUIET = pytest.mark.filterwarnings("ignore:lowbit's native kernels are not in use")
+ADDENDS = [
+    {},
+    {"relu": True, "out_scale": 0.5},
+    {"add": torch.float32},
+    {"add": torch.uint8, "add_scale": 0.3, "out_scale": 0.5, "out_low": 0, "out_high": 255},
+]
+
+
+def with_residual(kwargs, *shape):
+    return kwargs | ({"add": (3 * randn(*shape).abs()).to(kwargs["add"])} if "add" in kwargs else {})
+
+
+@QUIET
+@FORMS
+@pytest.mark.parametrize("kwargs", ADDENDS, ids=str)
+@pytest.mark.parametrize("table", ["denseshift3", "lsq8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_opcheck_linear(library, dtype, kwargs):
-    args, kwargs = linear_args(dtype, **kwargs)
+def test_opcheck_linear(request, serves, dtype, table, kwargs):
+    request.getfixturevalue(serves)
+    args, kwargs = linear_args(dtype, table, **with_residual(kwargs, 3, 20))
     torch.library.opcheck(torch.ops.lowbit.shift_linear.default, args, kwargs)
 
 
-def test_opcheck_conv2d(library):
-    weight = random_weight("statsq2", (10, 5, 3, 3))
+@QUIET
+@FORMS
+@pytest.mark.parametrize("kwargs", ADDENDS, ids=str)
+@pytest.mark.parametrize("table", ["statsq2", "lsq8"])
+def test_opcheck_conv2d(request, serves, table, kwargs):
+    request.getfixturevalue(serves)
+    w = random_weight(table, (10, 5, 3, 3))
+    kwargs = with_residual(kwargs, 2, 10, 4, 3)
     for x in (randn(2, 5, 8, 7), randn(2, 5, 8, 7).to(memory_format=torch.channels_last)):
-        args = (x, weight.data, weight.levels, weight.scale, weight.sums, None, None, 2, [3, 3], [2, 1], [1, 0], [1, 2])
-        torch.library.opcheck(torch.ops.lowbit.shift_conv2d.default, args)
+        args = (x, w.data, w.table, w.scale, w.sums, None, None, w.bits, [3, 3], [2, 1], [1, 0], [1, 2])
+        torch.library.opcheck(torch.ops.lowbit.shift_conv2d.default, args, kwargs)
 
 
 def test_compile_without_a_graph_break(library):
@@ -70,28 +94,33 @@ def test_inductor_takes_the_operators(library):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("table", ["denseshift2", "denseshift3", "denseshift4", "statsq4"])
+@pytest.mark.parametrize("table", ["denseshift2", "denseshift3", "denseshift4", "statsq4", "lsq8"])
 def test_inductor_compiles_the_pytorch_form(table):
+    torch._dynamo.reset()  # it compiles a function only so many times
     w, x, bias = random_weight(table, (40, 130)), randn(9, 130), randn(40)
+    add = torch.arange(9 * 40).reshape(9, 40).to(torch.int8)
+    rest = {"relu": True, "out_scale": 0.4, "add_scale": 0.3}
 
-    def form(x, data, bias):
-        return compiled.linear(x, data, w.levels, w.scale, w.sums, bias, None, w.bits, relu=True, out_scale=0.4)
+    def form(x, data, bias, add):
+        return compiled.linear(x, data, w.table, w.scale, w.sums, bias, None, w.bits, add=add, **rest)
 
     made = torch.compile(form, fullgraph=True, dynamic=False)
     for rows in (9, 1):
-        part = x[:rows].clone()
-        assert torch.equal(made(part, w.data, bias), reference.linear(part, w, bias, relu=True, out_scale=0.4))
+        part, added = x[:rows].clone(), add[:rows].clone()
+        assert torch.equal(made(part, w.data, bias, added), reference.linear(part, w, bias, add=added, **rest))
 
 
 @pytest.mark.slow
-def test_inductor_compiles_the_pytorch_form_of_a_convolution():
-    w, x = random_weight("denseshift4", (8, 5, 3, 3)), randn(2, 5, 9, 8)
+@pytest.mark.parametrize("table", ["denseshift4", "lsq8"])
+def test_inductor_compiles_the_pytorch_form_of_a_convolution(table):
+    w, x, add = random_weight(table, (8, 5, 3, 3)), randn(2, 5, 9, 8), randn(2, 8, 9, 8)
 
-    def form(x, data):
-        return compiled.conv2d(x, data, w.levels, w.scale, w.sums, None, None, w.bits, (3, 3), 8, padding=(1, 1))
+    def form(x, data, add):
+        more = {"padding": (1, 1), "add": add}
+        return compiled.conv2d(x, data, w.table, w.scale, w.sums, None, None, w.bits, (3, 3), 8, **more)
 
     made = torch.compile(form, fullgraph=True, dynamic=False)
-    assert torch.equal(made(x, w.data), reference.conv2d(x, w, padding=(1, 1)))
+    assert torch.equal(made(x, w.data, add), reference.conv2d(x, w, padding=(1, 1), add=add))
 
 
 def test_without_the_library_the_pytorch_form_serves_and_says_so_once(no_library):
@@ -118,6 +147,10 @@ w = pack_weight(torch.full((16, 64), 15), denseshift_levels(4))
 x = torch.full((4, 64), 255, dtype=torch.uint8)
 y = compiled.linear(x, w.data, w.levels, w.scale, w.sums, None, torch.ones(1), 4)
 assert (y == 64 * 255 * 128).all(), y
+for code, level in ((0, -128), (255, 127)):
+    w = pack_weight(torch.full((16, 64), code), torch.arange(-128.0, 128.0))
+    y = compiled.linear(x, w.data, w.table, w.scale, w.sums, None, torch.ones(1), 8)
+    assert (y == 64 * 255 * level).all(), y
 """
     for isa in ("AVX2", "AVX512_CORE"):
         environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
@@ -132,6 +165,8 @@ def test_shapes_without_data():
     x = torch.empty(2, 7, 9, 9, device="meta")
     y = shift_conv2d(x, kernel, stride=(2, 1), padding=(1, 0), dilation=2, out_scale=1.0)
     assert y.shape == (2, 20, 4, 7) and y.dtype == torch.int8
+    y = shift_conv2d(x, random_weight("lsq8", (20, 7, 3, 2)).to("meta"), add=torch.empty(2, 20, 7, 8, device="meta"))
+    assert y.shape == (2, 20, 7, 8) and y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(params=["native", "pytorch form", "meta"])
@@ -143,6 +178,7 @@ def form(request):
 
 W = random_weight("denseshift3", (20, 70))
 C = random_weight("denseshift3", (20, 7, 3, 3))
+W8 = random_weight("lsq8", (20, 70))
 
 
 @pytest.mark.filterwarnings("ignore:lowbit's native kernels are not in use")
@@ -162,7 +198,16 @@ C = random_weight("denseshift3", (20, 7, 3, 3))
         (lambda to: shift_linear(to(randn(3, 70)), W, low=-5, high=0), "high=0"),
         (lambda to: shift_linear(to(randn(3, 70)), W, out_scale=0.0), "out_scale=0.0"),
         (lambda to: shift_linear(to(randn(3, 70)), W, out_scale=float("nan")), "out_scale=nan"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, out_scale=1e39), "out_scale=1e[+]39"),
         (lambda to: shift_linear(to(randn(3, 70)), W, out_low=-1, out_high=255), "out_low=-1"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, add=to(randn(3, 70))), r"\[3, 70\]; .* shape \[3, 20\]"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, add=to(randn(20))), r"add is torch.float32 \[20\]"),
+        (lambda to: shift_linear(to(randn(3, 70)), W, add=to(randn(3, 20).double())), "add is torch.float64"),
+        (lambda to: shift_conv2d(to(randn(1, 7, 9, 9)), C, add=to(randn(1, 7, 7, 20))), r"shape \[1, 20, 7, 7\]"),
+        *(
+            (lambda to, s=s: shift_linear(to(randn(3, 70)), W, add=to(randn(3, 20)), add_scale=s), "add_scale=")
+            for s in (0.0, -1.0, float("inf"), float("nan"), 1e39)
+        ),
         (lambda to: shift_linear(to(randn(3, 70)), C), "convolution's"),
         (lambda to: shift_conv2d(to(randn(1, 7, 9, 9)), W), "linear layer's"),
         (lambda to: shift_conv2d(to(randn(7, 9, 9)), C), r"x is \[7, 9, 9\]"),
@@ -183,6 +228,12 @@ def test_what_is_refused(form, call, message, monkeypatch):
 def test_a_weight_elsewhere_is_refused(library):
     with pytest.raises(LowbitError, match="packed is on meta, x on cpu"):
         shift_linear(randn(3, 70), W.to("meta"))
+    with pytest.raises(LowbitError, match="add is on meta, x on cpu"):
+        shift_linear(randn(3, 70), W, add=torch.empty(3, 20, device="meta"))
+    with pytest.raises(LowbitError, match="add is on meta, x on cpu"):
+        shift_conv2d(randn(1, 7, 9, 9), C, add=torch.empty(1, 20, 7, 7, device="meta"))
+    with pytest.raises(LowbitError, match="bias is on cpu, x on meta"):
+        shift_linear(torch.empty(3, 70, device="meta"), W.to("meta"), torch.ones(20))
 
 
 def test_wrong_parts_of_a_weight_are_refused(library):
@@ -199,6 +250,8 @@ def test_wrong_parts_of_a_weight_are_refused(library):
         ({"packed": W.data[:1]}, "packed is"),
         ({"levels": [1] * 9}, "levels="),
         ({"levels": [-200, 1]}, "levels="),
+        ({"bits": 8, "packed": W8.data}, "with bits=8: none are allowed"),
+        ({"bits": 8, "levels": []}, "packed is"),
         ({"scale": W.scale.double()}, "scale is torch.float64"),
         ({"sums": W.sums.long()}, "sums is torch.int64"),
         ({"sums": W.sums[:5]}, r"sums is torch.int32 \[5\]"),

@@ -13,7 +13,7 @@ from lowbit.kernels.packing import integer_levels, largest_k, packed_shape, padd
 from lowbit.quantizers import DenseShift, StatsQ
 
 
-@given(bits=st.sampled_from([2, 3, 4]), n=st.integers(1, 40), k=st.integers(1, 200), seed=st.integers(0, 999))
+@given(bits=st.sampled_from([2, 3, 4, 8]), n=st.integers(1, 40), k=st.integers(1, 200), seed=st.integers(0, 999))
 def test_there_and_back(bits, n, k, seed):
     codes = torch.randint(0, 2**bits, (n, k), generator=torch.Generator().manual_seed(seed)).to(torch.int16)
     packed = pack(codes, bits)
@@ -32,7 +32,41 @@ def test_bytes_by_hand():
     assert packed[1].nonzero().tolist() == [[192 + 128 + 1]] and packed[1, 321] == 1 << 2  # the top bit of row 0
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@given(first=st.integers(-128, 126), count=st.integers(2, 256), n=st.integers(1, 40), k=st.integers(1, 150))
+def test_eight_bits_hold_the_levels_themselves(first, count, n, k):
+    count = min(count, 128 - first)
+    codes = torch.arange(n * k).reshape(n, k) * 7 % count
+    weight = pack_weight(codes, torch.arange(first, first + count).float(), bits=8)
+    assert torch.equal(weight.codes().long(), codes) and torch.equal(weight.integers().long(), codes + first)
+    assert weight.levels == tuple(range(first, first + count)) and weight.table == ()
+    assert torch.equal(weight.sums.long(), (codes + first).sum(1))
+    blocks, width = packed_shape(8, n, k)
+    stored = torch.zeros(blocks * 16, width // 16, dtype=torch.int8)  # the pads are 0
+    stored[:n, :k] = codes + first
+    rows = weight.data.view(torch.int8).reshape(blocks, width // 64, 16, 4)
+    assert torch.equal(rows.transpose(1, 2).reshape(blocks * 16, -1), stored)
+
+
+def test_eight_bits_by_hand():
+    weight = pack_weight(torch.tensor([[0] * 7, [1] * 7]), torch.tensor([-2.0, -1.0]), bits=8)
+    assert weight.data.shape == (1, 1024) and weight.data[0, [0, 4, 64 + 2, 64 + 4 + 2]].tolist() == [
+        254,
+        255,
+        254,
+        255,
+    ]
+    assert weight.data.count_nonzero() == 14
+    stem = pack_weight(torch.full((5, 3, 3, 3), 1), torch.arange(-1.0, 40.0))  # level 0 wherever it is no pad
+    assert stem.bits == 8 and stem.k == 36 and not stem.data.any() and not stem.sums.any()
+
+
+@pytest.mark.parametrize(("count", "bits"), [(4, 2), (5, 3), (8, 3), (9, 4), (16, 4), (17, 8), (256, 8)])
+def test_the_fewest_bits_that_hold_the_levels_are_taken(count, bits):
+    codes = torch.arange(count).expand(3, -1)
+    assert pack_weight(codes, torch.arange(count) - count // 2 + 0.0).bits == bits
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_whole_blocks_take_exactly_that_many_bits(bits):
     assert pack(torch.zeros(32, 128, dtype=torch.uint8), bits).numel() * 8 == 32 * 128 * bits
 
@@ -84,6 +118,10 @@ def test_the_bound_of_k():
     with pytest.raises(LowbitError, match=rf"K={bound + 1} .*K={bound};"):
         pack_weight(torch.full((1, bound + 1), 15), levels)
     pack_weight(torch.full((1, bound + 1), 1), denseshift_levels(2))  # smaller levels allow more
+    whole = torch.arange(-128.0, 128.0)
+    assert pack_weight(torch.zeros(1, bound, dtype=torch.int16), whole).sums.item() == bound * -128
+    with pytest.raises(LowbitError, match=rf"K={bound + 1} .*K={bound};"):
+        pack_weight(torch.zeros(1, bound + 1, dtype=torch.int16), whole)
 
 
 CODES = torch.zeros(4, 8, dtype=torch.int16)
@@ -107,6 +145,14 @@ CODES = torch.zeros(4, 8, dtype=torch.int16)
         (lambda: pack_weight(CODES, denseshift_levels(2), torch.ones(1, 8)), r"scale is \[1, 8\]"),
         (lambda: pack_weight(CODES, denseshift_levels(2), float("nan")), "NaN"),
         (lambda: pack_weight(CODES, torch.ones(1)), r"levels are \[1\]"),
+        (lambda: pack_weight(CODES, torch.arange(257.0) - 128), r"levels are \[257\]"),
+        (lambda: pack_weight(CODES.float(), denseshift_levels(2)), "float32"),
+        (lambda: pack_weight(CODES - 1, denseshift_levels(2)), "from -1"),
+        (lambda: pack_weight(CODES - 1, torch.arange(-65.0, 12.0)), "from -1"),
+        (lambda: pack_weight(CODES + 77, torch.arange(-65.0, 12.0)), "to 77; of 77 levels"),
+        (lambda: pack_weight(CODES, torch.arange(0.0, 80.0, 2) / 2 - torch.eye(40)[0]), "consecutive"),  # -1, 1, 2 ...
+        (lambda: pack_weight(CODES, torch.arange(100.0, 129.0)), "from -128 to 127"),
+        (lambda: pack_weight(CODES, denseshift_levels(3), bits=8), "consecutive"),
     ],
 )
 def test_what_is_refused(call, message):

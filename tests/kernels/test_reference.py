@@ -20,6 +20,25 @@ def test_linear_by_hand():
     assert y.tolist() == [[2, 0]]  # 1.5 rounds to 2
 
 
+def test_a_residual_by_hand():
+    weight = pack_weight(torch.tensor([[0, 255], [128, 129]]), torch.arange(-128.0, 128.0))  # -128 127 / 0 1
+    x, one = torch.tensor([[1, -1], [-128, 127]], dtype=torch.int8), torch.tensor(1.0)
+    assert weight.bits == 8
+    assert reference.linear(x, weight, x_scale=one).tolist() == [[-255, -1], [32513, 127]]
+    add = torch.tensor([[1.5, -2.0], [0.0, 4.0]])
+    bias = torch.tensor([0.0, 1.0])
+    y = reference.linear(x, weight, bias, one, add=add)
+    assert y.tolist() == [[-253.5, -2], [32513, 132]]
+    assert reference.linear(x, weight, bias, one, add=add, relu=True).tolist() == [[0, 0], [32513, 132]]
+    y = reference.linear(x, weight, bias, one, add=torch.tensor([[255, 3], [0, 200]], dtype=torch.uint8), add_scale=0.5)
+    assert y.tolist() == [[-127.5, 1.5], [32513, 228]]
+    y = reference.linear(x, weight, bias, one, add=add.to(torch.int8), add_scale=2.0, relu=True, out_scale=2.0)
+    assert y.dtype == torch.int8 and y.tolist() == [[0, 0], [127, 68]]  # after the residual: ReLU, then rounding
+    image, kernel = x.reshape(1, 2, 2, 1).float(), pack_weight(torch.full((1, 2, 1, 1), 1), torch.tensor([-1.0, 1.0]))
+    y = reference.conv2d(image, kernel, x_scale=one, add=torch.tensor([[[[10.0], [20.0]]]]))
+    assert y.tolist() == [[[[1 - 127 + 10.0], [-1 + 127 + 20.0]]]]  # float -128 is beyond low=-127
+
+
 def test_rows_are_quantised_by_their_largest_value():
     x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-44, 0.0, 0.0]])
     scale = reference.dynamic_scale(x, 127)

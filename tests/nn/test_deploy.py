@@ -134,16 +134,50 @@ def test_saved_and_loaded_it_says_the_same_to_the_bit(pair, tmp_path):
     assert kinds == [(name, type(module)) for name, module in again.named_modules()]
 
 
-@pytest.mark.parametrize("also", [False, True])
-def test_a_batchnorm_is_folded_only_if_nothing_else_needs_the_convolution(also):
+@torch.jit.script
+def scripted(y):
+    return y * torch.sigmoid(y)
+
+
+def written(block, x):
+    y = block.conv(x)
+    z = torch.zeros_like(y)
+    z[:] = y
+    return block.bn(y) + z
+
+
+# How a block makes its output of x, and whether its BatchNorm may be folded into its convolution.
+USES = {
+    "the BatchNorm alone": (True, lambda b, x: b.bn(b.conv(x)) * 2),
+    "its shape": (True, lambda b, x: (lambda y: b.bn(y).reshape(y.shape[0], y.size(1), -1).to(y.dtype))(b.conv(x))),
+    "both are called twice": (True, lambda b, x: b.bn(b.conv(x)) + b.bn(b.conv(2 * x))),
+    "added": (False, lambda b, x: (lambda y: b.bn(y) + y)(b.conv(x))),
+    "by keyword": (False, lambda b, x: (lambda y: torch.add(b.bn(y), other=y))(b.conv(x))),
+    "in a list": (False, lambda b, x: (lambda y: torch.cat([b.bn(y), y], 1))(b.conv(x))),
+    "a tuple comes out": (False, lambda b, x: (lambda y: b.bn(y) + y.max(1, keepdim=True).values)(b.conv(x))),
+    "written elsewhere": (False, written),
+    "before the BatchNorm": (False, lambda b, x: (lambda y: y.mean() + b.bn(y))(b.conv(x))),
+    "scripted": (False, lambda b, x: (lambda y: b.bn(y) + scripted(y))(b.conv(x))),
+    "without autograd": (False, lambda b, x: (lambda y: b.bn(y) + y.data)(b.conv(x))),
+    "returned": (False, lambda b, x: (lambda y: (b.bn(y), y))(b.conv(x))),
+    "two BatchNorms": (False, lambda b, x: (lambda y: b.bn(y) + b.other(input=y))(b.conv(x))),
+    "the convolution twice": (False, lambda b, x: b.bn(b.conv(x)) + b.other(b.conv(2 * x))),
+    "once without": (False, lambda b, x: b.bn(b.conv(x)) + b.conv(2 * x)),
+    "the BatchNorm twice": (False, lambda b, x: b.bn(2 * b.bn(b.conv(x)))),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_batchnorm_is_folded_only_if_nothing_else_needs_the_convolution(use):
+    folds, forward = USES[use]
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16)
+            self.conv, self.bn, self.other = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.BatchNorm2d(16)
 
         def forward(self, x):
-            y = self.conv(x)
-            return self.bn(y) + y if also else self.bn(y) * 2
+            return forward(self, x)
 
     torch.manual_seed(0)
     model, x = Block(), torch.randn(4, 3, 9, 9)
@@ -151,9 +185,55 @@ def test_a_batchnorm_is_folded_only_if_nothing_else_needs_the_convolution(also):
     with torch.no_grad():
         lowbit.calibrate(model, x)
         model.train()(x)
+        for norm in (model.bn, model.other):
+            norm.weight.uniform_(1, 2)
         packed = lowbit.pack(model.eval(), x)
-        assert packed.folded == ([] if also else ["bn"])
-        assert (packed(x) - model(x)).abs().max() < 1e-4
+        assert packed.folded == (["bn"] if folds else [])
+        torch.testing.assert_close(packed(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_five_to_eight_bits_take_eight(bits, tmp_path):
+    torch.manual_seed(0)
+    model = lowbit.models.create("resnet8", 10)
+    method = LSQ(bits=bits)
+    lowbit.quantize_(model, lowbit.QuantConfig(weight=method, activation=method, first_last="same"))
+    lowbit.calibrate(model, images())
+    packed = lowbit.pack(model.eval())
+    before = {found.name: found for found in quantized_layers(model)}
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, PackedLayer)}
+    assert set(layers) == {name for name, found in before.items() if found.weight is not None}
+    for name, layer in layers.items():
+        assert layer.bits == 8 and len(layer.levels) == 2**bits
+        assert torch.equal(layer.weight.codes().long(), before[name].codes().long())
+    with torch.no_grad():
+        y = packed(images())
+        assert torch.equal(lowbit.load(lowbit.save(packed, tmp_path / "packed.safetensors"))(images()), y)
+        assert (y - model(images())).norm() < 0.05 * y.norm()
+
+
+def test_the_summary_says_how_many_bits(tmp_path):
+    model = quantized("resnet8", weight=DenseShift(bits=2), activation=LSQ(bits=4), first_last=8)
+    packed = lowbit.pack(model)
+    again = lowbit.load(lowbit.save(packed, tmp_path / "packed.safetensors"))
+    for made in (packed, again):
+        rows = lowbit.nn.deploy.summary(made).set_index("layer")
+        assert (rows.drop("(rest)").how == "packed").all()
+        assert rows.bits.to_dict() == {n: {"conv1": 8, "fc": 8, "(rest)": 32}.get(n, 2) for n in rows.index}
+        stem = made.conv1
+        assert rows.bytes["conv1"] == stem.data.numel() + 8 * stem.shape[0]
+        assert stem.data.shape == (stem.shape[0] // 16, 64 * 16)  # 3 channels padded to 4: K = 36
+
+
+def test_files_written_before_there_were_eight_bits_are_read():
+    settings = {"bits": 2, "levels": [-2, -1, 1, 2], "shape": [2, 3], "low": -8, "high": 7}
+    data = torch.zeros(1, 256, dtype=torch.uint8)
+    data[0, :8] = torch.tensor([3, 3, 3, 0, 2, 0, 1, 0], dtype=torch.uint8)  # 2 2 2 / 1 -2 -1
+    tensors = {"data": data, "scale": torch.tensor([1.0, 0.5]), "sums": torch.tensor([6, -2], dtype=torch.int32)}
+    layer = PackedLinear.restore(settings, tensors | {"x_scale": torch.tensor([0.5])})
+    with torch.no_grad():
+        assert layer(torch.tensor([[1.0, 9.0, -0.5]])).tolist() == [[(4 + 14 - 2) * 0.5, (2 - 14 + 1) * 0.25]]
+    assert layer.settings() == settings
 
 
 def test_first_and_last_layers_are_packed_with_eight_bits():

@@ -16,6 +16,12 @@ CASES = {
     "linear, calibrated": (nn.Linear(24, 20), {"weight": DenseShift(bits=3), "activation": LSQ(bits=4)}, (5, 24)),
     "linear, dynamic": (nn.Linear(24, 20), {"weight": StatsQ(bits=2)}, (5, 24)),
     "linear, 4 bits": (nn.Linear(24, 20), {"weight": DenseShift(bits=4), "activation": LSQ(bits=8)}, (5, 24)),
+    "linear, 8 bits": (nn.Linear(24, 20), {"weight": LSQ(bits=8), "activation": LSQ(bits=8)}, (5, 24)),
+    "convolution, 8 bits": (
+        nn.Conv2d(3, 12, 3, 2, 1),
+        {"weight": LSQ(bits=8), "activation": LSQ(bits=8)},
+        (2, 3, 9, 9),
+    ),
     "convolution": (nn.Conv2d(8, 12, 3, 2, 1), {"weight": DenseShift(bits=2), "activation": LSQ(bits=8)}, (2, 8, 9, 9)),
     "convolution, dynamic": (nn.Conv2d(8, 12, 3, padding=1), {"weight": StatsQ(bits=4)}, (2, 8, 7, 9)),
 }
