@@ -131,6 +131,21 @@ def equal(fused, model, x):
     return torch.equal(found, expected)
 
 
+def two_readers(net, x):
+    x = net.a(x)
+    return net.b(x), net.c(x)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_two_layers_are_handed_whole_numbers_only_if_both_want_the_same(alike):
+    model = small(two_readers)
+    model.c.x_scale = model.b.x_scale * (1 if alike else 2)
+    fused = lowbit.fuse(model)  # without an example: nothing but the rule itself keeps it right
+    assert sum("out_scale" in kwargs for kwargs in layers(fused)) == alike
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(fused(SMALL), model(SMALL), strict=True))
+
+
 def changed_by_relu(net, x):
     x = net.a(x)
     return net.b(net.relu(x)) + x  # x is what ReLU left
