@@ -6,8 +6,9 @@ arXiv 2208.09708). As published that goes wrong where the exponent field says so
 (field 0) and results beyond the largest float (field 255). `shift_multiply` handles them and equals the multiplication
 bit for bit; ``raw=True`` shows the trick as it is, and so its failures.
 
-On x86 the multiply-add costs less than the shift (one instruction against three), so no kernel is made of this. Bit
-equality is promised for the products; how `shift_linear_float` adds them up is torch's matrix product's affair.
+On x86 the multiplication costs less than the shift (one instruction against three), and gives the same bits: so
+``torch.ops.lowbit.shift_linear_float`` decodes packed weights to floats in the caches and multiplies. What it computes
+is defined by `linear`, to the bit, also how products are added up; the compiled kernels do the same.
 """
 
 import torch
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.packing import PackedWeight
+from lowbit.kernels import native, ops
+from lowbit.kernels.packing import PackedWeight, unpack
 
-__all__ = ["shift_linear_float", "shift_multiply"]
+__all__ = ["linear", "shift_conv2d_float", "shift_linear_float", "shift_multiply"]
 
 SIGN = -(2**31)
 FIELD = 0x7F800000
@@ -79,11 +81,109 @@ def exponents(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return torch.log2(integers.abs().float()).round().to(torch.int32), integers < 0
 
 
-def shift_linear_float(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """A linear layer whose float32 activations stay as they are: ``(x @ levels[codes].T) · scale + bias``.
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The definition: float32 ``x`` ``[M, K]`` times whole-numbered ``weight`` ``[N, K]``, to ``[M, N]``.
 
-    The products are exact whether shifted or multiplied; they are summed in float32 by torch's matrix product, in its
-    order.
+    Each product and each sum is rounded to float32 on its own. An output has four sums, of the k with the same k % 4,
+    each added up in ascending k from 0; ``y = ((s0 + s1) + (s2 + s3)) · scale + bias``.
     """
-    y = F.linear(x, weight.integers().to(x.dtype)) * weight.scale
+    pad = -x.shape[1] % 4
+    x, weight = F.pad(x, (0, pad)), F.pad(weight.to(x.dtype), (0, pad))
+    sums = x.new_zeros(x.shape[0], weight.shape[0], 4)
+    for k in range(0, x.shape[1], 4):
+        sums = sums + x[:, None, k : k + 4] * weight[None, :, k : k + 4]
+    y = ((sums[..., 0] + sums[..., 1]) + (sums[..., 2] + sums[..., 3])) * scale
     return y if bias is None else y + bias
+
+
+def shift_linear_float(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """A linear layer whose float32 activations stay as they are: ``[..., K]`` → ``[..., N]``, see `linear`.
+
+    Args:
+        x: float32.
+        weight: of `pack_weight`, on ``x``'s device; any levels, though only powers of two need no multiplication.
+        bias: float32 ``[N]``.
+
+    Raises:
+        LowbitError: a dtype, shape or device that does not fit.
+    """
+    ops.check_dims(x, weight, 2)
+    return torch.ops.lowbit.shift_linear_float(x, weight.data, weight.table, weight.scale, bias, weight.bits)
+
+
+def shift_conv2d_float(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    """The convolution (``groups=1``) of float32 ``[B, C, H, W]``, as `shift_linear_float` of copies of its windows.
+
+    Raises:
+        LowbitError: a dtype, shape or device that does not fit.
+    """
+    ops.check_dims(x, weight, 4)
+    n, c, ky, kx = weight.shape
+    stride, padding, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
+    sizes = zip(x.shape[2:], (ky, kx), stride, padding, dilation, strict=True)
+    height, width = (((size + 2 * p - d * (k - 1) - 1) // s + 1) for size, k, s, p, d in sizes)
+    padded = weight.k // (ky * kx)
+    windows = F.unfold(x, (ky, kx), dilation, padding, stride)  # [B, C·ky·kx, L]
+    rows = F.pad(windows.reshape(len(x), c, ky * kx, -1).permute(0, 3, 2, 1), (0, padded - c)).flatten(2)
+    y = torch.ops.lowbit.shift_linear_float(rows, weight.data, weight.table, weight.scale, bias, weight.bits)
+    return y.permute(0, 2, 1).reshape(len(x), n, height, width)
+
+
+# ---- the operator ----
+
+torch.library.define(
+    "lowbit::shift_linear_float",
+    "(Tensor x, Tensor packed, int[] levels, Tensor scale, Tensor? bias, int bits) -> Tensor",
+)
+
+
+def _check(x, packed, levels, scale, bias, bits) -> tuple[int, ...]:
+    """The output's shape."""
+    if x.dtype != torch.float32:
+        raise LowbitError(f"x is {x.dtype}; activations that stay floats are float32")
+    if x.ndim < 1 or not x.shape[-1]:
+        raise LowbitError(f"x is {list(x.shape)}; a linear layer takes [..., K]")
+    ops.check_devices(x, packed=packed, scale=scale, bias=bias)
+    ops.check_weight(packed, levels, scale, bias, bits, x.shape[-1])
+    return (*x.shape[:-1], scale.shape[0])
+
+
+def _fake(x, packed, levels, scale, bias, bits):
+    return x.new_empty(_check(x, packed, levels, scale, bias, bits))
+
+
+def _any(x, packed, levels, scale, bias, bits):
+    shape = _check(x, packed, levels, scale, bias, bits)
+    codes = unpack(packed, bits, scale.shape[0], x.shape[-1])
+    if bits == 8:
+        weight = codes.to(torch.uint8).view(torch.int8)
+    else:
+        weight = torch.tensor(levels, dtype=torch.float32, device=x.device)[codes.long()]
+    return linear(x.reshape(-1, x.shape[-1]), weight, scale, bias).reshape(shape)
+
+
+def _cpu(x, packed, levels, scale, bias, bits):
+    if not ops.use_native():
+        return _any(x, packed, levels, scale, bias, bits)
+    out = x.new_empty(_check(x, packed, levels, scale, bias, bits))
+    x, packed, scale = x.contiguous(), packed.contiguous(), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    native.run_floats(
+        (x.data_ptr(), packed.data_ptr(), scale.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()),
+        (bits, x.numel() // x.shape[-1], x.shape[-1], scale.shape[0], torch.get_num_threads()),
+        levels,
+    )
+    return out
+
+
+torch.library.register_fake("lowbit::shift_linear_float", _fake)
+torch.library.impl("lowbit::shift_linear_float", "CompositeExplicitAutograd", _any)
+torch.library.impl("lowbit::shift_linear_float", "CPU", _cpu)
+torch.library.impl("lowbit::shift_linear_float", "Autograd", torch.library.fallthrough_kernel)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
-ABI = 2
+ABI = 3
 # lb_args: 8 pointers, integers, 2 scales, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
 _ARGS = struct.Struct("=8Q 25q 2d 16h")
 _UNUSED = (0,) * 16  # levels
@@ -39,7 +39,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if abi != ABI:
         return None, f"{path} is of another version ({abi}, not {ABI}): build it anew by python -m lowbit.kernels.build"
     library.lb_isas.restype = library.lb_isa.restype = ctypes.c_char_p
-    library.lb_select.argtypes = library.lb_run.argtypes = [ctypes.c_char_p]
+    library.lb_select.argtypes = library.lb_run.argtypes = library.lb_run_floats.argtypes = [ctypes.c_char_p]
     if name := os.environ.get("LOWBIT_ISA"):
         _select(library, name)
     return library, ""
@@ -108,8 +108,23 @@ def use(name: str) -> Iterator[None]:
 
 def run(pointers: tuple[int, ...], numbers: tuple[int, ...], scales: tuple[float, float], levels: list[int]) -> None:
     """One call of ``lb_run``; the arguments are the fields of ``lb_args`` in order."""
-    status = _load()[0].lb_run(_ARGS.pack(*pointers, *numbers, *scales, *levels, *_UNUSED[len(levels) :]))
+    args = _ARGS.pack(*pointers, *numbers, *scales, *levels, *_UNUSED[len(levels) :])
+    _raise(_load()[0].lb_run(args), numbers)
+
+
+def run_floats(pointers: tuple[int, int, int, int, int], numbers: tuple[int, int, int, int, int], levels) -> None:
+    """One call of ``lb_run_floats``: x, packed, scale, bias, out; bits, rows, K, outputs, threads; the levels."""
+    x, packed, scale, bias, out = pointers
+    bits, rows, k, outputs, threads = numbers
+    args = _ARGS.pack(
+        x, packed, scale, 0, bias, 0, out, 0, 0, 0, 0, bits, rows, 1, 1, k, k, outputs, *(1,) * 8, 0, 0, 0, 0, 0,
+        threads, 0, 1.0, 1.0, *levels, *_UNUSED[len(levels) :],
+    )  # fmt: skip
+    _raise(_load()[0].lb_run_floats(args), numbers)
+
+
+def _raise(status: int, numbers: tuple[int, ...]) -> None:
     if status == 1:
         raise MemoryError("the native kernels could not get their working memory")
     if status:
-        raise RuntimeError(f"lb_run refused its arguments ({status}): {numbers}")
+        raise RuntimeError(f"the native kernels refused their arguments ({status}): {numbers}")

@@ -63,7 +63,7 @@ def shift_linear(
     Raises:
         LowbitError: a dtype, shape, device or number that does not fit.
     """
-    _check_shape(weight, 2)
+    check_dims(x, weight, 2)
     return torch.ops.lowbit.shift_linear(
         x, weight.data, weight.table, weight.scale, weight.sums, bias, x_scale, weight.bits, low, high, relu,
         out_scale, out_low, out_high, add, add_scale,
@@ -95,7 +95,7 @@ def shift_conv2d(
     Raises:
         LowbitError: a dtype, shape, device or number that does not fit.
     """
-    _check_shape(weight, 4)
+    check_dims(x, weight, 4)
     stride, padding, dilation = ([v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation))
     return torch.ops.lowbit.shift_conv2d(
         x, weight.data, weight.table, weight.scale, weight.sums, bias, x_scale, weight.bits, weight.kernel, stride,
@@ -103,16 +103,44 @@ def shift_conv2d(
     )  # fmt: skip
 
 
-def _check_shape(weight: PackedWeight, dims: int) -> None:
+def check_dims(x: Tensor, weight: PackedWeight, dims: int) -> None:
+    """Whether ``weight`` is a linear layer's (2) or a convolution's (4), of as many inputs as ``x`` has.
+
+    The operators themselves see packed bytes alone, whose pads hide a few inputs too many or too few.
+    """
     if len(weight.shape) != dims:
         kinds = {2: "a linear layer's", 4: "a convolution's"}
         raise LowbitError(f"the packed weight {list(weight.shape)} is {kinds[6 - dims]}; {kinds[dims]} is needed")
+    if (x.ndim != 4 if dims == 4 else x.ndim < 1) or x.shape[1 if dims == 4 else -1] != weight.shape[1]:
+        takes = f"[B, {weight.shape[1]}, H, W]" if dims == 4 else f"[..., {weight.shape[1]}]"
+        raise LowbitError(f"x is {list(x.shape)}; the packed weight {list(weight.shape)} takes {takes}")
 
 
 # ---- what is refused, alike for every device ----
 
 _TYPES = {torch.float32: 0, torch.int8: 1, torch.uint8: 2}
 LARGEST_FLOAT = torch.finfo(torch.float32).max
+
+
+def check_weight(packed: Tensor, levels: Sequence[int], scale: Tensor, bias: Tensor | None, bits: int, k: int) -> None:
+    """``k`` is K as packed."""
+    if bits not in BITS:
+        raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3, 4 or 8 bits")
+    if scale.ndim != 1 or scale.dtype != torch.float32 or not scale.numel():
+        raise LowbitError(f"scale is {scale.dtype} {list(scale.shape)}; it is float32 [N], one for each output")
+    n = scale.shape[0]
+    if packed.dtype != torch.uint8 or packed.shape != packed_shape(bits, n, k):
+        raise LowbitError(
+            f"packed is {packed.dtype} {list(packed.shape)}; for bits={bits}, {n} outputs and K={k} inputs (as x and "
+            f"scale say) it is torch.uint8 {list(packed_shape(bits, n, k))}"
+        )
+    if bits == 8:
+        if levels:
+            raise LowbitError(f"levels={list(levels)[:4]}... with bits=8: none are allowed, the bytes are the levels")
+    elif not 2 <= len(levels) <= 2**bits or min(levels) < -LARGEST_LEVEL or max(levels) > LARGEST_LEVEL:
+        raise LowbitError(f"levels={list(levels)}: 2 to {2**bits} whole numbers from -128 to 128 are allowed")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != scale.shape):
+        raise LowbitError(f"bias is {bias.dtype} {list(bias.shape)}; it is float32 [{n}]")
 
 
 def _check(
@@ -133,27 +161,11 @@ def _check(
     out_high: int,
 ) -> None:
     """``k`` is K as packed, ``rows`` how many scales ``x_scale`` may have."""
-    if bits not in BITS:
-        raise LowbitError(f"bits={bits!r} is not allowed: packed weights have 2, 3, 4 or 8 bits")
     if x.dtype not in _TYPES:
         raise LowbitError(f"x is {x.dtype}; float32, int8 and uint8 activations are allowed")
-    if scale.ndim != 1 or scale.dtype != torch.float32 or not scale.numel():
-        raise LowbitError(f"scale is {scale.dtype} {list(scale.shape)}; it is float32 [N], one for each output")
-    n = scale.shape[0]
-    if packed.dtype != torch.uint8 or packed.shape != packed_shape(bits, n, k):
-        raise LowbitError(
-            f"packed is {packed.dtype} {list(packed.shape)}; for bits={bits}, {n} outputs and K={k} inputs (as x and "
-            f"scale say) it is torch.uint8 {list(packed_shape(bits, n, k))}"
-        )
-    if bits == 8:
-        if levels:
-            raise LowbitError(f"levels={list(levels)[:4]}... with bits=8: none are allowed, the bytes are the levels")
-    elif not 2 <= len(levels) <= 2**bits or min(levels) < -LARGEST_LEVEL or max(levels) > LARGEST_LEVEL:
-        raise LowbitError(f"levels={list(levels)}: 2 to {2**bits} whole numbers from -128 to 128 are allowed")
+    check_weight(packed, levels, scale, bias, bits, k)
     if sums.dtype != torch.int32 or sums.shape != scale.shape:
-        raise LowbitError(f"sums is {sums.dtype} {list(sums.shape)}; it is int32 [{n}]")
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != scale.shape):
-        raise LowbitError(f"bias is {bias.dtype} {list(bias.shape)}; it is float32 [{n}]")
+        raise LowbitError(f"sums is {sums.dtype} {list(sums.shape)}; it is int32 [{scale.shape[0]}]")
     if x_scale is None:
         if x.dtype != torch.float32:
             raise LowbitError(f"x is {x.dtype}, so x_scale has to say what its steps are worth")
@@ -170,7 +182,7 @@ def _check(
         raise LowbitError(f"out_low={out_low}, out_high={out_high} is not allowed: inside -128 ... 127 or 0 ... 255 is")
 
 
-def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
     """Not called by what serves the CPU: the dispatcher takes that only if every tensor is there."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
@@ -240,7 +252,7 @@ def _fake_linear(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
     out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
     shape = _check_linear(
         x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
     )
@@ -251,7 +263,7 @@ def _linear(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
     out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
     shape = _check_linear(
         x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
     )
@@ -267,7 +279,7 @@ def _linear_cpu(
     x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
     out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    if not _use_native():
+    if not use_native():
         return _linear(
             x, packed, levels, scale, sums, bias, x_scale, bits, low, high, relu, out_scale, out_low, out_high, add,
             add_scale,
@@ -297,7 +309,7 @@ def _fake_conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
     shape = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
         out_scale, out_low, out_high, add, add_scale,
@@ -309,7 +321,7 @@ def _conv2d(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    _check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
+    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
     shape = _check_conv2d(
         x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
         out_scale, out_low, out_high, add, add_scale,
@@ -328,7 +340,7 @@ def _conv2d_cpu(
     x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
     low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
 ):  # fmt: skip
-    if not _use_native():
+    if not use_native():
         return _conv2d(
             x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
             relu, out_scale, out_low, out_high, add, add_scale,
@@ -354,7 +366,7 @@ def _conv2d_cpu(
 
 
 @functools.cache
-def _use_native() -> bool:
+def use_native() -> bool:
     """Says once, where it is so, that the slow form serves."""
     if native.available():
         return True

@@ -58,4 +58,4 @@ MODES = {
 def forget() -> None:
     """Makes `native` and the ops look again."""
     native._load.cache_clear()
-    ops._use_native.cache_clear()
+    ops.use_native.cache_clear()

@@ -52,7 +52,7 @@ MODELS = {
 @pytest.mark.parametrize("native", [True, False], ids=["native", "PyTorch"])
 def test_equal_to_the_bit(name, native, monkeypatch):
     if not native:
-        monkeypatch.setattr("lowbit.kernels.ops._use_native", lambda: False)
+        monkeypatch.setattr("lowbit.kernels.ops.use_native", lambda: False)
     model = packed(name, **MODELS[name])
     fused = lowbit.fuse(model)
     with torch.no_grad():

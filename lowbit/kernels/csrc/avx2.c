@@ -11,7 +11,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2")
 #endif
-#include "generic.h"
+#define LB_FLOAT_BYTES 32
+#include "floats.h"
 
 enum { SAFE = 64, SMALL = 16, TILE = 4 };
 
@@ -182,6 +183,58 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   return LB_OK;
 }
 
+/* ---- floating-point activations ----
+ * A dword of packed bytes is an output's 4 k: shifted, it is an index of 8 or 16 floats, whose higher bits the look-up
+ * ignores. */
+
+LB_INLINE __m256i shifted(__m256i v, int bits) {
+  return bits < 0 ? _mm256_slli_epi32(v, -bits) : _mm256_srli_epi32(v, bits);
+}
+
+LB_INLINE void decode_floats_of(const int bits, const lb_job *job, const uint8_t *p, int64_t rows, float *panel) {
+  static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
+  float levels[16];
+  for (int i = 0; i < 16; i++) levels[i] = job->levels[bits == 2 ? i & 3 : bits == 3 ? i & 7 : i];
+  const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
+  for (int64_t row = 0; row < rows; row += 8, p += bits * 64)
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++)
+        for (int half = 0; half < 2; half++) {
+#define PART(I) _mm256_loadu_si256((const __m256i *)(p + 64 * (I) + 32 * half))
+          __m256 w;
+          if (bits == 2) {
+            w = _mm256_permutevar8x32_ps(low, shifted(PART(r >> 2), 8 * j + 2 * (r & 3)));
+          } else if (bits == 3) {
+            const __m256i mask = _mm256_set1_epi32(3);
+            const __m256i two = _mm256_and_si256(mask, shifted(PART(r >> 2), 8 * j + 2 * (r & 3)));
+            const __m256i top = _mm256_andnot_si256(mask, shifted(PART(2), 8 * j + top_bit[r] - 2));
+            w = _mm256_permutevar8x32_ps(low, _mm256_or_si256(two, top));
+          } else if (bits == 4) {
+            const __m256i code = shifted(PART(r >> 1), 8 * j + 4 * (r & 1));
+            const __m256 top = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+            w = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), top);
+          } else {
+            w = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(PART(r), 24 - 8 * j), 24));
+          }
+          _mm256_storeu_ps(panel + (row + r) * 64 + j * 16 + half * 8, w);
+#undef PART
+        }
+}
+
+static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64_t rows, float *panel) {
+  const uint8_t *p = job->packed + block * job->block_bytes + first * 8 * job->bits;
+  if (job->bits == 2) decode_floats_of(2, job, p, rows, panel);
+  else if (job->bits == 3) decode_floats_of(3, job, p, rows, panel);
+  else if (job->bits == 4) decode_floats_of(4, job, p, rows, panel);
+  else decode_floats_of(8, job, p, rows, panel);
+}
+
+int lb_avx2_float_product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
+  return float_product(job, row0, row1, block0, block1);
+}
+
 static uint32_t absmax(const float *x, int64_t n) { return lb_generic_absmax(x, n); }
 
 static void quantize(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out) {
@@ -199,5 +252,5 @@ static int available(void) {
   return __builtin_cpu_supports("avx2"); /* asks CPUID leaf 7 and XCR0 */
 }
 
-const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, 4};
+const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4};
 #endif

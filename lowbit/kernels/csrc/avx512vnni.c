@@ -176,5 +176,6 @@ int lb_avx512_available(void) {
   return (b & (f | dq | bw | vl)) == (f | dq | bw | vl) && (c & (vbmi | vnni)) == (vbmi | vnni);
 }
 
-const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product, 32};
+const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product,
+                                    lb_avx2_float_product, 32};
 #endif

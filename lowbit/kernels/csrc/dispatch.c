@@ -371,3 +371,38 @@ int lb_run(const lb_args *a) {
   lb_scratch_trim();
   return status;
 }
+
+/* ---- activations that stay floats ---- */
+
+static void multiply_floats(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const int status = r->isa->float_product(&r->job, 0, r->rows, begin, end);
+  if (status) atomic_store(&r->status, status);
+}
+
+int lb_run_floats(const lb_args *a) {
+  if (!a || !((a->bits >= 2 && a->bits <= 4) || a->bits == 8) || a->batch < 0 || a->channels <= 0 || a->outputs <= 0)
+    return LB_WRONG_ARGS;
+  if (!a->batch) return LB_OK;
+  run r = {.args = a, .isa = isa_in_use(), .rows = a->batch};
+  const int64_t k = a->channels, outputs = a->outputs;
+  r.job.k = lb_round_up(k, 64);
+  r.job.used_k = lb_round_up(k, 4);
+  r.job.map = a->x;
+  r.job.out = a->out;
+  describe_weights(&r);
+  if (r.job.used_k != k) { /* zeros behind each row */
+    float *rows = lb_scratch(LB_SLOT_MAP, (size_t)(a->batch * r.job.used_k) * sizeof(float));
+    if (!rows) return LB_NO_MEMORY;
+    r.job.map = (const uint8_t *)rows;
+    for (int64_t m = 0; m < a->batch; m++, rows += r.job.used_k) {
+      memcpy(rows, (const float *)a->x + m * k, (size_t)k * sizeof(float));
+      memset(rows + k, 0, (size_t)(r.job.used_k - k) * sizeof(float));
+    }
+  }
+  const int64_t blocks = (outputs + 15) / 16;
+  const int64_t threads = lb_max(1, lb_min(a->threads, a->batch * outputs * k / LEAST_WORK));
+  lb_parallel(threads, blocks, lb_max(1, blocks / (threads * 4)), multiply_floats, &r);
+  lb_scratch_trim();
+  return atomic_load(&r.status);
+}

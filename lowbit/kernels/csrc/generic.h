@@ -5,6 +5,18 @@
 
 #include "internal.h"
 
+/* Of eight rows of 3-bit codes, where row r's top bit lies; see packing.py. */
+static const int lb_top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
+
+LB_INLINE int lb_code_of(const uint8_t *block, int bits, int64_t row, int i) {
+  if (bits == 2) return block[(row / 4) * 64 + i] >> 2 * (row % 4) & 3;
+  if (bits == 8) return (int8_t)block[row * 64 + i]; /* the level itself */
+  if (bits == 4) return block[(row / 2) * 64 + i] >> 4 * (row % 2) & 15;
+  const uint8_t *group = block + (row / 8) * 192;
+  const int r = (int)(row % 8);
+  return (group[r / 4 * 64 + i] >> 2 * (r % 4) & 3) | (group[128 + i] >> lb_top_bit[r] & 1) << 2;
+}
+
 /* NaN counts as 0. Clipping first lets 1.5 * 2^23, added and taken away, do the rounding (half to even). */
 LB_INLINE float lb_step(float x, float scale, float low, float high) {
   float v = x / scale;

@@ -48,6 +48,8 @@ typedef struct {
   uint32_t (*absmax)(const float *x, int64_t n); /* bits of max |x|; those of a NaN if there is one */
   void (*quantize)(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out);
   int (*product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1); /* LB_OK, ... */
+  /* The same of rows of used_k floats at `map`; see floats.h. */
+  int (*float_product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
   int span; /* all spans are multiples of this many bytes, 4 at least; used_k then is too */
 } lb_isa_table;
 
@@ -55,6 +57,7 @@ extern const lb_isa_table lb_portable;
 #if defined(__x86_64__)
 extern const lb_isa_table lb_avx2, lb_avx512vnni, lb_amx;
 int lb_avx512_available(void);
+int lb_avx2_float_product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
 #endif
 #if defined(__aarch64__)
 extern const lb_isa_table lb_neon, lb_neon_plain;

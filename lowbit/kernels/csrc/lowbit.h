@@ -4,7 +4,7 @@
 #define LOWBIT_H
 #include <stdint.h>
 
-#define LB_ABI 2 /* raise with every change of lb_args or of what it means; native.py asks for the same number */
+#define LB_ABI 3 /* raise with every change of lb_args or of what it means; native.py asks for the same number */
 
 #if defined(__GNUC__)
 #define LB_PUBLIC __attribute__((visibility("default")))
@@ -50,5 +50,8 @@ LB_PUBLIC const char *lb_isas(int all);
 LB_PUBLIC const char *lb_isa(void);         /* the one in use */
 LB_PUBLIC int lb_select(const char *name);  /* NULL: the best */
 LB_PUBLIC int lb_run(const lb_args *args);  /* safe from several threads at once */
+/* A linear layer whose activations stay float32 (kernels/floats.py): of the arguments only x, packed, scale, bias, out,
+ * bits, batch (rows), channels (K), outputs, levels and threads count. */
+LB_PUBLIC int lb_run_floats(const lb_args *args);
 
 #endif

@@ -7,7 +7,7 @@
 #if defined(__linux__)
 #include <sys/auxv.h>
 #endif
-#include "generic.h"
+#include "floats.h"
 
 enum { TILE = 4 };
 
@@ -157,9 +157,14 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   return run_product(job, row0, row1, block0, block1, has_dot() ? tile_dot : tile_plain);
 }
 
+static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64_t rows, float *panel) {
+  lb_generic_decode_floats(job, block, first, rows, panel);
+}
+
 static int available(void) { return 1; }
 
-const lb_isa_table lb_neon = {"neon", available, 1, lb_generic_absmax, lb_generic_quantize, product, 4};
+const lb_isa_table lb_neon = {
+    "neon", available, 1, lb_generic_absmax, lb_generic_quantize, product, float_product, 4};
 const lb_isa_table lb_neon_plain = {
-    "neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, 4};
+    "neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, float_product, 4};
 #endif

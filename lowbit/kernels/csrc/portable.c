@@ -1,17 +1,5 @@
 /* Plain C for any processor: no intrinsics, nothing assumed. */
-#include "generic.h"
-
-/* Of eight rows of 3-bit codes, where row r's top bit lies; see packing.py. */
-static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
-
-static int code_of(const uint8_t *block, int bits, int64_t row, int i) {
-  if (bits == 2) return block[(row / 4) * 64 + i] >> 2 * (row % 4) & 3;
-  if (bits == 8) return (int8_t)block[row * 64 + i]; /* the level itself */
-  if (bits == 4) return block[(row / 2) * 64 + i] >> 4 * (row % 2) & 15;
-  const uint8_t *group = block + (row / 8) * 192;
-  const int r = (int)(row % 8);
-  return (group[r / 4 * 64 + i] >> 2 * (r % 4) & 3) | (group[128 + i] >> top_bit[r] & 1) << 2;
-}
+#include "floats.h"
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
   const int64_t used_rows = job->used_k / 4;
@@ -20,7 +8,7 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   for (int64_t b = block0; b < block1; b++) {
     for (int64_t r = 0; r < used_rows; r++)
       for (int i = 0; i < 64; i++) {
-        const int code = code_of(job->packed + b * job->block_bytes, job->bits, r, i);
+        const int code = lb_code_of(job->packed + b * job->block_bytes, job->bits, r, i);
         weights[r * 64 + i] = job->bits == 8 ? (int16_t)code : job->levels[code];
       }
     for (int64_t m = row0; m < row1; m++) {
@@ -38,6 +26,11 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   return LB_OK;
 }
 
+static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64_t rows, float *panel) {
+  lb_generic_decode_floats(job, block, first, rows, panel);
+}
+
 static int available(void) { return 1; }
 
-const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product, 4};
+const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product,
+                                  float_product, 4};
