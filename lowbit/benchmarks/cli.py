@@ -106,6 +106,44 @@ def models(
     _write(json_file, outcome.results, about | {"skipped": outcome.skipped, "facts": outcome.facts})
 
 
+@app.command()
+def agreement(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano or kws_resnet; repeat for several; default all"
+        ),
+    ] = None,
+    bits: Annotated[list[int] | None, typer.Option(min=2, max=4, help="repeat for several; default 2, 3, 4")] = None,
+    count: Annotated[int, typer.Option(min=1, help="inputs of models with random weights")] = 64,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="also write the table, and what it depends on to NAME.machine.json")
+    ] = None,
+) -> None:
+    """Not a time: how often a packed model answers like the fake-quantised one it was made of, and why it does not."""
+    import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm.auto import tqdm
+
+    from lowbit.benchmarks import agreement as bench
+    from lowbit.benchmarks.report import machine, write_table
+
+    widths = list(dict.fromkeys(bits or [2, 3, 4]))
+    about = {"machine": machine()}
+    rows = list(tqdm(bench.run(model, widths, count), desc="models", total=len(model or bench.MODELS) * len(widths)))
+    frame = pd.DataFrame(rows)
+    table = Table(title="packed and fake-quantised models")
+    for column in frame.columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
+    Console(width=160).print(table)
+    if csv_file is not None:
+        for written in write_table(csv_file, frame, about):
+            typer.echo(f"written: {written}")
+
+
 def _counts(threads: list[int] | None) -> list[int]:
     return list(dict.fromkeys(threads or [1]))
 

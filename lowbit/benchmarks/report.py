@@ -5,11 +5,14 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
 from lowbit import environment
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 UNITS = {"s": 1.0, "ms": 1e3, "µs": 1e6}
 PEERS = ("brevitas", "torchao", "onnxruntime", "openvino")
@@ -119,7 +122,18 @@ def caches() -> dict[str, int]:
 def write(path: Path, results: list[Result], about: dict[str, Any]) -> list[Path]:
     """Writes the results, a list, and next to them ``<name>.machine.json`` with what they depend on; returns both."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.stem}.machine.json")
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [path, _write_about(path, about)]
+
+
+def write_table(path: Path, frame: "pd.DataFrame", about: dict[str, Any]) -> list[Path]:
+    """The same for a table, written as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False, float_format="%.6g")
+    return [path, _write_about(path, about)]
+
+
+def _write_about(path: Path, about: dict[str, Any]) -> Path:
+    beside = path.with_name(f"{path.stem}.machine.json")
     beside.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [path, beside]
+    return beside
