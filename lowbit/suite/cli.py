@@ -38,7 +38,7 @@ def run(
     ] = None,
     out: OutOption = None,
 ) -> None:
-    """Execute notebooks, each in a process of its own, and write run.json, executed copies and report.html."""
+    """Execute notebooks, each in its own process; write run.json, executed copies, report.html and junit.xml."""
     from rich.console import Console
 
     from lowbit.suite import report, runner
@@ -73,12 +73,14 @@ def check(
     out: OutOption = None,
 ) -> None:
     """Compare the numbers of the last run with the accepted ones; exit 1 on any difference."""
-    from lowbit.suite import baselines, runfile, runner
+    from lowbit.suite import baselines, junit, runfile, runner
 
-    done = runfile.load(out or runner.run_folder(profile))
+    folder = out or runner.run_folder(profile)
+    done = runfile.load(folder)
     _same_profile(done.profile, profile)
     baseline = baselines.load(profile, done.device)
     rows = baselines.compare(done, baseline, baselines.pick(notebooks, done, baseline))
+    junit.write_check(done, rows, folder)
     console = _console()
     console.print(_table(f"lowbit check, profile {profile}, {done.device}", rows, ("now", "accepted")))
     bad, better = sum(not row.ok for row in rows), sum(row.verdict == "improved" for row in rows)
