@@ -189,6 +189,48 @@ def mutate(
     raise typer.Exit(0 if caught == len(outcomes) else 1)
 
 
+new = typer.Typer(no_args_is_help=True)
+"""``lowbit new``."""
+
+
+@new.command("notebook")
+def new_notebook(
+    name: Annotated[str, typer.Argument(help="Two digits that are free, _ and a topic: 17_my_topic.")],
+    execute: Annotated[bool, typer.Option(help="Run it, so that its outputs are stored.")] = True,
+) -> None:
+    """Write a notebook that works and passes the course's tests, to be filled with a topic."""
+    from lowbit.suite import new as skeletons
+    from lowbit.suite.runfile import show_path
+
+    made = skeletons.notebook(name, execute=execute)
+    _told(made)
+    path = show_path(made[0])
+    typer.echo(f"after each change: python -m lowbit.suite.tidy {path}")
+    typer.echo(f"when it is done:   lowbit run {made[0].stem} && lowbit accept --seeds 5, and a line in README.md")
+
+
+@new.command("quantizer")
+def new_quantizer(
+    name: Annotated[str, typer.Argument(help="Of the file and the method: my_method.")],
+) -> None:
+    """Write a quantiser in a file of its own, with a test, to be filled with a method."""
+    from lowbit.suite import new as skeletons
+
+    made = skeletons.quantizer(name)
+    _told(made)
+    test = f"tests/quantizers/{made[1].name}"
+    typer.echo(
+        f"after each change: python -m pytest {test} tests/quantizers tests/nn/test_convert.py -k {made[0].stem}"
+    )
+
+
+def _told(files: list[Path]) -> None:
+    from lowbit.suite.runfile import show_path
+
+    for file in files:
+        typer.echo(f"wrote {show_path(file)}")
+
+
 def doctor() -> None:
     """Show what this machine has, what is missing, and what to do about it."""
     from rich.table import Table
