@@ -77,7 +77,7 @@ def write(run: Run, folder: Path) -> Path:
         differ=sum(card.differ for card in cards),
         costs=_costs(cards),
         papers=_papers(run, folder),
-        recorded=sum(len(card.entry.metrics) for card in cards),
+        compared=sum(metric["verdict"] != "" for card in cards for metric in card.metrics),
         total=clock(sum(entry.seconds for entry in run.notebooks if not entry.cached)),
         environment=_environment(run.environment),
     )

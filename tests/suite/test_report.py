@@ -65,6 +65,7 @@ def test_everything_is_inside_the_page(page, project):
     (figures / "dot.png").write_bytes(b"dot")
     found = page(entry(90.0))
     assert [image["src"] for image in found.find_all("img")] == ["data:image/png;base64,ZG90"]
+    assert found.find("img").parent["href"] == "figures/00_a/dot.png"  # to look at it in full size
     assert not found.find_all(["script", "link", "iframe"])
     assert "url(" not in found.find("style").text and "@import" not in found.find("style").text
     assert found.find("meta", attrs={"name": "viewport"})
@@ -121,6 +122,12 @@ def test_numbers_are_drawn_beside_their_interval(page, accepted):
     assert drawing["aria-label"] == "same: now 91, accepted 90 ± 2 %"
     (outside,) = page(entry(60.0)).find_all("svg")
     assert 0 <= float(outside.find_all("line")[-1]["x1"]) < float(outside.find("rect")["x"])
+
+
+def test_agreement_is_said_too_and_for_what(page, accepted):
+    assert "All 2 numbers agree with those accepted 2030-01-01." in words(page(entry(90.0)).find("header"))
+    head = words(page(entry(90.0), Entry("01_b", "failed", "boom")).find("header"))
+    assert "All 2 numbers of the notebooks that passed agree" in head
 
 
 def test_a_number_that_is_none_is_not_drawn(page, accepted):
