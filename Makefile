@@ -1,5 +1,6 @@
 # make suite: set up, run every notebook at the smallest profile, compare with the accepted results
 # make test:  set up, run the tests, check the notebooks' stored outputs
+# make lint:  ruff, as it is configured in pyproject.toml
 # make lab:   open the course in JupyterLab
 # make bench: what quantised training costs on this machine
 # make notebooks: execute the notebooks at their defaults and store the outputs (before committing a changed one)
@@ -10,8 +11,10 @@ BIN := $(VENV)/bin
 EXTRAS ?= test
 JOBS ?= 2
 PYTEST_ARGS ?=
+# A folder for the test results as JUnit XML; the suite's are always beside its run.json.
+JUNIT ?=
 
-.PHONY: setup suite test lab bench notebooks clean
+.PHONY: setup suite test lint lab bench notebooks clean
 
 setup: $(VENV)/.installed lowbit/kernels/_native.so
 
@@ -38,8 +41,12 @@ suite: setup
 # One process a core would share the cores with torch's own threads: each gets one thread.
 test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-cell-timeout=120 -p no:cacheprovider notebooks $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(JUNIT),--junitxml=$(JUNIT)/tests.xml) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-cell-timeout=120 -p no:cacheprovider notebooks $(if $(JUNIT),--junitxml=$(JUNIT)/nbval.xml) $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -43,6 +43,7 @@ for command in (*OF_SUITE, training.train, kernels.pack):
     app.command()(_plain_errors(command))
 app.add_typer(data.app, name="data", help="The data sets: what is there, where it comes from, is it whole.")
 app.add_typer(benchmarks.app, name="bench", help="Benchmarks: ratios measured in one run.")
-for group in (data.app, benchmarks.app):
+app.add_typer(suite.new, name="new", help="A notebook or a quantiser to start from.")
+for group in (data.app, benchmarks.app, suite.new):
     for info in group.registered_commands:
         info.callback = _plain_errors(info.callback)

@@ -33,7 +33,8 @@ def test_an_unknown_attribute_is_an_attribute_error():
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["check"], ["accept"], ["train"], ["data"], ["data", "list"],
-                                     ["bench"], ["bench", "training"], ["doctor"]])  # fmt: skip
+                                     ["bench"], ["bench", "training"], ["doctor"], ["new"],
+                                     ["new", "notebook"], ["new", "quantizer"]])  # fmt: skip
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.stdout

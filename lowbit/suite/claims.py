@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FILE = Path(__file__).with_name("claims.yaml")
 METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
+VERDICTS = ("reproduced", "not reproduced", "inconclusive", "no evidence")
 KEYS = {
     "says",
     "table",
@@ -231,6 +232,27 @@ def write(claims: list[Claim], folder: Path) -> tuple[Path, Path]:
     return as_json, as_text
 
 
+def read(folder: Path) -> list[Claim]:
+    """The claims that `write` left in ``folder``; none where there is no ``claims.json``.
+
+    Raises:
+        LowbitError: a file that `write` has not written.
+    """
+    path = folder / "claims.json"
+    if not path.exists():
+        return []
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        found = [Claim(**{**item, "statements": [Statement(**one) for one in item["statements"]]}) for item in tree]
+        if unknown := {one.verdict for claim in found for one in (claim, *claim.statements)} - set(VERDICTS):
+            raise ValueError(f"no verdict is called {', '.join(sorted(unknown))}")
+        return found
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LowbitError(
+            f"{path.name} is not that of this version ({error}): make it again with 'lowbit claims'"
+        ) from None
+
+
 def markdown(claims: list[Claim]) -> str:
     """The claims for people: a table, then for each claim its statements, rows, run card and command."""
     profiles = ", ".join(dict.fromkeys(claim.profile for claim in claims))
@@ -249,7 +271,7 @@ def markdown(claims: list[Claim]) -> str:
             claim.id,
             claim.claim,
             f"**{claim.verdict}**",
-            _effect(claim.statements[0]),
+            effect(claim.statements[0]),
             claim.dataset,
             claim.seeds or "",
         )
@@ -258,7 +280,7 @@ def markdown(claims: list[Claim]) -> str:
         lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. **{claim.verdict}**.", ""]
         lines += ["| statement | effect | verdict | test |", "|---|---|---|---|"]
         for statement in claim.statements:
-            lines.append(f"| {statement.says} | {_effect(statement)} | {statement.verdict} | {statement.note} |")
+            lines.append(f"| {statement.says} | {effect(statement)} | {statement.verdict} | {statement.note} |")
         for table in claim.runs:
             link = Path(table).relative_to("results") if table.startswith("results/") else Path(table)
             card = link.with_suffix(".json")
@@ -268,7 +290,8 @@ def markdown(claims: list[Claim]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _effect(judged: Statement) -> str:
+def effect(judged: Statement) -> str:
+    """What was measured, with interval and seeds, in words; empty where nothing was."""
     if judged.effect is None:
         return ""
     if judged.interval is None:

@@ -38,7 +38,7 @@ def run(
     ] = None,
     out: OutOption = None,
 ) -> None:
-    """Execute notebooks, each in a process of its own, and write run.json, executed copies and report.html."""
+    """Execute notebooks, each in its own process; write run.json, executed copies, report.html and junit.xml."""
     from rich.console import Console
 
     from lowbit.suite import report, runner
@@ -73,12 +73,14 @@ def check(
     out: OutOption = None,
 ) -> None:
     """Compare the numbers of the last run with the accepted ones; exit 1 on any difference."""
-    from lowbit.suite import baselines, runfile, runner
+    from lowbit.suite import baselines, junit, runfile, runner
 
-    done = runfile.load(out or runner.run_folder(profile))
+    folder = out or runner.run_folder(profile)
+    done = runfile.load(folder)
     _same_profile(done.profile, profile)
     baseline = baselines.load(profile, done.device)
     rows = baselines.compare(done, baseline, baselines.pick(notebooks, done, baseline))
+    junit.write_check(done, rows, folder)
     console = _console()
     console.print(_table(f"lowbit check, profile {profile}, {done.device}", rows, ("now", "accepted")))
     bad, better = sum(not row.ok for row in rows), sum(row.verdict == "improved" for row in rows)
@@ -185,6 +187,48 @@ def mutate(
     caught = sum(outcome.status == "caught" for outcome in outcomes)
     console.print(f"{caught} of {len(outcomes)} deliberate faults caught", highlight=False)
     raise typer.Exit(0 if caught == len(outcomes) else 1)
+
+
+new = typer.Typer(no_args_is_help=True)
+"""``lowbit new``."""
+
+
+@new.command("notebook")
+def new_notebook(
+    name: Annotated[str, typer.Argument(help="Two digits that are free, _ and a topic: 17_my_topic.")],
+    execute: Annotated[bool, typer.Option(help="Run it, so that its outputs are stored.")] = True,
+) -> None:
+    """Write a notebook that works and passes the course's tests, to be filled with a topic."""
+    from lowbit.suite import new as skeletons
+    from lowbit.suite.runfile import show_path
+
+    made = skeletons.notebook(name, execute=execute)
+    _told(made)
+    path = show_path(made[0])
+    typer.echo(f"after each change: python -m lowbit.suite.tidy {path}")
+    typer.echo(f"when it is done:   lowbit run {made[0].stem} && lowbit accept --seeds 5, and a line in README.md")
+
+
+@new.command("quantizer")
+def new_quantizer(
+    name: Annotated[str, typer.Argument(help="Of the file and the method: my_method.")],
+) -> None:
+    """Write a quantiser in a file of its own, with a test, to be filled with a method."""
+    from lowbit.suite import new as skeletons
+
+    made = skeletons.quantizer(name)
+    _told(made)
+    test = f"tests/quantizers/{made[1].name}"
+    typer.echo(
+        f"after each change: python -m pytest {test} tests/quantizers tests/nn/test_convert.py -k {made[0].stem}"
+    )
+
+
+def _told(files: list[Path]) -> None:
+    from lowbit.suite.runfile import show_path
+
+    for file in files:
+        typer.echo(f"wrote {show_path(file)}")
 
 
 def doctor() -> None:

@@ -1,11 +1,15 @@
 """report.html: one page about a run, complete in itself: styles and figures are inside, nothing is fetched."""
 
 import base64
+import math
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import baselines
+from lowbit.suite import baselines, claims
 from lowbit.suite.progress import LOOK, clock
 from lowbit.suite.record import show
 from lowbit.suite.runfile import Entry, Run, write_text
@@ -15,6 +19,13 @@ NOT_STARTED = "not started yet"
 """The reason of a notebook whose turn has not come."""
 
 TONES = {"passed": "good", "skipped": "calm", "not_run": "calm"}
+VERDICTS = {
+    "reproduced": ("✔", "good"),
+    "not reproduced": ("✘", "bad"),
+    "inconclusive": ("≈", "calm"),
+    "no evidence": ("○", "calm"),
+}
+"""Sign and tone of what `lowbit.suite.claims` says of a claim."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,18 @@ class Card:
     figures: list[tuple[str, str]]
     links: list[tuple[str, str]]
 
+    @property
+    def differ(self) -> int:
+        """How many of its numbers are not as accepted."""
+        return sum(metric["tone"] == "bad" for metric in self.metrics) + len(self.notes)
+
+    @property
+    def tally(self) -> str:
+        """What the comparison said of its numbers, in words; empty where they were not compared."""
+        counts = Counter(metric["verdict"] for metric in self.metrics if metric["verdict"])
+        said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+        return f": {said}" if said else ""
+
 
 def write(run: Run, folder: Path) -> Path:
     """Writes ``folder/report.html`` for a run whose outputs lie in ``folder``, and returns its path."""
@@ -45,16 +68,16 @@ def write(run: Run, folder: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lowbit.suite", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    differ = sum(metric["tone"] == "bad" for card in cards for metric in card.metrics)
-    differ += sum(len(card.notes) for card in cards if card.entry.status == "passed")
     page = environment.get_template("report.html.j2").render(
         run=run,
         cards=cards,
         baseline=baseline,
         no_baseline=why,
         verdict=_verdict(run),
-        differ=differ,
-        recorded=sum(len(card.entry.metrics) for card in cards),
+        differ=sum(card.differ for card in cards),
+        costs=_costs(cards),
+        papers=_papers(run, folder),
+        compared=sum(metric["verdict"] != "" for card in cards for metric in card.metrics),
         total=clock(sum(entry.seconds for entry in run.notebooks if not entry.cached)),
         environment=_environment(run.environment),
     )
@@ -107,6 +130,7 @@ def _card(entry: Entry, run: Run, baseline: baselines.Baseline | None, folder: P
     for name, metric in entry.metrics.items():
         row = rows.pop(name, None)
         tone = "" if row is None else "good" if row.verdict == "same" else "calm" if row.ok else "bad"
+        before = baseline.notebooks[entry.name].metrics.get(name) if row else None
         metrics.append(
             {
                 "name": name,
@@ -116,8 +140,10 @@ def _card(entry: Entry, run: Run, baseline: baselines.Baseline | None, folder: P
                 "accepted": row.accepted if row else "",
                 "verdict": row.verdict if row else "",
                 "tone": tone,
+                "place": _place(metric.value, before) if before else None,
             }
         )
+    metrics.sort(key=lambda metric: metric["tone"] != "bad")  # what differs first, else as recorded
     notes = [f"{row.metric or entry.name}: {row.verdict}. {row.note}" for row in rows.values() if not row.ok]
     shown = entry.status == "passed" or (entry.output and not entry.cached)
     pictures = sorted((folder / "figures" / entry.name).glob("*.png")) if shown else []
@@ -133,6 +159,64 @@ def _card(entry: Entry, run: Run, baseline: baselines.Baseline | None, folder: P
         [(picture.stem, base64.b64encode(picture.read_bytes()).decode()) for picture in pictures],
         links,
     )
+
+
+def _place(value: float, accepted: baselines.Accepted) -> dict[str, float] | None:
+    """Where a number lies beside its accepted interval, in per cent of a line; None where there is nothing to draw."""
+    slack = baselines.slack(accepted)
+    if not math.isfinite(value) or accepted.tolerance == 0:
+        return None
+    reach = 1.2 * max(slack, abs(value - accepted.value))
+    return {
+        "low": 50 - 50 * slack / reach,
+        "wide": 100 * slack / reach,
+        "now": 50 + 50 * (value - accepted.value) / reach,
+    }
+
+
+def _costs(cards: list[Card]) -> dict:
+    """The notebooks that ran, slowest first, with bars in per cent of the longest and the largest."""
+    ran = sorted((card for card in cards if card.entry.seconds), key=lambda card: -card.entry.seconds)
+    seconds = max((card.entry.seconds for card in ran), default=1)
+    memory = max((card.entry.peak_mb for card in ran), default=1) or 1
+    rows = [
+        {
+            "card": card,
+            "seconds": 100 * card.entry.seconds / seconds,
+            "memory": 100 * card.entry.peak_mb / memory,
+            "why": ("kept: " if card.entry.cached else "ran again: ") + card.entry.why if card.entry.why else "",
+        }
+        for card in ran
+    ]
+    return {"rows": rows, "why": any(row["why"] for row in rows)}
+
+
+def _papers(run: Run, folder: Path) -> dict:
+    """The claims as `lowbit claims` last judged them, with links to their evidence where it lies near the page."""
+    try:
+        found, wrong = claims.read(paths.results()), ""
+    except LowbitError as error:
+        found, wrong = [], str(error)
+    rows = [
+        {
+            "claim": claim,
+            "sign": VERDICTS[claim.verdict][0],
+            "tone": VERDICTS[claim.verdict][1],
+            "holds": sum(one.verdict == "reproduced" for one in claim.statements),
+            "statements": [(*VERDICTS[one.verdict], one, claims.effect(one)) for one in claim.statements],
+            "tables": [(Path(table).name, _link(paths.project() / table, folder)) for table in claim.runs],
+            "notebooks": [entry.name for entry in run.notebooks if entry.name in claim.command.split()],
+        }
+        for claim in found
+    ]
+    return {"rows": rows, "wrong": wrong, "page": _link(paths.results() / "claims.md", folder)}
+
+
+def _link(target: Path, folder: Path) -> str:
+    """A relative link from the page in ``folder``; empty for a page that lies outside the project: it may travel."""
+    if not folder.resolve().is_relative_to(paths.project()) or not target.is_file():
+        return ""
+    return Path(os.path.relpath(target, folder)).as_posix()
 
 
 def _value(value: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowbit import environment, paths
 from lowbit.errors import LowbitError
-from lowbit.suite import fingerprint, notebooks, profiles, report, runfile
+from lowbit.suite import fingerprint, junit, notebooks, profiles, report, runfile
 from lowbit.suite.execution import Execution
 from lowbit.suite.progress import Progress
 from lowbit.suite.runfile import Entry, Run
@@ -228,6 +228,7 @@ class _Suite:
 
     def _save(self) -> None:
         self.result.save(self.plan.folder)
+        junit.write_run(self.result, self.plan.folder)
         report.write(self.result, self.plan.folder)
 
 
