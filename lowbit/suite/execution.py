@@ -29,6 +29,7 @@ SAMPLE = 0.25
 """Seconds between two looks at the memory."""
 
 MARK = "LOWBIT_EXECUTION"
+PRIVATE = "lowbit-"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Outcome:
     seconds: float
     peak_mb: float
     metrics: dict[str, Metric]
+    note: str = ""
+    """What people should know of the way there."""
 
 
 class Execution:
@@ -61,7 +64,7 @@ class Execution:
         for place in (self.records.parent, self.log.parent, self.figures):
             place.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
-        self.private = Path(tempfile.mkdtemp(prefix="lowbit-", dir=_short_temporary()))
+        self.private = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=_short_temporary()))
         self.progress, self.why = self.private / "progress.json", self.private / "reason.json"
         job = {
             "input": str(notebook.path.resolve()),
@@ -195,6 +198,26 @@ class Execution:
                 if process.environ().get(MARK) == self.mark and process.pid not in self.seen:
                     found.append(process)
         return found
+
+
+def end_strays(folder: Path) -> None:
+    """Ends the processes that a killed runner left at work in ``folder``, and removes their temporary files.
+
+    They end by themselves, but only after a moment, and until then they go on writing. No other runner may be at
+    work in that folder.
+    """
+    records, found, private = (folder / "records").resolve(), [], set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            env = process.environ()
+            if MARK in env and Path(env.get("LOWBIT_RECORD", "")).parent == records:
+                found.append(process)
+                private.add(env.get("JUPYTER_RUNTIME_DIR", ""))
+                process.kill()
+    psutil.wait_procs(found, timeout=GRACE)
+    for place in private:
+        if Path(place).name.startswith(PRIVATE):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def read_records(path: Path) -> tuple[dict[str, Metric], str]:

@@ -137,18 +137,18 @@ def test_a_timeout_ends_the_notebook_and_its_children(project, gone):
 
 
 @pytest.mark.slow
-def test_resume_reruns_only_what_changed_or_did_not_pass(project):
+def test_only_what_changed_or_did_not_pass_runs_again(project):
     project.add("a", "import lowbit; lowbit.record('x', 1)")
     project.add("b", "from pathlib import Path; assert Path('now').exists()")
     first = runner.execute(runner.plan(jobs=2))
     assert [entry.status for entry in first.notebooks] == ["passed", "failed"]
     (project.notebooks / "now").touch()
-    second = runner.execute(runner.plan(resume=True))
+    second = runner.execute(runner.plan())
     a, b = second.notebooks
     assert (a.status, a.cached, a.metrics) == ("passed", True, first.notebooks[0].metrics)
-    assert (b.status, b.cached, b.why) == ("passed", False, "it had failed")
+    assert (b.status, b.cached, b.why) == ("passed", False, "it ended as failed the last time")
     project.add("a", "import lowbit; lowbit.record('x', 2)")
-    third = runner.execute(runner.plan(resume=True))
+    third = runner.execute(runner.plan())
     a, b = third.notebooks
     assert (a.cached, a.why, a.metrics["x"].value) == (False, "the notebook's code changed", 2)
     assert b.cached
