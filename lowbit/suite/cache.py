@@ -25,8 +25,7 @@ class Cache:
             tree = read_json(folder / FILE)
         except LowbitError:
             tree = {}
-        kept = tree.get("kept") if tree.get("schema") == SCHEMA else None
-        self.kept: dict[str, dict[str, Any]] = kept if isinstance(kept, dict) else {}
+        self.kept: dict[str, dict[str, Any]] = tree["kept"] if tree.get("schema") == SCHEMA else {}
 
     def keep(self, entry: Entry, parts: dict[str, Any]) -> None:
         """Notes the result of a notebook that has just passed; its files lie in the folder."""
@@ -41,7 +40,9 @@ class Cache:
 
     def forget(self, *names: str) -> None:
         """Drops these results, all at once."""
-        if any(self.kept.pop(name, None) for name in names):
+        if there := [name for name in names if name in self.kept]:
+            for name in there:
+                del self.kept[name]
             self._save()
 
     def stamp(self, name: str) -> str:
