@@ -39,6 +39,9 @@ def run(
         float | None,
         typer.Option("--timeout", metavar="MIN", help="Minutes a notebook may take.", show_default="profile"),
     ] = None,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="WHERE", help="'local', or 'dask://HOST:PORT' for a Dask cluster.")
+    ] = "local",
     out: OutOption = None,
 ) -> None:
     """Execute notebooks, each in a process of its own, and write run.json, executed copies and report.html.
@@ -59,6 +62,7 @@ def run(
         fresh=fresh,
         resume=resume,
         timeout_minutes=timeout,
+        executor=executor,
         out=out,
     )
     code = 0

@@ -60,7 +60,7 @@ class Execution:
         self.records = folder / "records" / f"{notebook.name}.jsonl"
         self.log = folder / "logs" / f"{notebook.name}.log"
         self.figures, self.tables = (folder / kind / notebook.name for kind in ("figures", "tables"))
-        _clear(self.output, self.output.with_suffix(".html"), self.records, self.log, self.figures, self.tables)
+        clear(folder, notebook.name)
         for place in (self.records.parent, self.log.parent, self.figures):
             place.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
@@ -237,13 +237,13 @@ def read_records(path: Path) -> tuple[dict[str, Metric], str]:
     return metrics, wrong
 
 
-def _clear(*places: Path) -> None:
-    """An earlier run's files must not pass for this one's."""
-    for place in places:
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
+def clear(folder: Path, name: str) -> None:
+    """Removes what came of that notebook: an earlier execution's files must not pass for this one's."""
+    for file in (f"{name}.ipynb", f"{name}.html", f"records/{name}.jsonl", f"logs/{name}.log"):
+        (folder / file).unlink(missing_ok=True)
+    for kind in ("figures", "tables"):
+        if (folder / kind / name).exists():
+            shutil.rmtree(folder / kind / name)
 
 
 def _short_temporary() -> str | None:

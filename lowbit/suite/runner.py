@@ -12,11 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lowbit import environment, paths
+from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import fingerprint, notebooks, profiles, report, runfile
+from lowbit.suite import executors, fingerprint, notebooks, profiles, report, runfile
 from lowbit.suite.cache import Cache
-from lowbit.suite.execution import Execution, end_strays, read_records
+from lowbit.suite.execution import end_strays, read_records
 from lowbit.suite.progress import Progress
 from lowbit.suite.runfile import Entry, Run
 
@@ -38,6 +38,8 @@ class Plan:
     """Whether earlier results are dropped before anything runs."""
     timeout: float = field(default=0.0)
     """Seconds a notebook may take."""
+    executor: str = "local"
+    """Where notebooks are executed: ``local`` or ``dask://HOST:PORT``."""
 
 
 class Interrupted(Exception):
@@ -57,6 +59,7 @@ def plan(
     fresh: bool = False,
     resume: bool = False,
     timeout_minutes: float | None = None,
+    executor: str = "local",
     out: Path | None = None,
 ) -> Plan:
     """Checks all that was asked for; anything unknown or malformed is a `LowbitError` and nothing has run.
@@ -73,6 +76,7 @@ def plan(
         )
     if timeout_minutes is not None and not timeout_minutes > 0:
         raise LowbitError(f"--timeout {timeout_minutes}: it has to be more than 0 minutes")
+    executors.check(executor)
     chosen = profiles.get(profile)
     selected = notebooks.select(names)
     given = notebooks.parse_assignments(assignments, selected)
@@ -84,7 +88,7 @@ def plan(
             f"--profile {earlier.profile} to go on with it, or another folder with --out"
         )
     minutes = timeout_minutes if timeout_minutes is not None else chosen.timeout_minutes
-    return Plan(profile, chosen, selected, parameters, folder, jobs, fresh, minutes * 60)
+    return Plan(profile, chosen, selected, parameters, folder, jobs, fresh, minutes * 60, executor)
 
 
 def run_folder(profile: str) -> Path:
@@ -99,10 +103,15 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; running notebooks have been ended and what is left is ``not_run``.
-        LowbitError: another run is at work in the folder.
+        LowbitError: another run is at work in the folder, or the executor cannot be reached; nothing has run.
     """
+    gpu = plan.profile.requires == "cuda"
     with _alone(plan.folder):
-        return _Suite(plan, progress or Progress.silent()).run()
+        executor = executors.connect(
+            plan.executor, plan.folder, timeout=plan.timeout, threads=plan.profile.threads, gpu=gpu
+        )
+        with contextlib.closing(executor):
+            return _Suite(plan, executor, progress or Progress.silent()).run()
 
 
 @contextlib.contextmanager
@@ -134,22 +143,22 @@ def _earlier(folder: Path) -> Run | None:
 
 
 class _Suite:
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: Plan, executor: executors.Executor, progress: Progress) -> None:
+        self.plan, self.executor, self.progress = plan, executor, progress
         self.earlier, self.cache = _earlier(plan.folder), Cache(plan.folder)
         self.seconds_before = self.cache.seconds()
         if plan.fresh:
             self.cache.forget(*(item.name for item in plan.notebooks))
-        self.result = Run(plan.profile_name, _now(), environment.describe())
+        self.result = Run(plan.profile_name, _now(), executor.environment)
         self.result.notebooks = [
             Entry(
                 item.name, reason=report.NOT_STARTED, parameters=_plain({**item.defaults, **plan.parameters[item.name]})
             )
             for item in plan.notebooks
         ]
-        self.facts = fingerprint.facts(self.result.environment)
+        self.library = {"library": fingerprint.library()}
         self.prints: dict[str, dict[str, Any]] = {}
-        self.running: dict[str, Execution] = {}
+        self.running: dict[str, executors.Task] = {}
         self.waiting = list(plan.notebooks)
         self.signum = 0
 
@@ -203,13 +212,7 @@ class _Suite:
     def _launch(self, item: notebooks.Notebook) -> None:
         self.waiting.remove(item)
         self.cache.forget(item.name)
-        self.running[item.name] = Execution(
-            item,
-            self.plan.parameters[item.name],
-            self.plan.folder,
-            timeout=self.plan.timeout,
-            threads=self.plan.profile.threads,
-        )
+        self.running[item.name] = self.executor.start(item, self.plan.parameters[item.name])
         self.progress.started(item.name, self.result.entry(item.name).why)
 
     def _open(self, name: str) -> bool:
@@ -226,7 +229,7 @@ class _Suite:
             return False  # it has been looked at, and waits for its turn
         before = {name: self.cache.stamp(name) for name in item.after}
         self.prints[item.name] = fingerprint.fingerprint(
-            item, self.plan.parameters[item.name], self.facts, self.plan.profile.threads, before
+            item, self.plan.parameters[item.name], self.executor.facts, self.plan.profile.threads, before
         )
         old = self.earlier.entry(item.name) if self.earlier else None
         if self.plan.fresh:
@@ -264,7 +267,7 @@ class _Suite:
     def _keep(self, entry: Entry) -> None:
         """The result may stand for later runs, unless what it depends on has changed under it."""
         now = {"library": fingerprint.library()}
-        if changed := fingerprint.differing(self.prints[entry.name], now, now):
+        if changed := fingerprint.differing(self.library, now, now):
             entry.why += f"; {changed} changed while it ran, so the next run executes it again"
         else:
             self.cache.keep(entry, self.prints[entry.name])
