@@ -3,19 +3,21 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from lowbit.errors import LowbitError
 from lowbit.suite import executors, runfile, runner
 
-distributed = pytest.importorskip("distributed")
+KilledWorker = pytest.importorskip("distributed.scheduler").KilledWorker
 
 QUICK = """
 import os, lowbit
@@ -44,7 +46,7 @@ def wait_for(condition, seconds=120):
 
 @pytest.fixture
 def cluster(project, tmp_path):
-    """Starts a scheduler; gives its address and a function that starts a worker."""
+    """Starts a scheduler; gives its address, a function that starts a worker, and the scheduler's process."""
     with contextlib.ExitStack() as stack:
 
         def start(kind, *options):
@@ -55,7 +57,7 @@ def cluster(project, tmp_path):
             return process
 
         file = tmp_path / "scheduler.json"
-        start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+        scheduler = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
         wait_for(file.exists)
         address = json.loads(file.read_text())["address"]
 
@@ -63,7 +65,7 @@ def cluster(project, tmp_path):
             scratch = str(tmp_path / "scratch")
             return start("worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", scratch)
 
-        yield address.replace("tcp", "dask"), worker
+        yield address.replace("tcp", "dask"), worker, scheduler
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def pids(tmp_path):
 
 @pytest.mark.slow
 def test_a_lost_workers_notebook_runs_again_and_nothing_is_lost(course, cluster, tmp_path):
-    where, worker = cluster
+    where, worker, _ = cluster
     course("b")
     processes = [worker(), worker()]
 
@@ -114,10 +116,13 @@ def test_a_lost_workers_notebook_runs_again_and_nothing_is_lost(course, cluster,
 
 
 @pytest.mark.slow
-def test_without_any_worker_left_the_run_ends_and_says_so(course, cluster, tmp_path, monkeypatch):
-    where, worker = cluster
+@pytest.mark.parametrize(
+    ("what", "reason"), [("worker", "the cluster had no worker for 1 s"), ("scheduler", "the scheduler at .* was lost")]
+)
+def test_without_workers_or_scheduler_the_run_ends_and_says_so(course, cluster, tmp_path, monkeypatch, what, reason):
+    where, worker, scheduler = cluster
     course("a")
-    lost = worker()
+    lost = {"worker": worker(), "scheduler": scheduler}[what]
     thread = threading.Thread(target=lambda: pids(tmp_path) and lost.kill())
     thread.start()
     plan = runner.plan(executor=where)
@@ -131,18 +136,14 @@ def test_without_any_worker_left_the_run_ends_and_says_so(course, cluster, tmp_p
     monkeypatch.setattr(executors, "connect", impatient)
     result = runner.execute(plan)
     thread.join()
-    reason = "the cluster had no worker for 1 s"
-    assert [(entry.status, entry.reason) for entry in result.notebooks] == [
-        ("killed", reason),
-        ("not_run", reason),
-        ("not_run", reason),
-    ]
+    assert [entry.status for entry in result.notebooks] == ["killed", "not_run", "not_run"]
+    assert all(re.fullmatch(f"{reason}.*", entry.reason) for entry in result.notebooks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_runner_leaves_nothing_at_work_on_the_workers(course, cluster, tmp_path, gone, number):
-    where, worker = cluster
+    where, worker, _ = cluster
     course("a")
     worker()
     code = "import typer; from lowbit.suite.cli import run; typer.run(run)"
@@ -157,7 +158,7 @@ def test_a_stopped_runner_leaves_nothing_at_work_on_the_workers(course, cluster,
 
 @pytest.mark.slow
 def test_workers_that_cannot_do_it_are_refused(course, cluster, monkeypatch):
-    where, worker = cluster
+    where, worker, _ = cluster
     course()
     monkeypatch.setattr(executors, "WAIT", 0.5)
     with pytest.raises(LowbitError, match=r"no free worker for 0.5 s; start one: dask worker tcp://"):
@@ -197,3 +198,16 @@ def test_an_unknown_executor_is_refused(course, where):
 def test_machines_may_differ_in_data_and_compiled_kernels_only():
     facts = {"library": {"a.py": "1", "k/_native.so": "2"}, "data": {"": {}}, "versions": {"numpy": "2"}, "device": {}}
     assert executors.comparable(facts) == {"library": {"a.py": "1"}, "versions": {"numpy": "2"}, "device": {}}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (KilledWorker("x", None, 3), "killed", "one worker after another was lost while it was at work (attempt 4)"),
+        (OSError("disk full"), "failed", "the worker could not execute it: OSError: disk full"),
+    ],
+)
+def test_what_dask_gives_up_ends_as_what_it_is(error, status, reason):
+    future = SimpleNamespace(status="error", exception=lambda: error, cancel=lambda: None)
+    outcome = executors.Submitted(SimpleNamespace(said={"a": [executors.BEGAN] * 4}), "a", future).poll()
+    assert (outcome.status, outcome.reason) == (status, reason)
