@@ -156,7 +156,7 @@ class _Suite:
             )
             for item in plan.notebooks
         ]
-        self.library = {"library": fingerprint.library()}
+        self.library = fingerprint.library()
         self.prints: dict[str, dict[str, Any]] = {}
         self.running: dict[str, executors.Task] = {}
         self.waiting = list(plan.notebooks)
@@ -234,7 +234,7 @@ class _Suite:
         old = self.earlier.entry(item.name) if self.earlier else None
         if self.plan.fresh:
             entry.why = "everything was to be executed (--fresh)"
-        elif old and old.status not in ("passed", "not_run"):
+        elif old and old.status in ("failed", "timeout", "killed", "oom"):
             entry.why = f"it ended as {old.status} the last time"
         else:
             entry.why = self.cache.why_not(item.name, self.prints[item.name])
@@ -266,8 +266,11 @@ class _Suite:
 
     def _keep(self, entry: Entry) -> None:
         """The result may stand for later runs, unless what it depends on has changed under it."""
-        now = {"library": fingerprint.library()}
-        if changed := fingerprint.differing(self.library, now, now):
+        then = {"code": self.prints[entry.name]["code"], "library": self.library}
+        now = {"code": "", "library": fingerprint.library()}
+        with contextlib.suppress(LowbitError):  # it may have been moved away, or be half edited
+            now["code"] = notebooks.read(next(n for n in self.plan.notebooks if n.name == entry.name).path).code_hash
+        if changed := fingerprint.differing(then, now, now):
             entry.why += f"; {changed} changed while it ran, so the next run executes it again"
         else:
             self.cache.keep(entry, self.prints[entry.name])

@@ -154,6 +154,34 @@ def test_only_what_changed_or_did_not_pass_runs_again(project):
     assert b.cached
 
 
+@pytest.mark.slow
+def test_a_result_whose_notebook_was_edited_meanwhile_is_not_kept(project):
+    edit = """
+        from pathlib import Path
+        here = Path("a.ipynb")
+        here.write_text(here.read_text().replace("bef" + "ore", "after"))
+        """
+    project.add("a", "1  # before", edit)
+    (first,) = runner.execute(runner.plan()).notebooks
+    assert first.status == "passed"
+    assert "the notebook's code changed while it ran" in first.why
+    project.add("a", "1  # before", edit)
+    (second,) = runner.execute(runner.plan()).notebooks
+    assert (second.cached, second.why.split(";")[0]) == (False, "no earlier result is kept")
+
+
+@pytest.mark.slow
+def test_what_comes_after_a_notebook_that_ran_again_runs_again(project):
+    project.add("a", "1", parameters="seed = 0")
+    project.add("b", "1", after=["a"])
+    assert runner.execute(runner.plan()).passed
+    a, b = runner.execute(runner.plan(assignments=["a:seed=1"])).notebooks
+    assert (a.cached, a.why) == (False, "the parameters (seed) changed")
+    assert (b.cached, b.why) == (False, "what it comes after (a) changed")
+    a, b = runner.execute(runner.plan(assignments=["a:seed=1"])).notebooks
+    assert a.cached and b.cached
+
+
 def test_a_profile_that_needs_a_gpu_is_skipped_without_one(project, monkeypatch):
     project.add("a", "1")
     monkeypatch.setattr("lowbit.environment._torch_sees", lambda: (None, 1))
