@@ -1,5 +1,6 @@
 """What a notebook's outcome depends on, part by part, and which part differs from another time."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -107,18 +108,22 @@ def versions(python: str | None = None) -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:
         return found | {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
     waiting, asked = [("lowbit", extra) for extra in EXTRAS], set()
+    metadata = functools.cache(importlib.metadata.metadata)  # reading it is the slow part
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in asked:
             continue
         asked.add((name, extra))
         try:
-            here = importlib.metadata.distribution(name)
+            here = metadata(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         if name != "lowbit":  # its own files are a part of their own
-            found[name] = here.version
-        for requirement in map(Requirement, here.requires or ()):
+            found[name] = here["Version"]
+        for text in here.get_all("Requires-Dist") or ():
+            if not extra and "extra ==" in text:
+                continue  # most of them, and parsing takes long
+            requirement = Requirement(text)
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 waiting += [(canonicalize_name(requirement.name), wanted) for wanted in ("", *requirement.extras)]
     return found
