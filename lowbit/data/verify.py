@@ -1,12 +1,14 @@
 """Which data is here, and is it what it should be."""
 
+import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit import paths
-from lowbit.data.archive import checksum, sha256
+from lowbit.data.archive import checksum, sha256, write_atomically
 from lowbit.data.base import Card, card, names
 
 if TYPE_CHECKING:
@@ -82,3 +84,42 @@ def manifest(name: str) -> dict[str, Any]:
     if known.kind == "generated":
         made["generator_sha256"] = sha256(Path(inspect.getsourcefile(known.loader)))
     return made
+
+
+def state() -> dict[str, dict[str, str]]:
+    """What data is here: data set name -> file name -> sha256, for files that are there. The name "" stands for all
+    that travels with the project.
+
+    An archive is read again only when its size or time of change differ from those noted when it was last read.
+    Folders of the user's own are not looked into.
+    """
+    root = paths.embedded_data()
+    embedded = {
+        path.relative_to(root.parent).as_posix(): sha256(path)
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    found = {"": embedded}
+    memory = paths.cache() / "checksums.json"
+    try:
+        noted = dict(json.loads(memory.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        noted = {}
+    before = dict(noted)
+    for name in names():
+        if card(name).kind in ("archive", "download"):
+            here = {file: path for file, path in places(card(name)).items() if path.is_file()}
+            found[name] = {file: _noted_sum(path, noted) for file, path in here.items()}
+    if noted != before:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            write_atomically(memory, lambda out: out.write(json.dumps(noted).encode()))
+    return found
+
+
+def _noted_sum(path: Path, noted: dict[str, list]) -> str:
+    stat = path.stat()
+    seen = [stat.st_size, stat.st_mtime_ns]
+    known = noted.get(str(path))
+    if not known or known[:2] != seen:
+        noted[str(path)] = known = [*seen, sha256(path)]
+    return known[2]

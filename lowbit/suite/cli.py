@@ -23,8 +23,11 @@ def run(
     ] = None,
     profile: ProfileOption = "smoke",
     jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Execute everything, also what has passed and is unchanged since.")
+    ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what has passed and would run unchanged; run the rest.")
+        bool, typer.Option("--resume", help="Go on with an interrupted run, --fresh or not: what it finished stands.")
     ] = False,
     parameters: Annotated[
         list[str] | None,
@@ -36,9 +39,15 @@ def run(
         float | None,
         typer.Option("--timeout", metavar="MIN", help="Minutes a notebook may take.", show_default="profile"),
     ] = None,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="WHERE", help="'local', or 'dask://HOST:PORT' for a Dask cluster.")
+    ] = "local",
     out: OutOption = None,
 ) -> None:
-    """Execute notebooks, each in its own process; write run.json, executed copies, report.html and junit.xml."""
+    """Execute notebooks, each in its own process; write run.json, executed copies, report.html and junit.xml.
+
+    What has passed before stands if its code, parameters, data, versions, device and lowbit/ are as they were then.
+    """
     from rich.console import Console
 
     from lowbit.suite import report, runner
@@ -50,8 +59,10 @@ def run(
         profile,
         assignments=parameters or (),
         jobs=jobs,
+        fresh=fresh,
         resume=resume,
         timeout_minutes=timeout,
+        executor=executor,
         out=out,
     )
     code = 0

@@ -29,6 +29,7 @@ SAMPLE = 0.25
 """Seconds between two looks at the memory."""
 
 MARK = "LOWBIT_EXECUTION"
+PRIVATE = "lowbit-"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Outcome:
     seconds: float
     peak_mb: float
     metrics: dict[str, Metric]
+    note: str = ""
+    """What people should know of the way there."""
 
 
 class Execution:
@@ -57,11 +60,11 @@ class Execution:
         self.records = folder / "records" / f"{notebook.name}.jsonl"
         self.log = folder / "logs" / f"{notebook.name}.log"
         self.figures, self.tables = (folder / kind / notebook.name for kind in ("figures", "tables"))
-        _clear(self.output, self.output.with_suffix(".html"), self.records, self.log, self.figures, self.tables)
+        clear(folder, notebook.name)
         for place in (self.records.parent, self.log.parent, self.figures):
             place.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
-        self.private = Path(tempfile.mkdtemp(prefix="lowbit-", dir=_short_temporary()))
+        self.private = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=_short_temporary()))
         self.progress, self.why = self.private / "progress.json", self.private / "reason.json"
         job = {
             "input": str(notebook.path.resolve()),
@@ -197,6 +200,26 @@ class Execution:
         return found
 
 
+def end_strays(folder: Path) -> None:
+    """Ends the processes that a killed runner left at work in ``folder``, and removes their temporary files.
+
+    They end by themselves, but only after a moment, and until then they go on writing. No other runner may be at
+    work in that folder.
+    """
+    records, found, private = (folder / "records").resolve(), [], set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            env = process.environ()
+            if MARK in env and Path(env.get("LOWBIT_RECORD", "")).parent == records:
+                found.append(process)
+                private.add(env.get("JUPYTER_RUNTIME_DIR", ""))
+                process.kill()
+    psutil.wait_procs(found, timeout=GRACE)
+    for place in private:
+        if Path(place).name.startswith(PRIVATE):
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def read_records(path: Path) -> tuple[dict[str, Metric], str]:
     """The metrics in a file that `lowbit.record` wrote, and what is wrong with them (empty when nothing is)."""
     metrics: dict[str, Metric] = {}
@@ -214,13 +237,13 @@ def read_records(path: Path) -> tuple[dict[str, Metric], str]:
     return metrics, wrong
 
 
-def _clear(*places: Path) -> None:
-    """An earlier run's files must not pass for this one's."""
-    for place in places:
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
+def clear(folder: Path, name: str) -> None:
+    """Removes what came of that notebook: an earlier execution's files must not pass for this one's."""
+    for file in (f"{name}.ipynb", f"{name}.html", f"records/{name}.jsonl", f"logs/{name}.log"):
+        (folder / file).unlink(missing_ok=True)
+    for kind in ("figures", "tables"):
+        if (folder / kind / name).exists():
+            shutil.rmtree(folder / kind / name)
 
 
 def _short_temporary() -> str | None:

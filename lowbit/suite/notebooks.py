@@ -20,13 +20,14 @@ from lowbit.suite.profiles import Profile, close
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook as it lies in its file: ``defaults`` are the literals of its parameters cell."""
+    """A notebook as it lies in its file: ``defaults`` are the literals of its parameters cell, ``code`` is all code."""
 
     name: str
     path: Path
     defaults: dict[str, Any]
     after: tuple[str, ...]
     code_hash: str
+    code: str
 
 
 def read(path: Path) -> Notebook:
@@ -43,7 +44,8 @@ def read(path: Path) -> Notebook:
         raise LowbitError(f"{path.name}: metadata lowbit.after={after!r} is not a list of notebook names")
     digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
     defaults = _literals(path.name, tagged[0]) if tagged else {}
-    return Notebook(path.stem, path, defaults, tuple(item.removesuffix(".ipynb") for item in after), digest)
+    after = tuple(item.removesuffix(".ipynb") for item in after)
+    return Notebook(path.stem, path, defaults, after, digest, "\n".join(sources))
 
 
 def _literals(name: str, source: str) -> dict[str, Any]:

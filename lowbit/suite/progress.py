@@ -55,12 +55,13 @@ class Progress:
         with Live(get_renderable=self._table, console=self.console, refresh_per_second=8, transient=True):
             yield
 
-    def started(self, name: str) -> None:
-        """A notebook has begun."""
+    def started(self, name: str, why: str = "") -> None:
+        """A notebook has begun, and ``why`` no earlier result stands for it."""
         self.began[name] = time.monotonic()
         if self.console and not self.live:
             usual = f" (took {clock(self.before[name])} before)" if name in self.before else ""
-            self.console.print(f"{name}: started{usual}", highlight=False, soft_wrap=True)
+            line = f"{name}: started{f', {why}' if why else ''}{usual}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def at(self, name: str, place: str) -> None:
         """Where in the notebook it is."""

@@ -10,6 +10,9 @@ from lowbit.errors import LowbitError
 from lowbit.suite.record import decode, encode
 
 SCHEMA = 1
+PART = ".part"
+"""How the names of half-written files end."""
+
 STATUSES = ("passed", "failed", "timeout", "killed", "oom", "skipped", "not_run")
 """How a notebook ended, as its parent process saw it."""
 
@@ -118,7 +121,7 @@ def write_json(path: Path, tree: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -129,6 +132,12 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes the half-written files that a killed writer left in ``folder``."""
+    for path in folder.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)
 
 
 def show_path(path: Path) -> str:

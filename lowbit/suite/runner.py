@@ -1,18 +1,22 @@
 """Runs notebooks, some at once, each in a process of its own, and writes down what it saw."""
 
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowbit import environment, paths
+from filelock import FileLock, Timeout
+
+from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import fingerprint, junit, notebooks, profiles, report, runfile
-from lowbit.suite.execution import Execution
+from lowbit.suite import executors, fingerprint, junit, notebooks, profiles, report, runfile
+from lowbit.suite.cache import Cache
+from lowbit.suite.execution import end_strays, read_records
 from lowbit.suite.progress import Progress
 from lowbit.suite.runfile import Entry, Run
 
@@ -30,9 +34,12 @@ class Plan:
     parameters: dict[str, dict[str, Any]]
     folder: Path
     jobs: int = 1
-    resume: bool = False
+    fresh: bool = False
+    """Whether earlier results are dropped before anything runs."""
     timeout: float = field(default=0.0)
     """Seconds a notebook may take."""
+    executor: str = "local"
+    """Where notebooks are executed: ``local`` or ``dask://HOST:PORT``."""
 
 
 class Interrupted(Exception):
@@ -49,22 +56,39 @@ def plan(
     *,
     assignments: Sequence[str] = (),
     jobs: int = 1,
+    fresh: bool = False,
     resume: bool = False,
     timeout_minutes: float | None = None,
+    executor: str = "local",
     out: Path | None = None,
 ) -> Plan:
-    """Checks all that was asked for; anything unknown or malformed is a `LowbitError` and nothing has run."""
+    """Checks all that was asked for; anything unknown or malformed is a `LowbitError` and nothing has run.
+
+    An earlier result always stands if nothing that it depends on has changed, so ``resume`` only adds the check that
+    the folder holds a run of this profile. ``fresh`` drops all results first, so that whatever ends such a run early,
+    the next one finds only what this one has finished.
+    """
     if jobs < 1:
         raise LowbitError(f"-j {jobs}: at least one notebook has to run at a time")
+    if fresh and resume:
+        raise LowbitError(
+            "--fresh and --resume contradict each other: an interrupted --fresh run goes on with --resume alone"
+        )
     if timeout_minutes is not None and not timeout_minutes > 0:
         raise LowbitError(f"--timeout {timeout_minutes}: it has to be more than 0 minutes")
+    executors.check(executor)
     chosen = profiles.get(profile)
     selected = notebooks.select(names)
     given = notebooks.parse_assignments(assignments, selected)
     parameters = notebooks.resolve(selected, profile, chosen, given)
     folder = out or run_folder(profile)
+    if resume and (earlier := _earlier(folder)) and earlier.profile != profile:
+        raise LowbitError(
+            f"--resume: the run in {runfile.show_path(folder)} has profile {earlier.profile!r}, not {profile!r}; give "
+            f"--profile {earlier.profile} to go on with it, or another folder with --out"
+        )
     minutes = timeout_minutes if timeout_minutes is not None else chosen.timeout_minutes
-    return Plan(profile, chosen, selected, parameters, folder, jobs, resume, minutes * 60)
+    return Plan(profile, chosen, selected, parameters, folder, jobs, fresh, minutes * 60, executor)
 
 
 def run_folder(profile: str) -> Path:
@@ -79,47 +103,72 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; running notebooks have been ended and what is left is ``not_run``.
+        LowbitError: another run is at work in the folder, or the executor cannot be reached; nothing has run.
     """
-    return _Suite(plan, progress or Progress.silent()).run()
+    gpu = plan.profile.requires == "cuda"
+    with _alone(plan.folder):
+        executor = executors.connect(
+            plan.executor, plan.folder, timeout=plan.timeout, threads=plan.profile.threads, gpu=gpu
+        )
+        with contextlib.closing(executor):
+            return _Suite(plan, executor, progress or Progress.silent()).run()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other runners out of the folder, and clears away what a killed one left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LowbitError(
+            f"another run is at work in {runfile.show_path(folder)}: wait for it, or give another folder with --out"
+        ) from None
+    except NotImplementedError:
+        pass  # some network file systems have no locks
+    try:
+        end_strays(folder)
+        runfile.remove_parts(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _earlier(folder: Path) -> Run | None:
+    try:
+        return runfile.load(folder)
+    except LowbitError:
+        return None
 
 
 class _Suite:
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self.plan, self.progress = plan, progress
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        self.earlier = self._earlier()
-        self.result = Run(plan.profile_name, _now(), environment.describe())
+    def __init__(self, plan: Plan, executor: executors.Executor, progress: Progress) -> None:
+        self.plan, self.executor, self.progress = plan, executor, progress
+        self.earlier, self.cache = _earlier(plan.folder), Cache(plan.folder)
+        self.seconds_before = self.cache.seconds()
+        if plan.fresh:
+            self.cache.forget(*(item.name for item in plan.notebooks))
+        self.result = Run(plan.profile_name, _now(), executor.environment)
         self.result.notebooks = [
             Entry(
                 item.name, reason=report.NOT_STARTED, parameters=_plain({**item.defaults, **plan.parameters[item.name]})
             )
             for item in plan.notebooks
         ]
-        library = fingerprint.library_hash()
-        self.prints = {
-            item.name: fingerprint.fingerprint(
-                item, plan.parameters[item.name], library, self.result.environment, plan.profile.threads
-            )
-            for item in plan.notebooks
-        }
-        self.running: dict[str, Execution] = {}
+        self.library = fingerprint.library()
+        self.prints: dict[str, dict[str, Any]] = {}
+        self.running: dict[str, executors.Task] = {}
         self.waiting = list(plan.notebooks)
         self.signum = 0
 
-    def _earlier(self) -> Run | None:
-        try:
-            return runfile.load(self.plan.folder)
-        except LowbitError:
-            return None
-
     def run(self) -> Run:
-        seconds = {e.name: e.seconds for e in self.earlier.notebooks if e.status == "passed"} if self.earlier else {}
         self._save()
         before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with self.progress.showing([item.name for item in self.plan.notebooks], seconds):
+            with self.progress.showing([item.name for item in self.plan.notebooks], self.seconds_before):
                 while (self.waiting or self.running) and not self.signum:
                     self._start()
                     self._look()
@@ -139,30 +188,32 @@ class _Suite:
         self.signum = signum
 
     def _start(self) -> None:
-        reason = self._missing()
+        reason, settled = self._missing(), False
         for item in list(self.waiting):
             entry = self.result.entry(item.name)
             before = [found for name in item.after if (found := self.result.entry(name))]
             bad = next((e for e in before if e.status != "passed" and not self._open(e.name)), None)
             if reason:
-                self._settle(item, status="skipped", reason=reason)
+                self._settle(entry, status="skipped", reason=reason)
             elif bad:
-                self._settle(item, status="not_run", reason=f"it comes after {bad.name}, which is {bad.status}")
+                self._settle(entry, status="not_run", reason=f"it comes after {bad.name}, which is {bad.status}")
             elif any(self._open(e.name) for e in before):
                 continue
-            elif self.plan.resume and self._reuse(item, entry):
-                self._settle(item)
-            elif len(self.running) < self.plan.jobs:
-                self.waiting.remove(item)
-                fingerprint.forget(self.plan.folder, item.name)
-                self.running[item.name] = Execution(
-                    item,
-                    self.plan.parameters[item.name],
-                    self.plan.folder,
-                    timeout=self.plan.timeout,
-                    threads=self.plan.profile.threads,
-                )
-                self.progress.started(item.name)
+            elif self._reuse(item, entry):
+                self._settle(entry, status="passed", reason="")
+            else:
+                if len(self.running) < self.plan.jobs:
+                    self._launch(item)
+                continue
+            settled = True
+        if settled:
+            self._save()
+
+    def _launch(self, item: notebooks.Notebook) -> None:
+        self.waiting.remove(item)
+        self.cache.forget(item.name)
+        self.running[item.name] = self.executor.start(item, self.plan.parameters[item.name])
+        self.progress.started(item.name, self.result.entry(item.name).why)
 
     def _open(self, name: str) -> bool:
         return name in self.running or any(item.name == name for item in self.waiting)
@@ -174,18 +225,26 @@ class _Suite:
 
     def _reuse(self, item: notebooks.Notebook, entry: Entry) -> bool:
         """Takes over the earlier outcome if nothing that it depends on has changed; says why or why not."""
+        if item.name in self.prints:
+            return False  # it has been looked at, and waits for its turn
+        before = {name: self.cache.stamp(name) for name in item.after}
+        self.prints[item.name] = fingerprint.fingerprint(
+            item, self.plan.parameters[item.name], self.executor.facts, self.plan.profile.threads, before
+        )
         old = self.earlier.entry(item.name) if self.earlier else None
-        if old is None or old.status != "passed":
-            entry.why = f"it had {old.status.replace('_', ' ')}" if old else "no earlier result is kept"
-            return False
-        entry.why = fingerprint.changed(self.plan.folder, item.name, self.prints[item.name])
-        if not entry.why and not (self.plan.folder / old.output).is_file():
-            entry.why = "its executed copy is gone"
+        if self.plan.fresh:
+            entry.why = "everything was to be executed (--fresh)"
+        elif old and old.status in ("failed", "timeout", "killed", "oom"):
+            entry.why = f"it ended as {old.status} the last time"
+        else:
+            entry.why = self.cache.why_not(item.name, self.prints[item.name])
         if entry.why:
             return False
-        entry.status, entry.reason, entry.cached = "passed", "", True
-        entry.why = "code, parameters, library, versions and device are as when it passed; data was not compared"
-        entry.seconds, entry.peak_mb, entry.metrics, entry.output = old.seconds, old.peak_mb, old.metrics, old.output
+        kept = self.cache.kept[item.name]
+        entry.why = "its code, parameters, data and device, lowbit/ and the versions are as when it passed"
+        entry.cached, entry.seconds, entry.peak_mb = True, kept["seconds"], kept["peak_mb"]
+        entry.metrics, _ = read_records(self.plan.folder / "records" / f"{item.name}.jsonl")
+        self._show(entry)
         return True
 
     def _look(self) -> None:
@@ -198,21 +257,37 @@ class _Suite:
             entry = self.result.entry(name)
             entry.status, entry.reason, entry.metrics = outcome.status, outcome.reason, outcome.metrics
             entry.seconds, entry.peak_mb = outcome.seconds, outcome.peak_mb
-            if execution.output.is_file():
-                entry.output = execution.output.name
-                report.notebook_html(execution.output)
+            entry.why = "; ".join(filter(None, (entry.why, outcome.note)))
             if entry.status == "passed":
-                fingerprint.keep(self.plan.folder, name, self.prints[name])
+                self._keep(entry)
+            self._show(entry)
             self._save()
             self.progress.ended(entry)
 
-    def _settle(self, item: notebooks.Notebook, **fields: str) -> None:
+    def _keep(self, entry: Entry) -> None:
+        """The result may stand for later runs, unless what it depends on has changed under it."""
+        then = {"code": self.prints[entry.name]["code"], "library": self.library}
+        now = {"code": "", "library": fingerprint.library()}
+        with contextlib.suppress(LowbitError):  # it may have been moved away, or be half edited
+            now["code"] = notebooks.read(next(n for n in self.plan.notebooks if n.name == entry.name).path).code_hash
+        if changed := fingerprint.differing(then, now, now):
+            entry.why += f"; {changed} changed while it ran, so the next run executes it again"
+        else:
+            self.cache.keep(entry, self.prints[entry.name])
+
+    def _show(self, entry: Entry) -> None:
+        """Fills in where the executed copy is, and renders it for reading."""
+        path = self.plan.folder / f"{entry.name}.ipynb"
+        if path.is_file():
+            entry.output = path.name
+            if not (entry.cached and path.with_suffix(".html").is_file()):
+                report.notebook_html(path)
+
+    def _settle(self, entry: Entry, **fields: str) -> None:
         """A notebook that needs no process."""
-        self.waiting.remove(item)
-        entry = self.result.entry(item.name)
+        self.waiting = [item for item in self.waiting if item.name != entry.name]
         for key, value in fields.items():
             setattr(entry, key, value)
-        self._save()
         self.progress.ended(entry)
 
     def _interrupt(self) -> None:

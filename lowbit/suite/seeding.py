@@ -6,6 +6,7 @@ from typing import Any
 from lowbit import environment
 from lowbit.errors import LowbitError
 from lowbit.suite import fingerprint, notebooks, profiles, runner
+from lowbit.suite.cache import Cache
 from lowbit.suite.progress import Progress
 from lowbit.suite.runfile import Entry, Run
 
@@ -35,7 +36,6 @@ def repeat(
             parameters,
             folder / "seeds" / f"plus{step}",
             jobs,
-            resume=True,
             timeout=profile.timeout_minutes * 60,
         )
         for entry in runner.execute(plan, progress=progress).notebooks:
@@ -63,9 +63,9 @@ def _same_code(run: Run, names: list[str], profile: profiles.Profile, folder: Pa
     """Runs of different code do not belong into one spread."""
     if not names:
         return
-    library, here = fingerprint.library_hash(), environment.describe()
+    kept, shared = Cache(folder), fingerprint.facts(environment.describe())
     for item in notebooks.select(names):
-        parameters = run.entry(item.name).parameters
-        now = fingerprint.fingerprint(item, parameters, library, here, profile.threads)
-        if what := fingerprint.changed(folder, item.name, now):
+        before = {name: kept.stamp(name) for name in item.after}
+        now = fingerprint.fingerprint(item, run.entry(item.name).parameters, shared, profile.threads, before)
+        if what := kept.why_not(item.name, now):
             raise LowbitError(f"{item.name}: {what} since the run to accept; run it again first")

@@ -137,21 +137,49 @@ def test_a_timeout_ends_the_notebook_and_its_children(project, gone):
 
 
 @pytest.mark.slow
-def test_resume_reruns_only_what_changed_or_did_not_pass(project):
+def test_only_what_changed_or_did_not_pass_runs_again(project):
     project.add("a", "import lowbit; lowbit.record('x', 1)")
     project.add("b", "from pathlib import Path; assert Path('now').exists()")
     first = runner.execute(runner.plan(jobs=2))
     assert [entry.status for entry in first.notebooks] == ["passed", "failed"]
     (project.notebooks / "now").touch()
-    second = runner.execute(runner.plan(resume=True))
+    second = runner.execute(runner.plan())
     a, b = second.notebooks
     assert (a.status, a.cached, a.metrics) == ("passed", True, first.notebooks[0].metrics)
-    assert (b.status, b.cached, b.why) == ("passed", False, "it had failed")
+    assert (b.status, b.cached, b.why) == ("passed", False, "it ended as failed the last time")
     project.add("a", "import lowbit; lowbit.record('x', 2)")
-    third = runner.execute(runner.plan(resume=True))
+    third = runner.execute(runner.plan())
     a, b = third.notebooks
     assert (a.cached, a.why, a.metrics["x"].value) == (False, "the notebook's code changed", 2)
     assert b.cached
+
+
+@pytest.mark.slow
+def test_a_result_whose_notebook_was_edited_meanwhile_is_not_kept(project):
+    edit = """
+        from pathlib import Path
+        here = Path("a.ipynb")
+        here.write_text(here.read_text().replace("bef" + "ore", "after"))
+        """
+    project.add("a", "1  # before", edit)
+    (first,) = runner.execute(runner.plan()).notebooks
+    assert first.status == "passed"
+    assert "the notebook's code changed while it ran" in first.why
+    project.add("a", "1  # before", edit)
+    (second,) = runner.execute(runner.plan()).notebooks
+    assert (second.cached, second.why.split(";")[0]) == (False, "no earlier result is kept")
+
+
+@pytest.mark.slow
+def test_what_comes_after_a_notebook_that_ran_again_runs_again(project):
+    project.add("a", "1", parameters="seed = 0")
+    project.add("b", "1", after=["a"])
+    assert runner.execute(runner.plan()).passed
+    a, b = runner.execute(runner.plan(assignments=["a:seed=1"])).notebooks
+    assert (a.cached, a.why) == (False, "the parameters (seed) changed")
+    assert (b.cached, b.why) == (False, "what it comes after (a) changed")
+    a, b = runner.execute(runner.plan(assignments=["a:seed=1"])).notebooks
+    assert a.cached and b.cached
 
 
 def test_a_profile_that_needs_a_gpu_is_skipped_without_one(project, monkeypatch):
