@@ -1,7 +1,7 @@
 """The commands of the suite; ``lowbit.cli`` puts them under the one command ``lowbit``.
 
-Exit codes: 0 all is well; 1 a notebook has not passed, or a number differs; 2 what was asked for cannot be done,
-and nothing has run (a `LowbitError`, which ``lowbit.cli`` prints); 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 all is well; 1 a notebook has not passed, or a number differs; 2 what was asked for cannot be done
+(a `LowbitError`, which ``lowbit.cli`` prints); 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from pathlib import Path
@@ -38,7 +38,16 @@ def run(
     ] = None,
     out: OutOption = None,
 ) -> None:
-    """Execute notebooks, each in a process of its own, and write run.json, executed copies and report.html."""
+    """Execute notebooks, each in a process of its own, and write run.json, executed copies and report.html.
+
+    Exit code 0: every notebook passed, or was skipped and is listed under may_skip in notebooks/profiles.yaml.
+
+    Exit code 1: one did not, or none passed.
+
+    Exit code 2: a mistake in what was asked, so that nothing ran, or results that could not be written.
+
+    Exit codes 130 and 143: stopped by Ctrl-C or SIGTERM.
+    """
     from rich.console import Console
 
     from lowbit.suite import report, runner
@@ -62,7 +71,7 @@ def run(
     console = _console()
     console.print(summary(done))
     console.print(f"report: {show_path(plan.folder / report.FILE)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(code or (0 if done.passed else 1))
+    raise typer.Exit(code or (0 if done.fulfils(plan.profile) else 1))
 
 
 def check(
@@ -73,12 +82,13 @@ def check(
     out: OutOption = None,
 ) -> None:
     """Compare the numbers of the last run with the accepted ones; exit 1 on any difference."""
-    from lowbit.suite import baselines, runfile, runner
+    from lowbit.suite import baselines, profiles, runfile, runner
 
     done = runfile.load(out or runner.run_folder(profile))
     _same_profile(done.profile, profile)
     baseline = baselines.load(profile, done.device)
-    rows = baselines.compare(done, baseline, baselines.pick(notebooks, done, baseline))
+    chosen = baselines.pick(notebooks, done, baseline)
+    rows = baselines.compare(done, baseline, chosen, profiles.get(profile))
     console = _console()
     console.print(_table(f"lowbit check, profile {profile}, {done.device}", rows, ("now", "accepted")))
     bad, better = sum(not row.ok for row in rows), sum(row.verdict == "improved" for row in rows)
@@ -226,7 +236,7 @@ def _table(title: str, rows: list, heads: tuple[str, str]):
     table = Table(title=title, title_justify="left")
     for head in ("notebook", "metric", "verdict", *heads, "note"):
         table.add_column(head, overflow="fold", no_wrap=head == "verdict")
-    styles = {"same": "green", "improved": "cyan", "new": "yellow", "changed": "yellow", "dropped": "yellow"}
+    styles = dict.fromkeys(("new", "changed", "dropped", "skipped"), "yellow") | {"same": "green", "improved": "cyan"}
     for row in rows:
         style = styles.get(row.verdict, "") if row.ok else "bold red"
         verdict = Text(f"{'✔' if row.ok else '✘'} {row.verdict}", style)

@@ -79,8 +79,16 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; running notebooks have been ended and what is left is ``not_run``.
+        LowbitError: The results cannot be written, for instance because the disk is full; running notebooks have
+            been ended, and run.json is as it was after the last one that could be written.
     """
-    return _Suite(plan, progress or Progress.silent()).run()
+    try:
+        return _Suite(plan, progress or Progress.silent()).run()
+    except OSError as error:
+        raise LowbitError(
+            f"the run stopped, because its results cannot be written to {runfile.show_path(plan.folder)}: "
+            f"{error.strerror or error}. What was written before is kept: mend that, then give --resume"
+        ) from error
 
 
 class _Suite:
@@ -198,6 +206,9 @@ class _Suite:
             entry = self.result.entry(name)
             entry.status, entry.reason, entry.metrics = outcome.status, outcome.reason, outcome.metrics
             entry.seconds, entry.peak_mb = outcome.seconds, outcome.peak_mb
+            if entry.status == "skipped" and not self.plan.profile.lets_skip(name):
+                entry.status = "failed"
+                entry.reason = f"it asked to be skipped ({entry.reason}), and {profiles.FILE} has no leave for that"
             if execution.output.is_file():
                 entry.output = execution.output.name
                 report.notebook_html(execution.output)

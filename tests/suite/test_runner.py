@@ -74,7 +74,7 @@ def test_every_status_is_what_happened(ended):
         ("02_killed", "the kernel died (SIGKILL) in code cell 2: os.kill(os.getpid(), signal.SIGKILL)"),
         ("03_after", "it comes after 01_bad, which is failed"),
         ("04_twice", "'a' was recorded twice"),
-        ("05_leaves", "stopped early, in code cell 2 of 3: sys.exit(0)"),
+        ("05_leaves", "ended by SystemExit: 0 in code cell 2 of 3: sys.exit(0)"),
         ("07_worker", "the process that executes the notebook was ended by SIGKILL"),
     ],
 )
