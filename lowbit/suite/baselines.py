@@ -133,7 +133,7 @@ def compare(
         if only is None or name in only:
             may_skip = profile is not None and profile.lets_skip(name)
             rows += _compare_notebook(name, run.entry(name), baseline.notebooks.get(name), may_skip)
-    if all(row.verdict == "skipped" for row in rows):
+    if all(row.ok and row.verdict == "skipped" for row in rows):
         rows.append(Row("", "", "nothing compared", False, note="neither the run nor the baseline has a number"))
     return rows
 
