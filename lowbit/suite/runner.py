@@ -86,8 +86,8 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
         return _Suite(plan, progress or Progress.silent()).run()
     except OSError as error:
         raise LowbitError(
-            f"the run stopped, because its results cannot be written to {runfile.show_path(plan.folder)}: "
-            f"{error.strerror or error}. What was written before is kept: mend that, then give --resume"
+            f"the run stopped: {error.strerror or error} (its results go to {runfile.show_path(plan.folder)}). "
+            "What was written before is kept: mend that, then run again with --resume"
         ) from error
 
 

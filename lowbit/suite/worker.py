@@ -19,7 +19,7 @@ EXIT = {"passed": 0, "failed": 65, "oom": 66, "killed": 67, "skipped": 68}
 """Exit code for each status a worker can report; any other code means that the worker itself broke."""
 
 OUT_OF_MEMORY = re.compile(
-    r"(\w*MemoryError|OutOfMemoryError): |RuntimeError: .*(DefaultCPUAllocator: |CUDA out of memory)"
+    r"\w*MemoryError: |RuntimeError: .*(DefaultCPUAllocator: |CUDA out of memory)"
     r"|OSError: \[Errno 12\]",
     re.DOTALL,
 )
