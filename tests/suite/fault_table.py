@@ -6,6 +6,7 @@ run for each fault; test_faults.py does the same faults, several in one run.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -462,7 +463,7 @@ def main() -> int:
         if isinstance(seen, str):
             lines.append(f"| {fault.done} | not done: {seen} | | |")
             continue
-        reason = seen.reason.replace("|", "\\|").replace("<", "&lt;")
+        reason = re.sub(rf"{re.escape(scratch)}/\d+", "PROJECT", seen.reason).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| {fault.done} | {seen.status.replace('_', ' ')} | {reason} | {seen.code} |")
         if not right(fault, seen):
             wrong += 1
