@@ -31,7 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "nn.deploy": ["pack"],
         "nn.fuse": ["fuse"],
         "serialization": ["load", "save"],
-        "suite.record": ["record"],
+        "suite.record": ["record", "skip"],
         "suite.tables": ["save_table"],
         "training": ["RunRecord", "TrainConfig", "train"],
     },
@@ -57,6 +57,6 @@ if TYPE_CHECKING:
     from lowbit.nn.deploy import pack
     from lowbit.nn.fuse import fuse
     from lowbit.serialization import load, save
-    from lowbit.suite.record import record
+    from lowbit.suite.record import record, skip
     from lowbit.suite.tables import save_table
     from lowbit.training import RunRecord, TrainConfig, train

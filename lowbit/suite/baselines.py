@@ -15,7 +15,7 @@ from typing import Any
 
 from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite.profiles import close
+from lowbit.suite.profiles import Profile, close
 from lowbit.suite.record import show
 from lowbit.suite.runfile import Entry, Metric, Run, read_json, show_path, write_json
 
@@ -114,12 +114,15 @@ def save(baseline: Baseline) -> Path:
     return file
 
 
-def compare(run: Run, baseline: Baseline, only: Sequence[str] | None = None) -> list[Row]:
+def compare(
+    run: Run, baseline: Baseline, only: Sequence[str] | None = None, profile: Profile | None = None
+) -> list[Row]:
     """Every difference between a run and the baseline, and every agreement, one row each.
 
     Both sides need the same notebooks and the same metrics; a notebook that has not passed, other parameters,
-    NaN or infinity, a changed unit or direction, a vanished or a new metric are all differences. ``only``
-    restricts the comparison to some notebooks.
+    NaN or infinity, a changed unit or direction, a vanished or a new metric are all differences; that nothing could
+    be compared is one, too. ``only`` restricts the comparison to some notebooks, and ``profile`` says which of them
+    may be skipped.
     """
     names = list(dict.fromkeys([*(entry.name for entry in run.notebooks), *baseline.notebooks]))
     for name in only or ():
@@ -128,13 +131,20 @@ def compare(run: Run, baseline: Baseline, only: Sequence[str] | None = None) -> 
     rows = []
     for name in names:
         if only is None or name in only:
-            rows += _compare_notebook(name, run.entry(name), baseline.notebooks.get(name))
+            may_skip = profile is not None and profile.lets_skip(name)
+            rows += _compare_notebook(name, run.entry(name), baseline.notebooks.get(name), may_skip)
+    if all(row.ok and row.verdict == "skipped" for row in rows):
+        rows.append(Row("", "", "nothing compared", False, note="neither the run nor the baseline has a number"))
     return rows
 
 
-def _compare_notebook(name: str, entry: Entry | None, accepted: AcceptedNotebook | None) -> list[Row]:
+def _compare_notebook(
+    name: str, entry: Entry | None, accepted: AcceptedNotebook | None, may_skip: bool = False
+) -> list[Row]:
     if entry is None:
         return [Row(name, "", "missing", False, note="the baseline has this notebook, the run does not")]
+    if entry.status == "skipped" and may_skip:
+        return [Row(name, "", "skipped", True, note=entry.reason)]
     if entry.status != "passed":
         return [Row(name, "", entry.status.replace("_", " "), False, note=entry.reason)]
     if accepted is None:

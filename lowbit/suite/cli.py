@@ -1,7 +1,7 @@
 """The commands of the suite; ``lowbit.cli`` puts them under the one command ``lowbit``.
 
-Exit codes: 0 all is well; 1 a notebook has not passed, or a number differs; 2 what was asked for cannot be done,
-and nothing has run (a `LowbitError`, which ``lowbit.cli`` prints); 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 all is well; 1 a notebook has not passed, or a number differs; 2 what was asked for cannot be done
+(a `LowbitError`, which ``lowbit.cli`` prints); 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from pathlib import Path
@@ -47,6 +47,14 @@ def run(
     """Execute notebooks, each in its own process; write run.json, executed copies, report.html and junit.xml.
 
     What has passed before stands if its code, parameters, data, versions, device and lowbit/ are as they were then.
+
+    Exit code 0: every notebook passed, or was skipped and is listed under may_skip in notebooks/profiles.yaml.
+
+    Exit code 1: one did not, or none passed.
+
+    Exit code 2: a mistake in what was asked, so that nothing ran, or results that could not be written.
+
+    Exit codes 130 and 143: stopped by Ctrl-C or SIGTERM.
     """
     from rich.console import Console
 
@@ -73,7 +81,7 @@ def run(
     console = _console()
     console.print(summary(done))
     console.print(f"report: {show_path(plan.folder / report.FILE)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(code or (0 if done.passed else 1))
+    raise typer.Exit(code or (0 if done.fulfils(plan.profile) else 1))
 
 
 def check(
@@ -84,13 +92,14 @@ def check(
     out: OutOption = None,
 ) -> None:
     """Compare the numbers of the last run with the accepted ones; exit 1 on any difference."""
-    from lowbit.suite import baselines, junit, runfile, runner
+    from lowbit.suite import baselines, junit, profiles, runfile, runner
 
     folder = out or runner.run_folder(profile)
     done = runfile.load(folder)
     _same_profile(done.profile, profile)
     baseline = baselines.load(profile, done.device)
-    rows = baselines.compare(done, baseline, baselines.pick(notebooks, done, baseline))
+    chosen = baselines.pick(notebooks, done, baseline)
+    rows = baselines.compare(done, baseline, chosen, profiles.get(profile))
     junit.write_check(done, rows, folder)
     console = _console()
     console.print(_table(f"lowbit check, profile {profile}, {done.device}", rows, ("now", "accepted")))
@@ -281,7 +290,7 @@ def _table(title: str, rows: list, heads: tuple[str, str]):
     table = Table(title=title, title_justify="left")
     for head in ("notebook", "metric", "verdict", *heads, "note"):
         table.add_column(head, overflow="fold", no_wrap=head == "verdict")
-    styles = {"same": "green", "improved": "cyan", "new": "yellow", "changed": "yellow", "dropped": "yellow"}
+    styles = dict.fromkeys(("new", "changed", "dropped", "skipped"), "yellow") | {"same": "green", "improved": "cyan"}
     for row in rows:
         style = styles.get(row.verdict, "") if row.ok else "bold red"
         verdict = Text(f"{'✔' if row.ok else '✘'} {row.verdict}", style)

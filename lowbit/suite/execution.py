@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 
 from lowbit import paths
+from lowbit.suite.executed import flaw
 from lowbit.suite.notebooks import Notebook
-from lowbit.suite.record import decode
+from lowbit.suite.record import DIRECTIONS, NAME, decode
 from lowbit.suite.runfile import Metric
 from lowbit.suite.worker import EXIT
 
@@ -90,6 +91,8 @@ class Execution:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        with contextlib.suppress(OSError):  # Linux, short of memory, ends a notebook rather than the runner
+            Path(f"/proc/{self.process.pid}/oom_score_adj").write_text("500")
 
     def _environment(self, threads: int | None) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # the kernel chooses: figures go inline
@@ -138,21 +141,24 @@ class Execution:
             status, reason = "timeout", f"no end after {_minutes(self.timeout)}{where}"
         else:
             status, reason = self._judge(code)
-        self.close()
+        digest = _read(self.why).get("digest", "")
+        self.close()  # before looking at its files: nothing can change them any more
         metrics, wrong = read_records(self.records)
-        if wrong and status == "passed":
+        if status == "passed" and (wrong := wrong or flaw(self.output, digest)):
             status, reason = "failed", wrong
         return Outcome(status, reason, round(seconds, 2), round(self.peak / 1e6, 1), metrics)
 
     def _judge(self, code: int) -> tuple[str, str]:
         status = next((name for name, number in EXIT.items() if number == code), None)
-        reason = _read(self.why).get("reason", "")
+        said = _read(self.why)
+        reason, killer = said.get("reason", ""), said.get("signal")
         if status is None and code < 0:
             status, reason = "killed", f"the process that executes the notebook was ended by {_signal(-code)}"
+            killer = -code
         elif status is None:
             last = (_tail(self.log) or "no message").splitlines()[-1]
             status, reason = "failed", f"the notebook could not be executed (exit code {code}): {last}"
-        if status == "killed" and _oom_kills() > self.oom_before:
+        if status == "killed" and killer == signal.SIGKILL and _oom_kills() > self.oom_before:
             status, reason = "oom", f"the system ended a process for want of memory; {reason}"
         return status, reason
 
@@ -224,17 +230,34 @@ def read_records(path: Path) -> tuple[dict[str, Metric], str]:
     """The metrics in a file that `lowbit.record` wrote, and what is wrong with them (empty when nothing is)."""
     metrics: dict[str, Metric] = {}
     wrong = ""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        return {}, f"the record of its numbers cannot be read: {error.strerror}"
+    for line in text.splitlines():
         try:
             item = json.loads(line)
-            name, metric = item["name"], Metric(decode(item["value"]), item["unit"], item["better"])
-        except (ValueError, KeyError, TypeError):
+            if "complaint" in item:
+                wrong = wrong or str(item["complaint"])
+                continue
+            name, metric = item["name"], Metric(_number(item["value"]), item["unit"], item["better"])
+            if not (NAME.fullmatch(name) and isinstance(metric.unit, str) and metric.better in DIRECTIONS):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError):
             wrong = wrong or f"the record of its numbers holds a broken line: {line[:80]}"
             continue
         if name in metrics:
             wrong = wrong or f"{name!r} was recorded twice"
         metrics[name] = metric
     return metrics, wrong
+
+
+def _number(value: object) -> float | int:
+    number = decode(value) if isinstance(value, str) else value
+    if type(number) not in (int, float):
+        raise TypeError
+    float(number)  # an integer too large for it is no measurement, and JSON could not hold it
+    return number
 
 
 def clear(folder: Path, name: str) -> None:
@@ -252,14 +275,22 @@ def _short_temporary() -> str | None:
 
 
 def _oom_kills() -> int:
-    """How often the kernel has killed for want of memory in this control group (Linux; 0 where unknown)."""
-    try:
-        group = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].rpartition(":")[2]
-        for place in (Path("/sys/fs/cgroup") / group.lstrip("/"), Path("/sys/fs/cgroup")):
-            if (events := place / "memory.events").exists():
-                return int(dict(line.split() for line in events.read_text().splitlines()).get("oom_kill", 0))
-    except (OSError, ValueError):
-        pass
+    """How often Linux has killed for want of memory: in this control group, else on the machine; 0 if unknown."""
+    groups = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            groups |= {name: group.lstrip("/") for name in controllers.split(",")}
+    one, two = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # the two versions of control groups
+    for counts in (
+        one / groups.get("memory", "") / "memory.oom_control",
+        one / "memory.oom_control",  # in a container the group's own folder is the root
+        two / groups.get("", "") / "memory.events",
+        two / "memory.events",
+        Path("/proc/vmstat"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return int(dict(line.split() for line in counts.read_text().splitlines())["oom_kill"])
     return 0
 
 

@@ -1,6 +1,7 @@
 """Profiles: the same notebooks in four sizes, from ``notebooks/profiles.yaml``."""
 
 import difflib
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class Profile(BaseModel):
         threads: OpenMP/MKL threads of each notebook; None leaves it to the libraries. Sums depend on how they
             are split over threads, so a fixed number keeps the metrics independent of ``-j``.
         requires: ``cuda`` where the profile needs a GPU; its notebooks are skipped on other machines.
+        may_skip: Notebooks (names or globs) that may be skipped: by ``lowbit.skip``, or because of ``requires``,
+            without spoiling the exit code of the run. No other notebook can skip itself.
         notebooks: For each notebook, the parameters that differ from those in its parameters cell.
     """
 
@@ -34,7 +37,12 @@ class Profile(BaseModel):
     timeout_minutes: float = Field(gt=0)
     threads: int | None = Field(default=None, ge=1)
     requires: str | None = Field(default=None, pattern="^cuda$")
+    may_skip: list[str] = Field(default_factory=list)
     notebooks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def lets_skip(self, name: str) -> bool:
+        """Whether ``may_skip`` lists the notebook."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.may_skip)
 
     @field_validator("timeout_minutes", mode="before")
     @classmethod

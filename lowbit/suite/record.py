@@ -6,7 +6,7 @@ import numbers
 import os
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from lowbit.errors import LowbitError
 
@@ -44,12 +44,36 @@ def record(name: str, value: T, *, unit: str = "", better: str = "equal") -> T:
     if not isinstance(unit, str):
         raise LowbitError(f"record: unit={unit!r} is not a text")
     number = _number(name, value)
-    if path := os.environ.get("LOWBIT_RECORD"):
-        line = json.dumps({"name": name, "value": encode(number), "unit": unit, "better": better})
-        with Path(path).open("a", encoding="utf-8", buffering=1) as file:  # on disk even if the kernel dies next
-            file.write(line + "\n")
+    _append({"name": name, "value": encode(number), "unit": unit, "better": better})
     print(f"{name} = {show(number)}{' ' if unit else ''}{unit}")
     return value
+
+
+class Skipped(Exception):
+    """Raised by `skip`."""
+
+
+def skip(reason: str) -> NoReturn:
+    """Ends the notebook because something that it needs is not here, such as a data set or a program.
+
+    ``lowbit run`` then reports it as ``skipped`` if ``may_skip`` in ``notebooks/profiles.yaml`` lists it, and as
+    ``failed`` if not.
+
+    Args:
+        reason: What is missing, for people.
+    """
+    raise Skipped(reason)
+
+
+def complain(what: str) -> None:
+    """Makes the notebook fail for that reason, though its cells go on; outside ``lowbit run`` nothing happens."""
+    _append({"complaint": what})
+
+
+def _append(item: dict) -> None:
+    if path := os.environ.get("LOWBIT_RECORD"):
+        with Path(path).open("a", encoding="utf-8", buffering=1) as file:  # on disk even if the kernel dies next
+            file.write(json.dumps(item) + "\n")
 
 
 def encode(number: float | int) -> float | int | str:

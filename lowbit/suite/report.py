@@ -92,9 +92,9 @@ def notebook_html(path: Path) -> Path | None:
 
     try:
         body, _ = HTMLExporter().from_notebook_node(nbformat.read(path, as_version=4))
+        write_text(path.with_suffix(".html"), body)
     except Exception:  # a rendering is a convenience: whatever goes wrong here must not change a status
         return None
-    write_text(path.with_suffix(".html"), body)
     return path.with_suffix(".html")
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lowbit.errors import LowbitError
+from lowbit.suite.profiles import Profile
 from lowbit.suite.record import decode, encode
 
 SCHEMA = 1
@@ -62,6 +63,11 @@ class Run:
     def passed(self) -> bool:
         """Whether every notebook that was asked for passed."""
         return bool(self.notebooks) and all(entry.status == "passed" for entry in self.notebooks)
+
+    def fulfils(self, profile: Profile) -> bool:
+        """Whether every notebook passed, or was skipped with the profile's leave, and at least one passed."""
+        good = [e.status == "passed" or (e.status == "skipped" and profile.lets_skip(e.name)) for e in self.notebooks]
+        return all(good) and any(entry.status == "passed" for entry in self.notebooks)
 
     def entry(self, name: str) -> Entry | None:
         """The notebook of that name, if the run has it."""

@@ -103,15 +103,23 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; running notebooks have been ended and what is left is ``not_run``.
-        LowbitError: another run is at work in the folder, or the executor cannot be reached; nothing has run.
+        LowbitError: another run is at work in the folder, or the executor cannot be reached, and nothing has run; or
+            the results cannot be written, for instance because the disk is full: running notebooks have been ended,
+            and run.json is as it was after the last one that could be written.
     """
     gpu = plan.profile.requires == "cuda"
-    with _alone(plan.folder):
-        executor = executors.connect(
-            plan.executor, plan.folder, timeout=plan.timeout, threads=plan.profile.threads, gpu=gpu
-        )
-        with contextlib.closing(executor):
-            return _Suite(plan, executor, progress or Progress.silent()).run()
+    try:
+        with _alone(plan.folder):
+            executor = executors.connect(
+                plan.executor, plan.folder, timeout=plan.timeout, threads=plan.profile.threads, gpu=gpu
+            )
+            with contextlib.closing(executor):
+                return _Suite(plan, executor, progress or Progress.silent()).run()
+    except OSError as error:
+        raise LowbitError(
+            f"the run stopped: {error.strerror or error} (its results go to {runfile.show_path(plan.folder)}). "
+            "What was written before is kept: mend that, then run again with --resume"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -258,6 +266,9 @@ class _Suite:
             entry.status, entry.reason, entry.metrics = outcome.status, outcome.reason, outcome.metrics
             entry.seconds, entry.peak_mb = outcome.seconds, outcome.peak_mb
             entry.why = "; ".join(filter(None, (entry.why, outcome.note)))
+            if entry.status == "skipped" and not self.plan.profile.lets_skip(name):
+                entry.status = "failed"
+                entry.reason = f"it asked to be skipped ({entry.reason}), and {profiles.FILE} has no leave for that"
             if entry.status == "passed":
                 self._keep(entry)
             self._show(entry)

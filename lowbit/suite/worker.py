@@ -13,10 +13,17 @@ import threading
 import time
 from pathlib import Path
 
-EXIT = {"passed": 0, "failed": 65, "oom": 66, "killed": 67}
+from lowbit.suite.executed import digest_of
+
+EXIT = {"passed": 0, "failed": 65, "oom": 66, "killed": 67, "skipped": 68}
 """Exit code for each status a worker can report; any other code means that the worker itself broke."""
 
-OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|DefaultCPUAllocator: can't allocate memory")
+OUT_OF_MEMORY = re.compile(
+    r"\w*MemoryError: |RuntimeError: .*(DefaultCPUAllocator: |CUDA out of memory)"
+    r"|OSError: \[Errno 12\]",
+    re.DOTALL,
+)
+"""What Python, numpy, torch and the system call it, as ``name: message`` of an exception."""
 
 
 def main(job_path: str) -> int:
@@ -47,7 +54,7 @@ def main(job_path: str) -> int:
 
         @property
         def kernel_spec(self):
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--ext=lowbit.suite.watch"]
             return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
 
         async def start_kernel(self, **kwargs):
@@ -62,8 +69,8 @@ def main(job_path: str) -> int:
             place["line"] = cell.source.strip().splitlines()[0][:80]
             _write(job["progress"], place)
 
-    def leave(status: str, reason: str) -> int:
-        _write(job["reason"], {"reason": reason, **place})
+    def leave(status: str, reason: str = "", **facts: str | int) -> int:
+        _write(job["reason"], {"reason": reason, **facts})
         return EXIT[status]
 
     output = Path(job["output"])
@@ -71,7 +78,7 @@ def main(job_path: str) -> int:
     place["of"] = sum(1 for c in source["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip())
     place["of"] += bool(job["parameters"])  # papermill adds a cell with them
     try:
-        done = papermill.execute_notebook(
+        papermill.execute_notebook(
             _literal(job["input"]),
             _literal(job["output"]),
             job["parameters"],
@@ -85,25 +92,26 @@ def main(job_path: str) -> int:
             on_cell_start=note_cell,
         )
     except PapermillExecutionError as error:
+        if error.ename == "Skipped":  # lowbit.skip
+            return leave("skipped", _one_line(error.evalue))
         text = f"{error.ename}: {error.evalue}"
-        status = "oom" if OUT_OF_MEMORY.search(text) else "failed"
-        return leave(status, f"{_one_line(text)} (code cell {place['cell']}: {place['line']})")
+        status = "oom" if OUT_OF_MEMORY.match(text) else "failed"
+        # papermill goes on after a cell tagged raises-exception, so this is not always the last one
+        number, lines = error.exec_count or place["cell"], error.source.strip().splitlines() or [place["line"]]
+        return leave(status, f"{_one_line(text)} (code cell {number}: {lines[0][:80]})")
     except (DeadKernelError, RuntimeError) as error:
         if not isinstance(error, DeadKernelError) and "Kernel died" not in str(error):
             raise
         where = f"in code cell {place['cell']}: {place['line']}" if place["cell"] else "at its start"
-        return leave("killed", f"the kernel died{_how(Kernel.process)} {where}")
+        how, number = _how(Kernel.process)
+        return leave("killed", f"the kernel died{how} {where}", signal=number)
     finally:
         _scrub(output)
-    # A cell that calls sys.exit() ends the notebook, and papermill lets that pass; the rest has not run.
-    for cell in done.cells:
-        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
-            return leave("failed", f"stopped early, in code cell {place['cell']} of {place['of']}: {place['line']}")
-    return EXIT["passed"]
+    return leave("passed", digest=digest_of(output))
 
 
-def _how(process) -> str:
-    """How the kernel ended, in words; its exit code may take a moment to arrive."""
+def _how(process) -> tuple[str, int]:
+    """How the kernel ended, in words, and the signal (or 0); its exit code may take a moment to arrive."""
     code = None
     for _ in range(20):
         code = process.poll() if process is not None else None
@@ -111,8 +119,8 @@ def _how(process) -> str:
             break
         time.sleep(0.05)
     if code is None:
-        return ""
-    return f" ({signal.Signals(-code).name})" if code < 0 else f" (it left with exit code {code})"
+        return "", 0
+    return (f" ({signal.Signals(-code).name})", -code) if code < 0 else (f" (it left with exit code {code})", 0)
 
 
 def _die_with(parent: int, private: Path) -> None:

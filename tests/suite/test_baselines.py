@@ -7,6 +7,7 @@ import pytest
 
 from lowbit.errors import LowbitError
 from lowbit.suite import baselines
+from lowbit.suite.profiles import Profile
 from lowbit.suite.runfile import Entry, Metric, Run
 
 
@@ -64,6 +65,24 @@ def test_each_kind_of_difference(baseline, changes, expected):
 def test_a_notebook_that_has_not_passed_is_a_difference(baseline, status):
     run = make_run({"exact": Metric(3)}, status=status)
     assert [(row.verdict, row.ok) for row in baselines.compare(run, baseline)] == [(status.replace("_", " "), False)]
+
+
+def test_a_skip_is_no_difference_only_with_leave(baseline):
+    run = make_run({}, status="skipped")
+    run.notebooks.append(Entry("01_b", "passed"))
+    leave = Profile(description="x", timeout_minutes=1, may_skip=["00_a"])
+    assert [row.ok for row in baselines.compare(run, baseline, profile=leave)] == [True, False]
+    assert not baselines.compare(run, baseline, profile=Profile(description="x", timeout_minutes=1))[0].ok
+
+
+def test_comparing_nothing_is_a_difference(baseline):
+    leave = Profile(description="x", timeout_minutes=1, may_skip=["*"])
+    for run, accepted in [
+        (make_run({}, status="skipped"), baseline),
+        (Run("smoke", "", {}), dataclasses.replace(baseline, notebooks={})),
+    ]:
+        row = baselines.compare(run, accepted, profile=leave)[-1]
+        assert (row.verdict, row.ok) == ("nothing compared", False)
 
 
 def test_missing_and_new_notebooks_and_other_parameters_are_differences(baseline):

@@ -21,6 +21,7 @@ def test_the_projects_own_file_has_all_four():
         ("smoke: {description: x, timeout_minutes: -1}", "greater than 0"),
         ("smoke: {description: x, timeout_minutes: yes}", "smoke.timeout_minutes"),
         ("smok: {description: x, timeout_minutes: 1}", "'smok'.*did you mean 'smoke'"),
+        ("smoke: {description: x, timeout_minutes: 1, may_skip: 00_a}", "smoke.may_skip: .*list"),
         ("smoke: [", "not YAML"),
     ],
 )
@@ -29,6 +30,12 @@ def test_mistakes_in_the_file_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(LowbitError, match=message):
         profiles.load(path)
+
+
+def test_who_may_skip_stands_in_the_file(project):
+    assert not profiles.get("smoke").lets_skip("00_a")
+    project.profiles("smoke: {description: x, timeout_minutes: 1, may_skip: [00_a, '1*']}")
+    assert [profiles.get("smoke").lets_skip(name) for name in ("00_a", "00_ab", "10_b")] == [True, False, True]
 
 
 def test_unknown_profile_is_refused(project):

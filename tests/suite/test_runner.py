@@ -1,5 +1,6 @@
 """Really executes notebooks, and really kills them."""
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,10 @@ import time
 import nbformat
 import pytest
 
+from lowbit.errors import LowbitError
 from lowbit.suite import runfile, runner
+from lowbit.suite.profiles import Profile
+from lowbit.suite.runfile import Entry, Run
 
 KILLED = """
 import os, signal, subprocess
@@ -74,7 +78,7 @@ def test_every_status_is_what_happened(ended):
         ("02_killed", "the kernel died (SIGKILL) in code cell 2: os.kill(os.getpid(), signal.SIGKILL)"),
         ("03_after", "it comes after 01_bad, which is failed"),
         ("04_twice", "'a' was recorded twice"),
-        ("05_leaves", "stopped early, in code cell 2 of 3: sys.exit(0)"),
+        ("05_leaves", "ended by SystemExit: 0 in code cell 2 of 3: sys.exit(0)"),
         ("07_worker", "the process that executes the notebook was ended by SIGKILL"),
     ],
 )
@@ -190,6 +194,40 @@ def test_a_profile_that_needs_a_gpu_is_skipped_without_one(project, monkeypatch)
         ("skipped", "profile gpu needs a CUDA GPU, and torch sees none")
     ]
     assert not result.passed
+
+
+@pytest.mark.slow
+def test_results_that_cannot_be_written_stop_the_run_and_spoil_nothing(project, monkeypatch):
+    project.add("a", "import lowbit; lowbit.record('x', 1)")
+    project.add("b", "1")
+    folder = project.results / "runs" / "smoke"
+    synced = os.fsync
+
+    def full(file):
+        if (folder / "b.ipynb").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LowbitError, match=r"No space left on device.*--resume"):
+        runner.execute(runner.plan())
+    a, b = runfile.load(folder).notebooks
+    assert (a.status, a.metrics["x"].value, b.status) == ("passed", 1, "not_run")
+    assert not list(folder.glob(".*")), "no half-written file is left"
+
+
+@pytest.mark.parametrize("status", runfile.STATUSES)
+def test_only_passed_notebooks_and_permitted_skips_fulfil_a_run(status):
+    profile = Profile(description="x", timeout_minutes=1, may_skip=["b*"])
+
+    def fulfils(**statuses):
+        entries = [Entry(name, said) for name, said in statuses.items()]
+        return Run("smoke", "", {}, entries).fulfils(profile)
+
+    assert fulfils(a="passed", c=status) is (status == "passed")
+    assert fulfils(a="passed", b1=status) is (status in ("passed", "skipped"))
+    assert fulfils(b1=status) is (status == "passed")
+    assert not fulfils()
 
 
 def _start(project):

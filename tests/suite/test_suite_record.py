@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.suite.record import decode, record
+from lowbit.suite.record import Skipped, complain, decode, record, skip
 
 
 @pytest.fixture
@@ -63,3 +63,10 @@ def test_nothing_is_written_outside_a_run(tmp_path, monkeypatch):
 def test_importing_it_is_light():
     code = "import sys, lowbit.suite.record; print({'torch', 'papermill', 'pandas', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_complaint_is_a_line_of_its_own_and_a_skip_ends_the_cell(lines):
+    complain("a thread died")
+    with pytest.raises(Skipped, match="no data"):
+        skip("no data")
+    assert lines() == [{"complaint": "a thread died"}]

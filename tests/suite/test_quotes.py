@@ -1,0 +1,84 @@
+"""Numbers in prose and the records that they are bound to."""
+
+import json
+import re
+
+import pytest
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+from lowbit.suite import quotes
+
+PROSE = [paths.project() / "README.md", paths.project() / "CONTRIBUTING.md"]
+UNIT = r"(?:%|‰|×|x\b|[mµnu]?s\b|sec|min(?:ute)?s?\b|[KMG]i?B\b|times\b|percent|points?\b|fold\b|faster|slower|smaller)"
+MEASURED = re.compile(rf"(?<![\w.])[-−+]?(?:\d[\d.,]*\s?\\?{UNIT}|\d+[.,]\d+)", re.IGNORECASE)
+NOT_MEASURED = {"Python 3.11", "some 5 GB", "at most 2 MiB", "torch.compile 2.11", "under torch.compile 2.11"}
+"""Versions, sizes of downloads, limits."""
+
+
+def unbound(text):
+    """Numbers with a unit or a decimal point that no comment binds; links, code and what is known are left out."""
+    for known in NOT_MEASURED:
+        text = text.replace(known, "")
+    text = re.sub(r"[-−+]?\d[\d.,]*<!--=.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", " ", text, flags=re.DOTALL)
+    return MEASURED.findall(text)
+
+
+@pytest.fixture
+def results(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"engine": "x, y", "ratio": 1.256}, {"engine": "z", "ratio": 2}]))
+    (tmp_path / "b.csv").write_text("method,seed,accuracy\nlsq,0,90.0\nlsq,1,91.0\npot,0,80.0\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_every_quoted_number_is_as_recorded(path):
+    found = quotes.find(path.read_text())
+    assert [quote for quote in found if quote.shown != quote.recorded] == []
+
+
+def test_the_readme_quotes_measurements():
+    assert len(quotes.find(PROSE[0].read_text())) >= 5
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.name)
+def test_no_measured_number_is_without_a_record(path):
+    assert unbound(path.read_text()) == []
+
+
+@pytest.mark.parametrize("smuggled", [
+    "reaches 91 %", "reaches 91.3", "91,3 points", "takes 5 ms", "3× faster", "12 MB", "2 times", "$91\\%$", "in 40 s",
+    "| LSQ | 0.913 |",
+])  # fmt: skip
+def test_an_unbound_number_is_noticed(smuggled):
+    assert unbound(f"The network {smuggled} here.")
+
+
+def test_a_changed_digit_is_noticed_and_mended(results):
+    text = (
+        "1.26<!--= a.json; engine=x, y; ratio; .2f --> times\n90.5<!--= b.csv;\n method=lsq; mean accuracy; .1f --> %"
+    )
+    assert all(quote.shown == quote.recorded for quote in quotes.find(text, results))
+    wrong = text.replace("1.26", "1.25").replace("90.5", "90.6")
+    assert [(q.shown, q.recorded) for q in quotes.find(wrong, results)] == [("1.25", "1.26"), ("90.6", "90.5")]
+    assert quotes.refresh(wrong, results) == text
+    (results / "a.json").write_text(json.dumps([{"engine": "x, y", "ratio": 1.5}]))
+    assert quotes.find(text, results)[0].recorded == "1.50"
+
+
+@pytest.mark.parametrize(
+    ("binding", "message"),
+    [
+        ("a.json", "has to be 'FILE"),
+        ("none.json; engine=z; ratio; .2f", "has to be 'FILE"),
+        ("a.json; engine=w; ratio; .2f", "fits 0 rows"),
+        ("a.json; ratio; .2f", "fits 2 rows"),
+        ("a.json; engine=z; speed; .2f", "whose columns are engine, ratio"),
+        ("a.json; engine=z; ratio; .2q", "Unknown format"),
+        ("a.json; engine=z; engine; .2f", "mean"),
+    ],
+)
+def test_a_broken_binding_is_refused(results, binding, message):
+    with pytest.raises(LowbitError, match=message):
+        quotes.find(f"1<!--= {binding} -->", results)
