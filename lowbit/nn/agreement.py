@@ -6,12 +6,14 @@ activation is a step away, and what follows differs visibly. So equal logits can
 first difference in whole numbers, of each image, is one step, of values at a border.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.nn.packed import PackedLayer
+from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
-    """The inputs of the packed layers in both models, layer by layer in order of execution.
+    """What is rounded to whole numbers in both models, in order of execution.
+
+    That is the inputs of packed layers, and whatever else has a quantiser of its own (queries, keys, ...).
 
     Args:
         model: a quantised model in evaluation mode.
@@ -27,21 +31,21 @@ def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
         x: its input ``[B, ...]``.
 
     Returns:
-        One row a layer with a calibrated input: ``layer``; ``numbers``, of all images; ``values_differ`` and
+        One row a layer or quantiser: ``layer``; ``numbers``, of all images; ``values_differ`` and
         ``steps_differ``, how many of them differ before and after rounding to whole numbers; ``first``, images whose
         first difference in whole numbers is here, and of these ``first_step``, the largest difference (steps), and
         ``from_border``, how far from the border between its two whole numbers a value was at most (steps).
     """
     import pandas as pd
 
-    layers = {n: m for n, m in packed.named_modules() if isinstance(m, PackedLayer) and m.x_scale is not None}
-    inputs = zip(_inputs(model, layers, x), _inputs(packed, layers, x), strict=True)
+    forms = {name: form for name, module in packed.named_modules() if (form := _form(module)) is not None}
+    inputs = zip(_inputs(model, forms, x), _inputs(packed, forms, x), strict=True)
     seen = torch.zeros(len(x), dtype=torch.bool)
     rows = []
     for (name, one), (_, two) in inputs:
-        layer = layers[name]
-        values = [(v if layer.before is None else v + layer.before) / layer.x_scale for v in (one, two)]
-        whole = [torch.clamp(torch.round(v), layer.low, layer.high) for v in values]
+        form = forms[name]
+        values = [(v if form.before is None else v + form.before) / form.scale for v in (one, two)]
+        whole = [torch.clamp(torch.round(v), form.low, form.high) for v in values]
         differ = (whole[0] != whole[1]).reshape(len(x), -1)
         new = differ.any(1) & ~seen
         first = differ & new[:, None]
@@ -64,7 +68,16 @@ def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def _inputs(model: nn.Module, names: "dict[str, PackedLayer]", x: Tensor) -> list[tuple[str, Tensor]]:
+def _form(module: nn.Module) -> IntegerForm | None:
+    """How the module rounds its input; None if it does not, or by a scale that follows from the input."""
+    if isinstance(module, ActivationQuantizer):
+        return module.integer()
+    if isinstance(module, PackedLayer) and module.x_scale is not None:
+        return IntegerForm(module.x_scale, module.low, module.high, module.before)
+    return None
+
+
+def _inputs(model: nn.Module, names: Iterable[str], x: Tensor) -> list[tuple[str, Tensor]]:
     """What came into the modules of these names, call by call."""
     kept: list[tuple[str, Tensor]] = []
     hooks = [
