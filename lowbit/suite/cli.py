@@ -104,6 +104,8 @@ def check(
     console = _console()
     console.print(_table(f"lowbit check, profile {profile}, {done.device}", rows, ("now", "accepted")))
     bad, better = sum(not row.ok for row in rows), sum(row.verdict == "improved" for row in rows)
+    commit, dirty = (done.environment.get("commit") or "unknown")[:10], done.environment.get("dirty")
+    console.print(f"the run began {done.started}, at commit {commit}{' with changes' * bool(dirty)}", highlight=False)
     verdict = f"{bad} of {len(rows)} differ" if bad else f"all {len(rows)} agree"
     if better:
         verdict += f"; {better} improved beyond the tolerance ('lowbit accept' makes that the new standard)"
