@@ -122,6 +122,10 @@ def accept(
         int, typer.Option("--seeds", min=1, help="Rerun notebooks that have a seed, for N seeds in all, and measure.")
     ] = 1,
     jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
+    pool: Annotated[
+        bool,
+        typer.Option("--pool", help="The run is another machine's: widen the intervals by it, replace nothing."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
     out: OutOption = None,
 ) -> None:
@@ -136,12 +140,14 @@ def accept(
     _same_profile(done.profile, profile)
     file = baselines.path(profile, done.device)
     old = baselines.load(profile, done.device) if file.exists() else None
-    baselines.propose(done, old)  # refuses a bad run before hours go into other seeds
+    if pool and seeds > 1:
+        raise LowbitError("--pool takes the run as it is; --seeds measures on this machine: give one of them")
+    baselines.propose(done, old, pool=pool)  # refuses a bad run before hours go into other seeds
     try:
         repeats = seeding.repeat(done, seeds, folder, jobs=jobs, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
         raise typer.Exit(128 + stop.signum) from None
-    new = baselines.propose(done, old, repeats)
+    new = baselines.propose(done, old, repeats, pool=pool)
     rows = baselines.changes(old, new)
     console = _console()
     if not rows and old and old.notebooks == new.notebooks:

@@ -135,8 +135,8 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     caught = sum(outcome.status == "caught" for outcome in outcomes)
     lines = [
         "# Deliberate faults, and who noticed\n",
-        f"Written by `lowbit mutate --write`, which puts each fault of `{FILE}` into a copy of the project and asks its",
-        f"tests, first without the fault and then with it. {caught} of {len(outcomes)} caught.\n",
+        f"Written by `lowbit mutate --write`, which puts each fault of `{FILE}` into a copy of the project and",
+        f"asks its tests, first without the fault and then with it. {caught} of {len(outcomes)} caught.\n",
         "| fault | file | outcome | noticed first by |",
         "|---|---|---|---|",
     ]
