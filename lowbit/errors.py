@@ -15,3 +15,7 @@ class DataError(LowbitError):
 
 class CheckpointError(LowbitError):
     """A saved file cannot be trusted: truncated, altered, from a newer version or for another model."""
+
+
+class DivergedError(LowbitError):
+    """A loss is no longer a finite number: the settings do not suit the model."""

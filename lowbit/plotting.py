@@ -121,3 +121,28 @@ def trajectory(
     ax.step(steps, values, where="post", color=BLUE, label="level in use")
     ax.plot(steps, latents, color=ORANGE, label="latent weight")
     ax.set(title=title, xlabel="training step", ylabel="weight / scale", ylim=(low - margin, high + margin))
+
+
+def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accuracy, %") -> Figure:
+    """Draws what each learning rate brought on validation, a line an arm; the chosen rates have a ring.
+
+    Args:
+        rates: the trials of `lowbit.training.choose_rates`. A trial that failed (NaN) has no point.
+        arm: the column that tells lines apart.
+        panel: a column with a panel for each of its values, or None.
+        value: the column to draw, means over the seeds.
+    """
+    factors = sorted(rates.lr_factor.unique())
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grids have a layout of their own
+        grid = sns.relplot(
+            rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=False,
+            errorbar=None, height=3.2, aspect=1, palette=(PALETTE * 2)[: rates[arm].nunique()],
+        )  # fmt: skip
+    for shown, ax in grid.axes_dict.items() if panel else [(None, grid.ax)]:
+        chosen = rates[rates.chosen & (True if panel is None else rates[panel] == shown)]
+        best = chosen.groupby([arm, "lr_factor"], sort=False, dropna=False)[value].mean().reset_index()
+        ax.plot(best.lr_factor, best[value], "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
+        ax.set(xscale="log", xlabel="learning rate / the arm's default", ylabel=f"validation {value}")
+        ax.set_xticks(factors, [f"{factor:g}" for factor in factors])
+        ax.minorticks_off()
+    return grid.figure

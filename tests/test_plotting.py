@@ -1,6 +1,7 @@
 """The course's drawings put what they are given where they say."""
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 
@@ -48,3 +49,25 @@ def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_FIGURES", str(tmp_path / "figures"))
     path = plotting.save(ax.figure, "name")
     assert path == tmp_path / "figures" / "name.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("panel", [None, "bits"])
+def test_learning_rates_ring_what_was_chosen(panel):
+    rows = [
+        ("a", 2, 0.3, 60.0, False),
+        ("a", 2, 1.0, 70.0, True),
+        ("b", 3, 0.3, 50.0, True),
+        ("b", 3, 1.0, float("nan"), False),
+    ]
+    rates = pd.DataFrame(rows, columns=["method", "bits", "lr_factor", "accuracy, %", "chosen"])
+    figure = plotting.learning_rates(rates, "method", panel)
+    rings = [
+        xy
+        for ax in figure.axes
+        for line in ax.lines
+        if line.get_markersize() == 13
+        for xy in line.get_xydata().tolist()
+    ]
+    assert rings == [[1.0, 70.0], [0.3, 50.0]]
+    assert len(figure.axes) == (2 if panel else 1)
+    plt.close(figure)

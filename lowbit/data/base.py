@@ -126,7 +126,7 @@ class Data:
     def hold_out(self, fraction: float = 0.1, seed: int = 0) -> "Data":
         """The same task without its test set: ``test`` becomes a stratified ``fraction`` of the training split.
 
-        For choosing settings without touching the test set.
+        For choosing settings without touching the test set. ``mean`` and ``std`` stay as they are.
         """
         if not 0 < fraction < 1:
             raise LowbitError(f"fraction={fraction} is not allowed; it lies between 0 and 1")

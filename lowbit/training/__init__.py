@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "moments": ["Moments"],
         "record": ["RunRecord"],
         "runfile": ["RunConfig"],
+        "selection": ["best_rates", "choose_rates"],
         "sweeps": ["sweep"],
     },
 )
@@ -35,4 +36,5 @@ if TYPE_CHECKING:
     from lowbit.training.moments import Moments
     from lowbit.training.record import RunRecord
     from lowbit.training.runfile import RunConfig
+    from lowbit.training.selection import best_rates, choose_rates
     from lowbit.training.sweeps import sweep

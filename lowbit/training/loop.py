@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.errors import LowbitError
+from lowbit.errors import DivergedError, LowbitError
 from lowbit.training import checkpoint, distillation, optim, record, seeds
 from lowbit.training.annealing import ConfidenceGuidedAnnealing
 from lowbit.training.batches import Batches
@@ -74,7 +74,8 @@ def train(
         fresh: drop what ``config.out`` holds instead of resuming.
 
     Raises:
-        LowbitError: settings that do not fit the model, the data or the checkpoint; a loss that is not finite.
+        LowbitError: settings that do not fit the model, the data or the checkpoint.
+        DivergedError: a loss that is not finite.
         CheckpointError: a checkpoint that is damaged or of another model.
     """
     _check(config, teacher)
@@ -311,9 +312,9 @@ def _check(config: TrainConfig, teacher: nn.Module | None) -> None:
         raise LowbitError(f"distill_weight={config.distill_weight:g} needs a teacher; give teacher=, or leave it None")
 
 
-def _not_finite(what: str, value: float, state: State, out: Any) -> LowbitError:
+def _not_finite(what: str, value: float, state: State, out: Any) -> DivergedError:
     kept = f"; the last good epoch is in {Path(out) / 'checkpoint.pt'}" if out is not None and state.epoch else ""
-    return LowbitError(
+    return DivergedError(
         f"the {what} became {value} in epoch {state.epoch + 1}, step {state.step % state.steps_per_epoch + 1} of "
         f"{state.steps_per_epoch}, at learning rate {state.lr:.3g}; lower lr, warm up longer or set clip_grad{kept}"
     )

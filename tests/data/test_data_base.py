@@ -58,6 +58,23 @@ def test_hold_out_splits_the_training_set_and_forgets_the_test_set():
     assert held.test.y.bincount().tolist() == [5] * 4
 
 
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    fraction=st.floats(0.05, 0.95),
+    seed=st.integers(0, 99),
+)
+def test_hold_out_is_a_stratified_partition_of_the_training_items(counts, fraction, seed):
+    y = torch.tensor([label for label, n in enumerate(counts) for _ in range(n)])
+    train = ArrayDataset(torch.arange(len(y))[:, None], y)
+    data = Data("made", "classification", tuple(map(str, range(len(counts)))), train, None, (1,))
+    held = data.hold_out(fraction, seed)
+    assert torch.cat([held.train.x, held.test.x]).flatten().sort().values.tolist() == list(range(len(y)))
+    assert len(held.test) == max(1, round(fraction * len(y)))
+    share = held.test.y.bincount(minlength=len(counts)) - len(held.test) / len(y) * torch.tensor(counts)
+    assert share.abs().max() <= 1
+    assert torch.equal(held.test.x, data.hold_out(fraction, seed).test.x)
+
+
 @pytest.mark.parametrize("call", [lambda d: d.subset(train=81), lambda d: d.subset(test=0), lambda d: d.hold_out(1.0)])
 def test_impossible_sizes_are_refused(call):
     with pytest.raises(LowbitError, match=r"81|0 items|fraction"):

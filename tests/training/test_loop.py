@@ -6,7 +6,7 @@ from torch import nn
 from training_helpers import make_data
 
 import lowbit
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, DivergedError, LowbitError
 from lowbit.training import TrainConfig, train
 
 
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(few, mlp,
                 with torch.no_grad():
                     state.model[4].weight.fill_(float("nan"))
 
-    with pytest.raises(LowbitError, match=r"loss became nan in epoch 2, step 3 of 3, at learning rate .*checkpoint"):
+    with pytest.raises(DivergedError, match=r"loss became nan in epoch 2, step 3 of 3, at learning rate .*checkpoint"):
         train(mlp(), few, quick(out=str(tmp_path)), callbacks=[Spoil()], device="cpu")
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["epoch"] == 1 and all(value.isfinite().all() for value in saved["model"].values())
