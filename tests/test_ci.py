@@ -11,6 +11,7 @@ PROJECT = Path(__file__).parents[1]
 PACKAGES = {  # Ubuntu's package for each program that a test looks for
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
+    "mount": "mount",
 }
 
 

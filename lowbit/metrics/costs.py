@@ -44,7 +44,7 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> "pandas.DataFrame":
 
     Columns: layer, kind, weights; weight_bits, ``ceil(log2(levels))``, and activation_bits (32 is full precision); macs
     and what they are made of: float_multiplications, integer_multiplications, shifts, additions;
-    scale_multiplications; bytes as shipped (packed codes, and 32 bits for each scale unless all are 1);
+    scale_multiplications; bytes as shipped (packed codes, and 32 bits for each scale of a method that has one);
     full_precision_bytes. The row "(rest)" holds all other parameters and running statistics, 32 bits each.
 
     Args:
@@ -198,7 +198,7 @@ def _layer_row(found: QuantizedLayer, macs: int) -> dict[str, Any]:
     if quantizer is None:
         return row | {"float_multiplications": macs, "bytes": 4 * weight.numel()}
     scale = quantizer.scale(*found.latents)
-    stored = 0 if (scale == 1).all() else 4 * scale.numel()
+    stored = 4 * scale.numel() if quantizer.has_scale else 0
     row["bytes"] = math.ceil(weight.numel() * row["weight_bits"] / 8) + stored
     if not _powers_of_two(scale):
         row["scale_multiplications"] = macs * len(weight) // weight.numel()  # one for each output

@@ -68,6 +68,11 @@ class WeightQuantizer(nn.Module):
         """What multiplies `levels`: float, broadcastable to the weight, detached."""
         raise NotImplementedError
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether `scale` can be anything but 1, so that it has to be kept; no matter what it is just now."""
+        return getattr(getattr(self, "config", None), "scale", None) != "none"
+
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Latents for which `forward` gives (the quantised form of) ``weight``; lets one assign ``layer.weight``."""
         refuse_nonfinite("the weight", weight)

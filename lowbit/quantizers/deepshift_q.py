@@ -110,6 +110,8 @@ class DeepShiftQWeight(WeightQuantizer):
     def codes(self, latent: Tensor) -> Tensor:
         return deepshift_q_codes(latent, self.config.bits)
 
+    has_scale = False
+
     def scale(self, latent: Tensor) -> Tensor:
         return torch.ones((1,) * latent.ndim, dtype=latent.dtype, device=latent.device)
 

@@ -153,6 +153,10 @@ class DoReFaWeight(WeightQuantizer):
     def scale(self, latent: Tensor) -> Tensor:
         return dorefa_scale(latent, self.config.bits)
 
+    @property
+    def has_scale(self) -> bool:
+        return self.config.bits == 1
+
 
 class DoReFaActivation(ActivationQuantizer):
     """`dorefa_activation` in front of a layer; negative inputs become 0, so it also replaces a ReLU before it."""

@@ -200,7 +200,9 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(quantile * array.std(ddof=1) * np.sqrt(1 + 1 / len(values)))
 
 
-def propose(run: Run, old: Baseline | None, repeats: Mapping[str, Sequence[Entry]] | None = None) -> Baseline:
+def propose(
+    run: Run, old: Baseline | None, repeats: Mapping[str, Sequence[Entry]] | None = None, *, pool: bool = False
+) -> Baseline:
     """The baseline that this run would make.
 
     ``repeats`` are further passed runs of a notebook that differ from ``run`` in nothing but the seed; value and
@@ -208,8 +210,13 @@ def propose(run: Run, old: Baseline | None, repeats: Mapping[str, Sequence[Entry
     and a new one has to be reproduced exactly. Accepted notebooks that are not in this run are kept while the
     project still has their file.
 
+    With ``pool`` the run is one more draw, on another machine, beside those of the accepted baseline: nothing is
+    replaced, and value and tolerance come from all of them. What it reproduces to `ROUNDING` is no new draw, and a
+    whole number that was the same in every run stays exact.
+
     Raises:
-        LowbitError: A notebook has not passed, a value is not finite, or the repeats record other metrics.
+        LowbitError: A notebook has not passed, a value is not finite, or the repeats record other metrics; with
+            ``pool``, the baseline lacks the notebook or holds for other parameters.
     """
     from lowbit.suite.notebooks import available
 
@@ -229,6 +236,9 @@ def propose(run: Run, old: Baseline | None, repeats: Mapping[str, Sequence[Entry
                 if not math.isfinite(metric.value):
                     raise LowbitError(f"{one.name}: {key} is {metric.value}; only finite numbers can be accepted")
         before = old.notebooks.get(entry.name) if old else None
+        if pool:
+            notebooks[entry.name] = _pooled(entry, before)
+            continue
         metrics = {}
         for key, metric in entry.metrics.items():
             values = [metric.value, *(one.metrics[key].value for one in repeats.get(entry.name, ()))]
@@ -236,6 +246,26 @@ def propose(run: Run, old: Baseline | None, repeats: Mapping[str, Sequence[Entry
         notebooks[entry.name] = AcceptedNotebook(entry.parameters, metrics)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Baseline(run.profile, run.device, now, run.environment, dict(sorted(notebooks.items())))
+
+
+def _pooled(entry: Entry, before: AcceptedNotebook | None) -> AcceptedNotebook:
+    if before is None or before.parameters != entry.parameters:
+        raise LowbitError(
+            f"{entry.name}: the baseline has nothing for these parameters that a further machine's numbers could "
+            "join; leave out --pool"
+        )
+    metrics = dict(before.metrics)
+    for key, metric in entry.metrics.items():
+        old = before.metrics.get(key)
+        values = old.values if old else []
+        exact = old is None or (old.tolerance == 0 and float(old.value).is_integer())
+        if exact or not values or (old.unit, old.better) != (metric.unit, metric.better):
+            continue  # a count that never varied, or nothing to join: `compare` goes on telling the difference
+        if not any(math.isclose(metric.value, value, rel_tol=ROUNDING) for value in values):
+            mean, width = spread([*values, metric.value])
+            how = f"mean of {len(values) + 1} runs (seeds, machines); half-width of the {LEVEL:.0%} prediction interval"
+            metrics[key] = Accepted(mean, width, old.unit, old.better, how, [*values, metric.value])
+    return AcceptedNotebook(before.parameters, metrics)
 
 
 def _accept(metric: Metric, values: list[float | int], before: Accepted | None) -> Accepted:

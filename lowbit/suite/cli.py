@@ -122,6 +122,10 @@ def accept(
         int, typer.Option("--seeds", min=1, help="Rerun notebooks that have a seed, for N seeds in all, and measure.")
     ] = 1,
     jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
+    pool: Annotated[
+        bool,
+        typer.Option("--pool", help="The run is another machine's: widen the intervals by it, replace nothing."),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
     out: OutOption = None,
 ) -> None:
@@ -136,12 +140,14 @@ def accept(
     _same_profile(done.profile, profile)
     file = baselines.path(profile, done.device)
     old = baselines.load(profile, done.device) if file.exists() else None
-    baselines.propose(done, old)  # refuses a bad run before hours go into other seeds
+    if pool and seeds > 1:
+        raise LowbitError("--pool takes the run as it is; --seeds measures on this machine: give one of them")
+    baselines.propose(done, old, pool=pool)  # refuses a bad run before hours go into other seeds
     try:
         repeats = seeding.repeat(done, seeds, folder, jobs=jobs, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
         raise typer.Exit(128 + stop.signum) from None
-    new = baselines.propose(done, old, repeats)
+    new = baselines.propose(done, old, repeats, pool=pool)
     rows = baselines.changes(old, new)
     console = _console()
     if not rows and old and old.notebooks == new.notebooks:
@@ -187,14 +193,19 @@ def mutate(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Only faults whose name contains one of these.")
     ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Also write the whole table to results/mutations.md.")] = False,
 ) -> None:
     """Put deliberate faults into a copy of the project, one at a time; exit 1 if one goes unnoticed by the tests."""
     from rich.table import Table
     from rich.text import Text
     from tqdm.auto import tqdm
 
+    from lowbit import paths
     from lowbit.suite import mutation
+    from lowbit.suite.runfile import show_path, write_text
 
+    if write and names:
+        raise LowbitError(f"--write is for the whole table; {names[0]!r} picks a part of it")
     chosen = mutation.pick(mutation.load(), names or ())
     outcomes = list(tqdm(mutation.run(chosen), total=len(chosen), desc="deliberate faults", unit="fault"))
     table = Table(title="lowbit mutate", title_justify="left")
@@ -208,6 +219,9 @@ def mutate(
     console.print(table)
     caught = sum(outcome.status == "caught" for outcome in outcomes)
     console.print(f"{caught} of {len(outcomes)} deliberate faults caught", highlight=False)
+    if write:
+        write_text(path := paths.results() / "mutations.md", mutation.markdown(outcomes))
+        console.print(f"wrote {show_path(path)}", highlight=False)
     raise typer.Exit(0 if caught == len(outcomes) else 1)
 
 

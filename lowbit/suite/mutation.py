@@ -1,7 +1,8 @@
 """``lowbit mutate``: one deliberate fault after the other goes into a copy of the project, and its tests are asked.
 
 The faults are listed in ``tests/mutations.yaml``: a name, the file, the text to replace (which has to occur exactly
-once), the replacement, and the tests to ask. A fault that no test notices has *survived*: a hole in the tests.
+once), the replacement, and the tests to ask. A fault that no test notices has *survived*: a hole in the tests. Tests
+that fail in the copy without any fault notice nothing: they are asked first without it.
 """
 
 import os
@@ -113,7 +114,13 @@ def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Out
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
             elif source.exists():
                 shutil.copy2(source, target)
+        sound: dict[tuple[str, ...], Outcome] = {}
         for mutation in mutations:
+            if mutation.tests not in sound:
+                sound[mutation.tests] = _ask(mutation, copy)
+            if (control := sound[mutation.tests]).status != "survived":
+                yield Outcome(mutation, "error", f"its tests fail without the fault: {control.noticed_by}")
+                continue
             changed = copy / mutation.file
             text = changed.read_text()
             changed.write_text(text.replace(mutation.old, mutation.new))
@@ -121,6 +128,22 @@ def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Out
                 yield _ask(mutation, copy)
             finally:
                 changed.write_text(text)
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """The table of results/mutations.md."""
+    caught = sum(outcome.status == "caught" for outcome in outcomes)
+    lines = [
+        "# Deliberate faults, and who noticed\n",
+        f"Written by `lowbit mutate --write`, which puts each fault of `{FILE}` into a copy of the project and",
+        f"asks its tests, first without the fault and then with it. {caught} of {len(outcomes)} caught.\n",
+        "| fault | file | outcome | noticed first by |",
+        "|---|---|---|---|",
+    ]
+    for outcome in outcomes:
+        cells = (outcome.mutation.name, outcome.mutation.file, outcome.status, outcome.noticed_by.replace("|", "\\|"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _ask(mutation: Mutation, copy: Path) -> Outcome:

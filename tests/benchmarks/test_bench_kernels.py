@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lowbit import environment
 from lowbit.benchmarks import cases, kernels, models, report, roofline, runtimes
 from lowbit.cli import app
 from lowbit.errors import LowbitError
@@ -82,6 +83,13 @@ def test_engines_of_torch_compute_the_product(name, small_copies):
 def test_peers_compute_the_product(name, small_copies):
     pytest.importorskip(name.split()[0])
     pytest.importorskip("onnx")
+    try:
+        kernels.ENGINES[name](PRODUCT, 1)
+    except LowbitError as error:
+        # Without VNNI their 8-bit products saturate, which the benchmark notices and refuses to time.
+        if "off by" in str(error) and name.endswith(" int8") and "avx512_vnni" not in environment.describe()["isa"]:
+            pytest.skip(f"{name} computes wrong products on this processor: {error}")
+        raise
     for case in (PRODUCT, cases.Case(1, 128, 32, cold=True)):
         built = kernels.ENGINES[name](case, 1)
         built.step()

@@ -11,7 +11,7 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.metrics import cost, totals, training_memory
 from lowbit.metrics.costs import code_bits, kind_of_product
-from lowbit.quantizers import LSQ, DenseShift, PoT, StatsQ, get, names
+from lowbit.quantizers import INQ, LSQ, DenseShift, PoT, StatsQ, get, names
 
 
 def tiny():
@@ -79,6 +79,16 @@ def test_a_power_of_two_scale_is_stored_but_multiplies_nothing(scale, multiplica
     frame = table(lowbit.quantize_(tiny(), lowbit.QuantConfig(weight=DenseShift(bits=2, scale=scale))))
     assert frame.scale_multiplications.sum() == multiplications
     assert frame.loc["2"].bytes == 288 * 2 // 8 + 4 * 8
+
+
+@pytest.mark.parametrize("size", [0.7, 1.0, 3.0])
+def test_a_scale_that_happens_to_be_one_is_stored_like_any_other(size):
+    layer = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.full((8, 8), size))
+    model = nn.Sequential(layer)
+    lowbit.quantize_(model, lowbit.QuantConfig(weight=INQ(bits=4), first_last="same"))
+    assert cost(model, (8,)).set_index("layer").bytes["0"] == 8 * 8 * 4 // 8 + 4
 
 
 def test_uniform_weights_with_float_inputs_multiply_floats():

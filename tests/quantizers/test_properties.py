@@ -56,6 +56,7 @@ def check_weight(quantizer: WeightQuantizer, latents: list[Tensor], bits: int) -
     """The registry's contract; returns the weight."""
     weight, codes, levels = quantizer(*latents), quantizer.codes(*latents), quantizer.levels
     scale = quantizer.scale(*latents)
+    assert quantizer.has_scale or (scale == 1).all()
     assert levels.dtype == torch.float32 and len(levels) <= 2**bits and (levels.diff() > 0).all()
     assert codes.dtype == torch.int16 and codes.shape == weight.shape == SHAPE
     assert codes.min() >= 0 and codes.max() < len(levels)

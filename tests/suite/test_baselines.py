@@ -127,6 +127,28 @@ def test_seeds_give_mean_and_tolerance_and_are_kept(project):
     assert (metrics["same"].value, metrics["same"].tolerance) == (5, 0.0)
 
 
+def test_another_machine_widens_and_replaces_nothing(project):
+    project.add("00_a", "1")
+    names = ("x", "close", "count", "steady")
+    first = make_run({**dict.fromkeys(names, Metric(1.0)), "count": Metric(5), "steady": Metric(0.25)})
+    others = [
+        Entry(
+            "00_a", "passed", metrics={"x": Metric(v), "close": Metric(v), "count": Metric(5), "steady": Metric(0.25)}
+        )
+        for v in (2.0, 3.0)
+    ]
+    old = baselines.propose(first, None, {"00_a": others})
+    there = make_run({"x": Metric(7.0), "close": Metric(1.0 + 1e-8), "count": Metric(6), "steady": Metric(0.5)})
+    new = baselines.propose(there, old, pool=True).notebooks["00_a"].metrics
+    before = old.notebooks["00_a"].metrics
+    assert new["x"].values == [1.0, 2.0, 3.0, 7.0]
+    assert (new["x"].value, new["x"].tolerance) == baselines.spread([1.0, 2.0, 3.0, 7.0])
+    assert new["close"] == before["close"] and new["count"] == before["count"]
+    assert new["steady"].values == [0.25, 0.25, 0.25, 0.5] and new["steady"].tolerance > 0.25
+    with pytest.raises(LowbitError, match="leave out --pool"):
+        baselines.propose(there, None, pool=True)
+
+
 def test_without_seeds_an_earlier_tolerance_is_kept_and_a_new_one_is_exact(baseline):
     run = make_run({"accuracy": Metric(95.0, "%", "higher"), "more": Metric(0.25), "loss": Metric(0.4, "nat", "lower")})
     metrics = baselines.propose(run, baseline).notebooks["00_a"].metrics

@@ -52,6 +52,25 @@ def test_caught_survived_and_the_sources_stay(small, tmp_path):
     assert (tmp_path / "lowbit/sum.py").read_text() == before
 
 
+def test_tests_that_fail_without_the_fault_catch_nothing(small, tmp_path):
+    small({})
+    test = tmp_path / "tests/test_sum.py"
+    test.write_text(test.read_text().replace("== 4", "== 5"))
+    (outcome,) = mutation.run(mutation.load())
+    assert outcome.status == "error" and "without the fault: tests/test_sum.py::test_plus" in outcome.noticed_by
+
+
+def test_the_table_is_written_for_the_whole_list_only(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_RESULTS", str(tmp_path / "results"))
+    small({}, {"name": "comments", "old": "unused", "new": "useless"})
+    assert CliRunner().invoke(app, ["mutate", "--write", "adds"]).exit_code == 2
+    assert CliRunner().invoke(app, ["mutate", "--write"]).exit_code == 1
+    text = (tmp_path / "results/mutations.md").read_text()
+    assert "1 of 2 caught" in text
+    assert "| adds | lowbit/sum.py | caught | tests/test_sum.py::test_plus |" in text
+    assert "| comments | lowbit/sum.py | survived |  |" in text
+
+
 @pytest.mark.parametrize("new, code, said", [("a - b", 0, "1 of 1"), ("b + a", 1, "0 of 1")])
 def test_the_command_fails_if_a_fault_survives(small, new, code, said):
     small({"new": new})

@@ -12,7 +12,14 @@ from lowbit.suite import quotes
 PROSE = [paths.project() / "README.md", paths.project() / "CONTRIBUTING.md"]
 UNIT = r"(?:%|‰|×|x\b|[mµnu]?s\b|sec|min(?:ute)?s?\b|[KMG]i?B\b|times\b|percent|points?\b|fold\b|faster|slower|smaller)"
 MEASURED = re.compile(rf"(?<![\w.])[-−+]?(?:\d[\d.,]*\s?\\?{UNIT}|\d+[.,]\d+)", re.IGNORECASE)
-NOT_MEASURED = {"Python 3.11", "waits 60 s", "some 5 GB", "at most 2 MiB", "torch.compile 2.11", "under torch.compile 2.11"}
+NOT_MEASURED = {
+    "Python 3.11",
+    "waits 60 s",
+    "some 5 GB",
+    "at most 2 MiB",
+    "torch.compile 2.11",
+    "under torch.compile 2.11",
+}
 """Versions, sizes of downloads, limits."""
 
 
