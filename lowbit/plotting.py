@@ -146,3 +146,26 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
         ax.set_xticks(factors, [f"{factor:g}" for factor in factors])
         ax.minorticks_off()
     return grid.figure
+
+
+def apart(values: Sequence[float], least: float) -> np.ndarray:
+    """``values`` moved as little as possible (in the mean square) until neighbours are ``least`` apart: for labels.
+
+    Args:
+        values: ``[n]``, any order, which stays; of equal ones the first gets the lowest place.
+        least: distance between neighbours, at least 0.
+
+    Returns:
+        float ``[n]``; unchanged where ``values`` are far enough from each other already.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    array = np.asarray(values, dtype=float)
+    if not len(array):
+        return array
+    order = np.argsort(array, kind="stable")
+    # After taking ``least`` off for every label below, "far enough apart" reads "not falling": isotonic regression.
+    below = least * np.arange(len(array))
+    placed = np.empty_like(array)
+    placed[order] = isotonic_regression(array[order] - below) + below
+    return placed

@@ -1,9 +1,12 @@
 """The course's drawings put what they are given where they say."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowbit import plotting
 
@@ -71,3 +74,18 @@ def test_learning_rates_ring_what_was_chosen(panel):
     assert rings == [[1.0, 70.0], [0.3, 50.0]]
     assert len(figure.axes) == (2 if panel else 1)
     plt.close(figure)
+
+
+def test_apart_worked_by_hand():
+    """Two in one place go half the distance each; a third that is near is pushed along, one that is far stays."""
+    assert plotting.apart([5.0, 5.0], 2).tolist() == [4, 6]
+    assert plotting.apart([9.0, 0.0, 0.0, 1.0], 1).tolist() == pytest.approx([9, -2 / 3, 1 / 3, 4 / 3])
+
+
+@given(st.lists(st.integers(-50, 50), max_size=20), st.integers(0, 9))
+def test_apart_keeps_order_distance_and_what_is_apart_already(values, least):
+    placed = plotting.apart(values, least)
+    order = np.argsort(values, kind="stable")
+    assert (np.diff(placed[order]) >= least - 1e-9).all()
+    assert sum(placed) == pytest.approx(sum(values), abs=1e-6)
+    assert plotting.apart(placed, least) == pytest.approx(placed, abs=1e-6)

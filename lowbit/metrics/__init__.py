@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "costs": ["cost", "totals", "training_memory"],
         "freezing": ["FreezingTracker"],
         "oscillation": ["OscillationState", "OscillationTracker", "oscillation_step"],
+        "pareto": ["pareto_front"],
         "statistics": ["Effect", "interval", "paired_difference", "summarize", "verdict"],
     },
 )
@@ -21,4 +22,5 @@ if TYPE_CHECKING:
     from lowbit.metrics.costs import cost, totals, training_memory
     from lowbit.metrics.freezing import FreezingTracker
     from lowbit.metrics.oscillation import OscillationState, OscillationTracker, oscillation_step
+    from lowbit.metrics.pareto import pareto_front
     from lowbit.metrics.statistics import Effect, interval, paired_difference, summarize, verdict

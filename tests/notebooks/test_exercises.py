@@ -36,6 +36,10 @@ def overlap(a, b):
     return width * height / (sum(areas) - width * height)
 
 
+def dominates(p, q):
+    return p[0] <= q[0] and p[1] >= q[1] and p != q
+
+
 def overlap_without_max(a, b):
     width, height = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
@@ -99,6 +103,10 @@ RIGHT = {
         ),
         "layer_bytes": lambda n, k, bits: -(-n // 16) * 16 * (-(-k // 64) * 64) * bits // 8 + 8 * n,
     },
+    "17_what_a_bit_costs": {
+        "front": lambda points: [not any(dominates(p, q) for p in points) for q in points],
+        "speedup": lambda ours, float32: np.median(np.divide(float32, ours)),
+    },
 }
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
@@ -142,6 +150,16 @@ WRONG = [
     ("16_deploy", {"fold": lambda s, gamma, beta, mean, var, eps: (s * gamma / (var + eps) ** 0.5, beta - mean)}),
     ("16_deploy", {"fold": lambda s, gamma, beta, mean, var, eps: (s * gamma / var**0.5, beta)}),
     ("16_deploy", {"layer_bytes": lambda n, k, bits: n * k * bits // 8 + 8 * n}),
+    (
+        "17_what_a_bit_costs",
+        {"front": lambda points: [not any(p[0] < q[0] and p[1] > q[1] for p in points) for q in points]},
+    ),
+    (
+        "17_what_a_bit_costs",
+        {"front": lambda points: [sum(p[0] <= q[0] and p[1] >= q[1] for p in points) == 1 for q in points]},
+    ),
+    ("17_what_a_bit_costs", {"speedup": lambda ours, float32: np.median(float32) / np.median(ours)}),
+    ("17_what_a_bit_costs", {"speedup": lambda ours, float32: np.median(np.divide(ours, float32))}),
 ]
 
 

@@ -45,7 +45,15 @@ def check(folder, *cells, stored="4\n", timeout=60):
         made.cells.append(nbformat.v4.new_code_cell(f"{CHECKED}\n{source}", execution_count=count, outputs=[output]))
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(made, folder / "small.ipynb")
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", f"--nbval-cell-timeout={timeout}", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        f"--nbval-cell-timeout={timeout}",
+        "-p",
+        "no:cacheprovider",
+    ]
     return subprocess.run([*command, "-q", "small.ipynb"], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
@@ -62,7 +70,10 @@ def test_a_tampered_output_turns_the_check_red(tmp_path, stored, passes):
     ("ends", "says"),
     [
         ("while True: pass", "Timeout of 3 seconds exceeded"),
-        ("import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {2})\nwhile True: pass", "Timeout of 3 seconds exceeded"),
+        (
+            "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {2})\nwhile True: pass",
+            "Timeout of 3 seconds exceeded",
+        ),
         ("import os; os.kill(os.getpid(), 9)", "Timeout of 3 seconds exceeded"),
     ],
     ids=["endless", "endless, cannot be interrupted", "dead kernel"],

@@ -1,0 +1,42 @@
+"""Which of several models are beaten by none in two measures at once: the Pareto front."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lowbit.errors import LowbitError
+
+
+def pareto_front(cost: ArrayLike, quality: ArrayLike) -> NDArray[np.bool_]:
+    """Which points no other one dominates: the Pareto front of low ``cost`` and high ``quality``.
+
+    j dominates i if it costs no more and is at least as good, and in one of the two strictly better:
+    ``cost[j] <= cost[i]``, ``quality[j] >= quality[i]``, and not both equal.
+
+    Ties: of points with equal cost only the best stay, of points with equal quality only the cheapest; points equal in
+    both do not dominate each other, so they stay or go together. Only the order of the numbers matters, neither their
+    units nor whether an axis is logarithmic. What differs by less than it can be measured is no tie here: round first.
+
+    Args:
+        cost: ``[n]``, lower is better; infinities are numbers like others.
+        quality: ``[n]``, higher is better.
+
+    Returns:
+        bool ``[n]``: True on the front. n = 0 gives an empty one.
+
+    Raises:
+        LowbitError: not one number each for every point, or a NaN, which is neither above nor below anything.
+    """
+    costs, qualities = (np.asarray(values, dtype=float) for values in (cost, quality))
+    if costs.ndim != 1 or costs.shape != qualities.shape:
+        raise LowbitError(
+            f"cost has the shape {list(costs.shape)}, quality {list(qualities.shape)}; give one number each for every "
+            "point"
+        )
+    for name, values in (("cost", costs), ("quality", qualities)):
+        if np.isnan(values).any():
+            where = np.flatnonzero(np.isnan(values)).tolist()
+            raise LowbitError(f"{name} is NaN at {where}; leave out the points that were not measured, and say so")
+    # [i, j]: how j compares with i. Some dozens of points, so n² comparisons that can be read as the definition.
+    no_dearer, no_worse = costs <= costs[:, None], qualities >= qualities[:, None]
+    better = (costs < costs[:, None]) | (qualities > qualities[:, None])
+    return ~(no_dearer & no_worse & better).any(axis=1)
