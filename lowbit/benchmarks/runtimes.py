@@ -179,9 +179,9 @@ def onnxruntime_int8(case: Case, threads: int) -> Built:
 def openvino_core() -> Any:
     """The one ``openvino.Core`` of this process, kept until the process ends.
 
-    Each further one would load the CPU plugin anew, which registers a stack for signals and, when it goes, puts back the
-    one it found (2026.4.1). If they do not go in the reverse order, that one is unmapped by then, and the next signal
-    that Python handles, say of a data loader's worker that ends, overwrites whatever lies there.
+    Each further one would load the CPU plugin anew, which registers a stack for signals and, when it goes, puts back
+    the one it found (2026.4.1). If they do not go in the reverse order, that one is unmapped by then, and the next
+    signal that Python handles, say of a data loader's worker that ends, overwrites whatever lies there.
     """
     import openvino
 
