@@ -260,9 +260,9 @@ def openvino_model(model: Model, threads: int, folder: Path, kind: str = "fp32",
     _begin(threads)
     path, x = _onnx(model, folder, kind), model.inputs()
     half = precision == "bf16"
-    if half and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if half and "BF16" not in runtimes.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RuntimeError("OpenVINO does not offer bf16 on this processor")
-    read = openvino.Core().read_model(str(path))
+    read = runtimes.openvino_core().read_model(str(path))
     stored = folder / f"{model.name}.{kind}.{precision}.xml"
     openvino.save_model(read, str(stored), compress_to_fp16=half)
     step, result = runtimes.openvino_step(stored, x, threads, precision)

@@ -5,6 +5,7 @@ off by the rounding of activations only. Where a case wants copies of the weight
 may keep equal ones only once, and then they would stay in the caches.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -174,11 +175,24 @@ def onnxruntime_int8(case: Case, threads: int) -> Built:
 # ---- OpenVINO ----
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """The one ``openvino.Core`` of this process, kept until the process ends.
+
+    Each further one would load the CPU plugin anew, which registers a stack for signals and, when it goes, puts back
+    the one it found (2026.4.1). If they do not go in the reverse order, that one is unmapped by then, and the next
+    signal that Python handles, say of a data loader's worker that ends, overwrites whatever lies there.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def openvino_step(model: Any, x: Tensor, threads: int, precision: str = "f32") -> tuple[Step, Callable[[], Tensor]]:
     """Compiles and runs an OpenVINO model, or the file of one, on ``x``; and how to get its first result."""
     import openvino
 
-    core = openvino.Core()
+    core = openvino_core()
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import baselines, claims
+from lowbit.suite import baselines, claims, skip_grammars
 from lowbit.suite.progress import LOOK, clock
 from lowbit.suite.record import show
 from lowbit.suite.runfile import Entry, Run, write_text
@@ -87,6 +87,7 @@ def write(run: Run, folder: Path) -> Path:
 
 def notebook_html(path: Path) -> Path | None:
     """Renders an executed notebook beside itself; None where the file is not a whole notebook (after a crash)."""
+    skip_grammars()
     import nbformat
     from nbconvert import HTMLExporter
 

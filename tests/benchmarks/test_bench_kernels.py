@@ -1,6 +1,8 @@
 """``lowbit bench kernels`` and ``models``: that engines compute the right thing, and what is made of their times."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,6 +101,37 @@ def test_peers_compute_the_product(name, small_copies):
             kernels.ENGINES[name](CONVOLUTION, 1)
     else:
         assert kernels.ENGINES[name](CONVOLUTION, 1).facts["error"] < runtimes.TOLERANCE
+
+
+SIGNAL_STACK = """
+import ctypes, gc
+import torch
+from lowbit.benchmarks import runtimes
+from lowbit.benchmarks.cases import Case
+
+class Stack(ctypes.Structure):
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+def mapped():
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    ranges = ([int(edge, 16) for edge in line.split()[0].split("-")] for line in open("/proc/self/maps"))
+    return any(low <= stack.start and stack.start + stack.size <= high for low, high in ranges)
+
+assert mapped()  # that of faulthandler
+built = [runtimes.openvino_weights(Case(1, 64, 32), 1, 8) for _ in range(2)]
+while built:
+    del built[0]  # the older one first
+    gc.collect()
+    assert mapped()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_signals_keep_their_stack_when_openvino_is_gone():
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", SIGNAL_STACK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_from_memory_are_gone_round():

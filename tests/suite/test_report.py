@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from bs4 import BeautifulSoup
@@ -171,3 +173,10 @@ def test_broken_claims_are_told_and_break_nothing(page, project, text):
 def test_without_claims_the_page_does_not_mention_them(page):
     found = page(entry(90.0))
     assert found.find(id="claims") is None and "#claims" not in str(found)
+
+
+def test_nbformat_is_loaded_without_the_grammars_it_does_not_need():
+    code = "from lowbit.suite import skip_grammars; skip_grammars(); import sys, nbconvert, papermill, nbformat; "
+    code += "nbformat.validate(nbformat.v4.new_notebook()); print('lark' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
