@@ -48,10 +48,8 @@ def test_eager_engines_take_a_step_that_changes_their_weights(name):
     case = training.CASES[name]
     pixels = 64 if "swin" in name else 32  # Swin's last windows would hold one token, which attends to itself only
     x, y = torch.randn(4, 3, pixels, pixels), torch.randint(10, (4,))
-    if case.engines is training.shift_engines:  # its ResNet-18 is made by "resnet18"; its latents take a minute
-        model = small_network()
-    else:
-        model = case.make(pixels)
+    shift = case.engines is training.shift_engines  # the ResNet-18 of "resnet18", whose latents take a minute
+    model = small_network() if shift else case.make(pixels)
     with torch.no_grad():  # evenly spread attention, as an untrained model has it, is all zeros at 2 bits
         for attention in (module for module in model.modules() if hasattr(module, "qkv")):
             attention.qkv.weight.mul_(5)
