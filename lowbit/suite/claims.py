@@ -18,6 +18,7 @@ from lowbit.metrics.statistics import Effect, interval, paired_difference, verdi
 
 if TYPE_CHECKING:
     import pandas
+    from IPython.display import Markdown
 
 FILE = Path(__file__).with_name("claims.yaml")
 METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
@@ -278,9 +279,7 @@ def markdown(claims: list[Claim]) -> str:
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     for claim in claims:
         lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. **{claim.verdict}**.", ""]
-        lines += ["| statement | effect | verdict | test |", "|---|---|---|---|"]
-        for statement in claim.statements:
-            lines.append(f"| {statement.says} | {effect(statement)} | {statement.verdict} | {statement.note} |")
+        lines += _statements(claim)
         for table in claim.runs:
             link = Path(table).relative_to("results") if table.startswith("results/") else Path(table)
             card = link.with_suffix(".json")
@@ -288,6 +287,38 @@ def markdown(claims: list[Claim]) -> str:
         if claim.command:
             lines += ["", f"Again: `{claim.command}`"]
     return "\n".join(lines) + "\n"
+
+
+def _statements(claim: Claim) -> list[str]:
+    lines = ["| statement | effect | verdict | test |", "|---|---|---|---|"]
+    for statement in claim.statements:
+        lines.append(f"| {statement.says} | {effect(statement)} | {statement.verdict} | {statement.note} |")
+    return lines
+
+
+def show(*ids: str, folder: Path | None = None) -> "Markdown":
+    """What ``lowbit claims`` last wrote about these claims, for a notebook: verdict, statements, rows and command.
+
+    Args:
+        ids: such as ``"D1"``.
+        folder: with ``claims.json``; ``results`` of the project.
+
+    Raises:
+        LowbitError: a claim that is not judged there.
+    """
+    from IPython.display import Markdown
+
+    judged = {claim.id: claim for claim in read(folder or paths.results())}
+    lines = []
+    for id in ids:
+        if id not in judged:
+            there = ", ".join(judged) or "none"
+            raise LowbitError(f"results/claims.json has no claim {id!r} (it has {there}); 'lowbit claims' writes it")
+        claim = judged[id]
+        lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: **{claim.verdict}**.", "", *_statements(claim)]
+        if claim.runs:
+            lines += ["", f"From {', '.join(f'`{table}`' for table in claim.runs)}; again: `{claim.command}`"]
+    return Markdown("\n".join(lines).lstrip())
 
 
 def effect(judged: Statement) -> str:

@@ -167,3 +167,17 @@ def test_the_command_writes_both_files(project, tmp_path):
     }
     assert len(held) == 14 and wanted <= set(held[0])
     assert all(f"## {claim['id']}: " in (project.results / "claims.md").read_text() for claim in held)
+
+
+def test_a_notebook_shows_what_was_written(judged, tmp_path):
+    claim = judged(rows({2: 3, 3: -3}))
+    claims.write([claim], tmp_path)
+    shown = claims.show("X1", folder=tmp_path).data
+    assert "**X1: it helps.** At desk: **not reproduced**." in shown
+    for statement in claim.statements:
+        assert f"| {statement.says} | {claims.effect(statement)} | {statement.verdict} |" in shown
+    assert "again: `lowbit run made`" in shown
+    with pytest.raises(LowbitError, match=r"no claim 'D9' \(it has X1\); 'lowbit claims' writes it"):
+        claims.show("D9", folder=tmp_path)
+    with pytest.raises(LowbitError, match=r"it has none"):
+        claims.show("X1", folder=tmp_path / "nowhere")
