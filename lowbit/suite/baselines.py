@@ -6,6 +6,7 @@ depends on a seed depends on the machine's rounding in the same way, so another 
 whose spread nobody has measured has to be reproduced exactly, up to `ROUNDING`.
 """
 
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -317,12 +318,13 @@ def _with_unit(value: float | int, unit: str) -> str:
 
 
 def pick(names: Sequence[str] | None, run: Run, old: Baseline | None) -> list[str] | None:
-    """Notebook names as given on the command line, checked against the run and the baseline."""
+    """The notebooks of the run and the baseline that names and globs as for ``lowbit run`` ask for; None for all."""
     if not names:
         return None
-    there = {entry.name for entry in run.notebooks} | set(old.notebooks if old else ())
-    chosen = [name.removesuffix(".ipynb") for name in names]
-    for name in chosen:
-        if name not in there:
-            raise LowbitError(f"no notebook {name!r} here; there are {', '.join(sorted(there))}{close(name, there)}")
-    return chosen
+    there = sorted({entry.name for entry in run.notebooks} | set(old.notebooks if old else ()))
+    chosen: dict[str, None] = {}
+    for name in (given.removesuffix(".ipynb") for given in names):
+        if not (matches := fnmatch.filter(there, name)):
+            raise LowbitError(f"no notebook {name!r} here; there are {', '.join(there)}{close(name, there)}")
+        chosen |= dict.fromkeys(matches)
+    return list(chosen)

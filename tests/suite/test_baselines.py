@@ -184,3 +184,12 @@ def test_files_survive_a_round_trip_and_broken_ones_are_refused(baseline):
         baselines.load("smoke", "cpu")
     with pytest.raises(LowbitError, match=r"there is no baseline .*lowbit accept --profile desk"):
         baselines.load("desk", "cpu")
+
+
+def test_names_and_globs_pick_from_the_run_and_the_baseline(baseline):
+    run = make_run({}, name="01_b")
+    assert baselines.pick([], run, baseline) is None
+    assert baselines.pick(["0*"], run, baseline) == ["00_a", "01_b"]
+    assert baselines.pick(["01_b.ipynb", "0?_b"], run, None) == ["01_b"]
+    with pytest.raises(LowbitError, match=r"no notebook '2\*' here; there are 00_a, 01_b"):
+        baselines.pick(["2*"], run, baseline)
