@@ -46,6 +46,11 @@ def overlap_without_max(a, b):
     return width * height / (sum(areas) - width * height)
 
 
+def left_of_a_third(x, y, z):
+    r = np.corrcoef([x, y, z])
+    return (r[0, 1] - r[0, 2] * r[1, 2]) / ((1 - r[0, 2] ** 2) * (1 - r[1, 2] ** 2)) ** 0.5
+
+
 RIGHT = {
     "00_start_here": {"values": lambda b: 2**b, "largest_level": lambda b: (2**b - 1) / 2**b},
     "01_quantisation_basics": {"nearest_power": power, "lsq_thresholds": [-1.5, -0.5, 0.5]},
@@ -107,6 +112,10 @@ RIGHT = {
         "front": lambda points: [not any(dominates(p, q) for p in points) for q in points],
         "speedup": lambda ours, float32: np.median(np.divide(float32, ours)),
     },
+    "18_open_questions": {
+        "effects": lambda a, b, c, d: ((a + b - c - d) / 2, (a + c - b - d) / 2, a - b - c + d),
+        "partial_correlation": left_of_a_third,
+    },
 }
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
@@ -160,6 +169,9 @@ WRONG = [
     ),
     ("17_what_a_bit_costs", {"speedup": lambda ours, float32: np.median(float32) / np.median(ours)}),
     ("17_what_a_bit_costs", {"speedup": lambda ours, float32: np.median(np.divide(ours, float32))}),
+    ("18_open_questions", {"effects": lambda a, b, c, d: (a + b - c - d, a + c - b - d, a - b - c + d)}),
+    ("18_open_questions", {"effects": lambda a, b, c, d: ((a + b - c - d) / 2, (a + c - b - d) / 2, a - b + c - d)}),
+    ("18_open_questions", {"partial_correlation": lambda x, y, z: np.corrcoef(x, y)[0, 1]}),
 ]
 
 

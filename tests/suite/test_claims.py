@@ -144,7 +144,7 @@ def test_a_wrong_statement_is_refused(judged, change, message):
 
 def test_every_claim_of_both_papers_is_there():
     ids = [claim["id"] for claim in claims.load()]
-    assert ids == [*(f"D{i}" for i in range(1, 9)), *(f"O{i}" for i in range(1, 6)), "B1"]
+    assert ids == [*(f"D{i}" for i in range(1, 9)), *(f"O{i}" for i in range(1, 6)), "B1", "X1", "X2", "X3"]
 
 
 def test_the_command_writes_both_files(project, tmp_path):
@@ -165,7 +165,7 @@ def test_the_command_writes_both_files(project, tmp_path):
         "runs",
         "command",
     }
-    assert len(held) == 14 and wanted <= set(held[0])
+    assert len(held) == 17 and wanted <= set(held[0])
     assert all(f"## {claim['id']}: " in (project.results / "claims.md").read_text() for claim in held)
 
 
