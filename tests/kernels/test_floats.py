@@ -66,6 +66,8 @@ def test_the_order_of_summation_by_hand():
     big, one = 2.0**24, torch.ones(1)  # big + 1 rounds to big
     # Four sums, then in pairs: (big + 1) + (1 - big); from left to right it were 0.
     assert floats.linear(torch.tensor([[big, 1.0, 1.0, -big]]), torch.ones(1, 4), one).item() == 1.0
+    # 0 with 1 and 2 with 3: big, and 1 - big; were it 0 with 2 and 1 with 3, the two ones would both stay.
+    assert floats.linear(torch.tensor([[big, 1.0, -big, 1.0]]), torch.ones(1, 4), one).item() == 1.0
     # k = 0 and 4 are one sum: big + 1, then -big.
     assert floats.linear(torch.tensor([[big, -big, 0.0, 0.0, 1.0]]), torch.ones(1, 5), one).item() == 0.0
 
