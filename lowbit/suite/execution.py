@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from lowbit import paths
+from lowbit.suite import journal
 from lowbit.suite.executed import flaw
 from lowbit.suite.notebooks import Notebook
 from lowbit.suite.record import DIRECTIONS, NAME, decode
@@ -54,14 +55,24 @@ class Execution:
     """
 
     def __init__(
-        self, notebook: Notebook, parameters: dict[str, Any], folder: Path, *, timeout: float, threads: int | None
+        self,
+        notebook: Notebook,
+        parameters: dict[str, Any],
+        folder: Path,
+        *,
+        timeout: float,
+        threads: int | None,
+        of: dict[str, Any] | None = None,
     ) -> None:
+        """Starts it. ``of`` is its fingerprint: trainings that an interrupted execution with the same one finished stand."""
         self.notebook, self.timeout = notebook, timeout
         self.output = folder / f"{notebook.name}.ipynb"
         self.records = folder / "records" / f"{notebook.name}.jsonl"
         self.log = folder / "logs" / f"{notebook.name}.log"
         self.figures, self.tables = (folder / kind / notebook.name for kind in ("figures", "tables"))
+        self.journal = folder / journal.place(notebook.name)
         clear(folder, notebook.name)
+        journal.begin(self.journal, of or {}, notebook.name, parameters)
         for place in (self.records.parent, self.log.parent, self.figures):
             place.mkdir(parents=True, exist_ok=True)
         self.mark = uuid.uuid4().hex
@@ -99,6 +110,7 @@ class Execution:
         env |= {
             MARK: self.mark,
             "LOWBIT_RECORD": str(self.records.resolve()),
+            "LOWBIT_JOURNAL": str(self.journal.resolve()),
             "LOWBIT_FIGURES": str(self.figures.resolve()),
             "LOWBIT_TABLES": str(self.tables.resolve()),
             "LOWBIT_NOTEBOOK": self.notebook.name,

@@ -53,8 +53,11 @@ class Executor(Protocol):
     environment: dict
     facts: dict[str, dict[str, Any]]
 
-    def start(self, notebook: Notebook, parameters: dict[str, Any]) -> Task:
-        """Hands a notebook over, and clears away what an earlier execution left in the run's folder."""
+    def start(self, notebook: Notebook, parameters: dict[str, Any], of: dict[str, Any]) -> Task:
+        """Hands a notebook over, and clears away what an earlier execution left in the run's folder.
+
+        Trainings in its journal stay if the fingerprint ``of`` is the one that they were made with.
+        """
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -99,9 +102,9 @@ class Local:
         self.environment = environment.describe()
         self.facts = fingerprint.facts(self.environment)
 
-    def start(self, notebook: Notebook, parameters: dict[str, Any]) -> Execution:
+    def start(self, notebook: Notebook, parameters: dict[str, Any], of: dict[str, Any]) -> Execution:
         """Starts the process."""
-        return Execution(notebook, parameters, self.folder, timeout=self.timeout, threads=self.threads)
+        return Execution(notebook, parameters, self.folder, timeout=self.timeout, threads=self.threads, of=of)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -162,8 +165,8 @@ class Dask:
             )
         return described, facts
 
-    def start(self, notebook: Notebook, parameters: dict[str, Any]) -> "Submitted":
-        """Submits it."""
+    def start(self, notebook: Notebook, parameters: dict[str, Any], of: dict[str, Any]) -> "Submitted":
+        """Submits it. A worker keeps its journal to itself until the end, so an interrupted notebook starts anew."""
         clear(self.folder, notebook.name)
         self.said[notebook.name] = []
         future = None

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import executors, fingerprint, junit, notebooks, profiles, report, runfile
+from lowbit.suite import executors, fingerprint, journal, junit, notebooks, profiles, report, runfile
 from lowbit.suite.cache import Cache
 from lowbit.suite.execution import end_strays, read_records
 from lowbit.suite.progress import Progress
@@ -157,6 +157,8 @@ class _Suite:
         self.seconds_before = self.cache.seconds()
         if plan.fresh:
             self.cache.forget(*(item.name for item in plan.notebooks))
+            for item in plan.notebooks:
+                (plan.folder / journal.place(item.name)).unlink(missing_ok=True)
         self.result = Run(plan.profile_name, _now(), executor.environment)
         self.result.notebooks = [
             Entry(
@@ -220,7 +222,7 @@ class _Suite:
     def _launch(self, item: notebooks.Notebook) -> None:
         self.waiting.remove(item)
         self.cache.forget(item.name)
-        self.running[item.name] = self.executor.start(item, self.plan.parameters[item.name])
+        self.running[item.name] = self.executor.start(item, self.plan.parameters[item.name], self.prints[item.name])
         self.progress.started(item.name, self.result.entry(item.name).why)
 
     def _open(self, name: str) -> bool:

@@ -1,7 +1,6 @@
 """The learning rate of every arm of a comparison, chosen by one rule and without the test set: :func:`choose_rates`."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -43,7 +42,7 @@ def choose_rates(
         value: what is compared; more is better.
         seeds: each trial runs with each of them.
         workers: as for `sweep`.
-        settings: for the table's run card, which also has the seconds that all trials took.
+        settings: for the table's run card.
 
     Returns:
         ``(arms, rates)``: the arms, each with its ``lr_factor``, as `sweep` takes them; and a pandas frame of all
@@ -66,11 +65,9 @@ def choose_rates(
     if len(factors) == 1:
         return trials, pd.DataFrame(trials).assign(**{value: math.nan, "chosen": True, "at_edge": False})
     card = {"lr_factors": factors, "trial_seeds": list(seeds), "judged_seeds": list(judged), **settings}
-    start = time.monotonic()
     tried = sweep(partial(_trial, run, value), trials, seeds, workers, description="learning rates")
     if value not in tried or len(tried) != len(trials) * len(seeds):
         raise LowbitError(f"run(..., validation=True) has to return one mapping with {value!r}")
-    card["seconds"] = round(time.monotonic() - start, 1)
     save_table(tried, name, **card)  # before the choice, which may refuse: no trial is lost
     by = list(dict.fromkeys(key for arm in arms for key in arm))
     rates = save_table(best_rates(tried, by, value), name, **card)

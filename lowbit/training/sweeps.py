@@ -1,5 +1,7 @@
 """The same experiment for every arm and seed, several at once: :func:`sweep`."""
 
+import itertools
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +9,10 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.suite.journal import Journal, plain
 from lowbit.suite.tables import save_table, tables
+
+_NUMBERS = itertools.count(1)  # of the sweeps in this process: in a notebook that is run from the top, their names
 
 
 def sweep(
@@ -36,7 +41,6 @@ def sweep(
         LowbitError: nothing to run; or a run failed: which one, and why. What had been measured until then is kept
             by `lowbit.save_table`, and the message says where.
     """
-    import pandas as pd
     from joblib import Parallel, delayed, parallel_config
     from tqdm.auto import tqdm
 
@@ -47,34 +51,48 @@ def sweep(
         workers = 1 if torch.cuda.is_available() else torch.get_num_threads()
     if workers < 1:
         raise LowbitError(f"workers={workers} is not allowed; it takes 1 or more")
-    workers = min(workers, len(jobs))
-    rows = []
+    journal, name = Journal(), f"{next(_NUMBERS)} {description}"
+    found = {job: result for job in range(len(jobs)) if (result := journal.get(name, *jobs[job])) is not None}
+    left = [job for job in range(len(jobs)) if job not in found]
+    workers = min(workers, max(len(left), 1))
     # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
-    with tqdm(total=len(jobs), desc=description, unit="run") as bar, parallel_config("loky", inner_max_num_threads=1):
+    bar = tqdm(total=len(jobs), initial=len(found), desc=description, unit="run")
+    with bar, parallel_config("loky", inner_max_num_threads=1):
         # One worker is this process (joblib's sequential form): no start-up, no copies, a debugger works.
-        done = Parallel(workers, return_as="generator")(delayed(_one)(run, arm, seed) for arm, seed in jobs)
+        parallel = Parallel(workers, return_as="generator_unordered")
+        done = parallel(delayed(_one)(run, job, *jobs[job]) for job in left)
         try:
-            for (arm, seed), result in zip(jobs, done, strict=True):
-                for row in [result] if isinstance(result, Mapping) else result:
-                    rows.append({**arm, "seed": seed, **row})
+            for job, seconds, result in done:
+                found[job] = result
+                journal.add(name, *jobs[job], seconds, result)
                 bar.update()
         except LowbitError as error:
-            if not rows:
+            if not found:
                 raise
-            name = "unfinished_" + "_".join(description.split())
-            save_table(pd.DataFrame(rows), name)
-            kept = f"the {len(rows)} rows measured before it are in {tables() / name}.csv"
-            raise LowbitError(f"{error}; {kept}") from None
+            kept = save_table(_table(jobs, found), "unfinished_" + "_".join(description.split()))
+            where = tables() / f"unfinished_{'_'.join(description.split())}.csv"
+            raise LowbitError(f"{error}; the {len(kept)} rows measured before it are in {where}") from None
+    return _table(jobs, found)
+
+
+def _table(jobs: Sequence[tuple[dict[str, Any], int]], found: Mapping[int, Any]):
+    import pandas as pd
+
+    rows = []
+    for job in sorted(found):
+        (arm, seed), result = jobs[job], found[job]
+        rows += [{**arm, "seed": seed, **row} for row in ([result] if isinstance(result, Mapping) else result)]
     return pd.DataFrame(rows)
 
 
-def _one(run: Callable, arm: dict[str, Any], seed: int) -> Any:
-    threads = torch.get_num_threads()
+def _one(run: Callable, job: int, arm: dict[str, Any], seed: int) -> tuple[int, float, Any]:
+    start, threads = time.monotonic(), torch.get_num_threads()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # the number of threads changes the last bits of a sum
     try:
-        return run(**arm, seed=seed)
+        result = plain(run(**arm, seed=seed))
+        return job, time.monotonic() - start, result
     except Exception as error:
         given = ", ".join(f"{key}={value!r}" for key, value in {**arm, "seed": seed}.items())
         raise LowbitError(f"the run {given} failed: {type(error).__name__}: {error}") from error

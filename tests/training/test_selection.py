@@ -53,7 +53,6 @@ def test_each_arm_gets_its_best_rate_and_one_at_the_edge_is_flagged(tables):
     assert kept.columns.tolist() == ["method", "lr_factor", "seed", VALUE, "lr", "chosen", "at_edge"]
     assert kept.chosen.tolist() == rates.chosen.tolist()
     card = json.loads((tables / "02_learning_rates.json").read_text())["settings"]
-    assert card.pop("seconds") >= 0
     assert card == {"lr_factors": [3.0, 0.3, 1.0], "trial_seeds": [1000], "judged_seeds": [0, 1], "epochs": 5}
 
 

@@ -1,0 +1,104 @@
+"""Each training of a notebook as one line of JSON, written when it ends: what `lowbit.training.sweep` goes on from.
+
+The file is ``journals/<notebook>.jsonl`` in the folder of the run. Its first line says what the results depend on; the
+others hold one training each: ``sweep`` (a number and a description), ``arm``, ``seed``, ``seconds``, ``ended`` and
+``result``. A run that was cut off goes on after the last whole line; once anything has changed, it starts anew.
+"""
+
+import hashlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def place(notebook: str) -> str:
+    """Where the journal of a notebook is, from the folder of the run."""
+    return f"journals/{notebook}.jsonl"
+
+
+def begin(path: Path, of: dict[str, Any], notebook: str, parameters: dict[str, Any]) -> None:
+    """Makes ``path`` ready for a notebook: what it holds stays if it depends on the same, and is dropped otherwise.
+
+    Args:
+        path: the journal.
+        of: the parts of the fingerprint (`lowbit.suite.fingerprint`); empty: nothing stays.
+        notebook: its name, and
+        parameters: what is handed to it; both for the first line.
+    """
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True, default=repr).encode()).hexdigest() if of else ""
+    lines = _whole(path)
+    if digest and lines and lines[0].get("of") == digest:
+        kept = lines
+    else:
+        kept = [{"of": digest, "notebook": notebook, "parameters": parameters}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text("".join(_line(line) for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Journal:
+    """The journal of the notebook that runs, which ``LOWBIT_JOURNAL`` names; without it nothing is found or kept."""
+
+    def __init__(self) -> None:
+        given = os.environ.get("LOWBIT_JOURNAL")
+        self.path = Path(given) if given else None
+        self.found = {_key(line): line["result"] for line in _whole(self.path)[1:]} if self.path else {}
+
+    def get(self, sweep: str, arm: dict[str, Any], seed: int) -> Any:
+        """What this training returned, or None."""
+        return self.found.get(_key({"sweep": sweep, "arm": arm, "seed": seed}))
+
+    def add(self, sweep: str, arm: dict[str, Any], seed: int, seconds: float, result: Any) -> None:
+        """Writes one training down, at once."""
+        if self.path is None:
+            return
+        line = {"sweep": sweep, "arm": arm, "seed": seed, "seconds": round(seconds, 2)}
+        line |= {"ended": datetime.now(UTC).isoformat(timespec="seconds"), "result": result}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(line))
+
+
+def plain(result: Any) -> Any:
+    """``result`` as it would come back from a journal, exactly: arrays and tensors become lists, tuples too.
+
+    Raises:
+        TypeError: it holds something that JSON has no form for.
+    """
+    return json.loads(json.dumps(result, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(
+        f"it returned a {type(value).__name__}; numbers, texts, arrays, and lists and dicts of them are allowed"
+    )
+
+
+def _key(line: dict[str, Any]) -> str:
+    return json.dumps([line["sweep"], line["arm"], line["seed"]], sort_keys=True, default=repr)
+
+
+def _line(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, ensure_ascii=False, default=repr) + "\n"
+
+
+def _whole(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the first that is not whole; whatever killed the run may have cut it short."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines(keepends=True):
+        try:
+            tree = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            tree = None
+        if not isinstance(tree, dict):
+            break
+        lines.append(tree)
+    return lines
