@@ -64,7 +64,7 @@ class Execution:
         threads: int | None,
         of: dict[str, Any] | None = None,
     ) -> None:
-        """Starts it. ``of`` is its fingerprint: trainings that an interrupted execution with the same one finished stand."""
+        """Starts it. ``of`` is its fingerprint: trainings that an execution with the same one has finished stand."""
         self.notebook, self.timeout = notebook, timeout
         self.output = folder / f"{notebook.name}.ipynb"
         self.records = folder / "records" / f"{notebook.name}.jsonl"
