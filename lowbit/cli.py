@@ -38,7 +38,7 @@ def _plain_errors(command: Callable) -> Callable:
     return wrapped
 
 
-OF_SUITE = (suite.run, suite.check, suite.accept, suite.claims, suite.mutate, suite.doctor)
+OF_SUITE = (suite.run, suite.check, suite.accept, suite.claims, suite.again, suite.mutate, suite.doctor)
 for command in (*OF_SUITE, training.train, kernels.pack):
     app.command()(_plain_errors(command))
 app.add_typer(data.app, name="data", help="The data sets: what is there, where it comes from, is it whole.")

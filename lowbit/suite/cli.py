@@ -164,6 +164,64 @@ def accept(
     console.print(f"wrote {runfile.show_path(file)}", highlight=False, soft_wrap=True)
 
 
+def again(
+    notebook: Annotated[str, typer.Argument(help="Its name.")],
+    rows: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Only trainings with these arguments, seed=3.")
+    ] = None,
+    profile: ProfileOption = "desk",
+    count: Annotated[int | None, typer.Option("--random", metavar="N", min=1, help="N of them at random.")] = None,
+    draw: Annotated[int, typer.Option("--draw", help="Seed of that choice.")] = 0,
+    journal: Annotated[
+        Path | None,
+        typer.Option(
+            "--journal", help="Of the earlier run.", show_default="results/journals/<profile>/<notebook>.jsonl"
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", metavar="MIN", help="Minutes it may take.", show_default="profile")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run.", show_default="results/runs/again")
+    ] = None,
+) -> None:
+    """Train some rows of a table once more, all others taken as kept; exit 1 if a number is not exactly the same.
+
+    Other processors round sums otherwise, and training carries that on: there, 'lowbit check' is the test.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowbit.suite import again as rerun
+    from lowbit.suite import runner
+    from lowbit.suite.progress import Progress, summary
+    from lowbit.suite.runfile import show_path
+
+    plan = rerun.plan(notebook, profile, journal, rows or (), count, draw, timeout_minutes=timeout, out=out)
+    console = _console()
+    console.print(f"{len(plan.chosen)} of {plan.there} trainings once more", highlight=False)
+    try:
+        done = runner.execute(plan.run, progress=Progress(Console(stderr=True)))
+    except runner.Interrupted as stop:
+        raise typer.Exit(128 + stop.signum) from None
+    if not done.fulfils(plan.run.profile):
+        console.print(summary(done))
+        raise typer.Exit(1)
+    table = Table(title=f"lowbit again, profile {profile}, {done.device}", title_justify="left")
+    for head in ("training", "", "differs: then, now"):
+        table.add_column(head, overflow="fold")
+    found = plan.compare()
+    for row in found:
+        said = "; ".join(f"{name}: {then}, {now}" for name, then, now in row.differing[:4])
+        more = f" and {len(row.differing) - 4} more" if len(row.differing) > 4 else ""
+        table.add_row(row.what, "✘ differs" if row.differing else "✔ the same", said + more)
+    console.print(table)
+    same = sum(not row.differing for row in found)
+    console.print(f"{same} of {len(found)} exactly the same", highlight=False)
+    console.print(f"the run: {show_path(plan.run.folder)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if same == len(found) else 1)
+
+
 def claims(profile: ProfileOption = "desk") -> None:
     """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there."""
     from rich.table import Table

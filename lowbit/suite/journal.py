@@ -18,7 +18,13 @@ def place(notebook: str) -> str:
     return f"journals/{notebook}.jsonl"
 
 
-def begin(path: Path, of: dict[str, Any], notebook: str, parameters: dict[str, Any]) -> None:
+def begin(
+    path: Path,
+    of: dict[str, Any],
+    notebook: str,
+    parameters: dict[str, Any],
+    trainings: list[dict[str, Any]] | None = None,
+) -> None:
     """Makes ``path`` ready for a notebook: what it holds stays if it depends on the same, and is dropped otherwise.
 
     Args:
@@ -26,17 +32,44 @@ def begin(path: Path, of: dict[str, Any], notebook: str, parameters: dict[str, A
         of: the parts of the fingerprint (`lowbit.suite.fingerprint`); empty: nothing stays.
         notebook: its name, and
         parameters: what is handed to it; both for the first line.
+        trainings: lines to begin with, whatever they and the file there depend on.
     """
     digest = hashlib.sha256(json.dumps(of, sort_keys=True, default=repr).encode()).hexdigest() if of else ""
-    lines = _whole(path)
-    if digest and lines and lines[0].get("of") == digest:
-        kept = lines
+    lines, head = read(path), {"of": digest, "notebook": notebook, "parameters": parameters}
+    if trainings is not None:
+        kept = [head, *trainings]
     else:
-        kept = [{"of": digest, "notebook": notebook, "parameters": parameters}]
+        kept = lines if digest and lines and lines[0].get("of") == digest else [head]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text("".join(_line(line) for line in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal up to the first that is not whole: whatever ended the run may have cut it short.
+
+    None where there is no such file.
+    """
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in text.split("\n")[:-1]:
+        try:
+            tree = json.loads(line)
+        except ValueError:
+            tree = None
+        if not isinstance(tree, dict):
+            break
+        lines.append(tree)
+    return lines
+
+
+def key(line: dict[str, Any]) -> str:
+    """What tells a training from all others of its notebook."""
+    return json.dumps([line["sweep"], line["arm"], line["seed"]], sort_keys=True, default=repr)
 
 
 class Journal:
@@ -45,11 +78,11 @@ class Journal:
     def __init__(self) -> None:
         given = os.environ.get("LOWBIT_JOURNAL")
         self.path = Path(given) if given else None
-        self.found = {_key(line): line["result"] for line in _whole(self.path)[1:]} if self.path else {}
+        self.found = {key(line): line["result"] for line in read(self.path)[1:]} if self.path else {}
 
     def get(self, sweep: str, arm: dict[str, Any], seed: int) -> Any:
         """What this training returned, or None."""
-        return self.found.get(_key({"sweep": sweep, "arm": arm, "seed": seed}))
+        return self.found.get(key({"sweep": sweep, "arm": arm, "seed": seed}))
 
     def add(self, sweep: str, arm: dict[str, Any], seed: int, seconds: float, result: Any) -> None:
         """Writes one training down, at once."""
@@ -78,27 +111,5 @@ def _plain(value: Any) -> Any:
     )
 
 
-def _key(line: dict[str, Any]) -> str:
-    return json.dumps([line["sweep"], line["arm"], line["seed"]], sort_keys=True, default=repr)
-
-
 def _line(tree: dict[str, Any]) -> str:
     return json.dumps(tree, ensure_ascii=False, default=repr) + "\n"
-
-
-def _whole(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first that is not whole; whatever killed the run may have cut it short."""
-    lines = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    for line in text.splitlines(keepends=True):
-        try:
-            tree = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
-            tree = None
-        if not isinstance(tree, dict):
-            break
-        lines.append(tree)
-    return lines

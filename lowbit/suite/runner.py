@@ -40,6 +40,8 @@ class Plan:
     """Seconds a notebook may take."""
     executor: str = "local"
     """Where notebooks are executed: ``local`` or ``dask://HOST:PORT``."""
+    trainings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """For each notebook named here, lines of a journal that stand whatever has changed (`lowbit.suite.again`)."""
 
 
 class Interrupted(Exception):
@@ -222,7 +224,10 @@ class _Suite:
     def _launch(self, item: notebooks.Notebook) -> None:
         self.waiting.remove(item)
         self.cache.forget(item.name)
-        self.running[item.name] = self.executor.start(item, self.plan.parameters[item.name], self.prints[item.name])
+        given, of = self.plan.parameters[item.name], self.prints[item.name]
+        if (lines := self.plan.trainings.get(item.name)) is not None:
+            journal.begin(self.plan.folder / journal.place(item.name), of, item.name, given, lines)
+        self.running[item.name] = self.executor.start(item, given, of)
         self.progress.started(item.name, self.result.entry(item.name).why)
 
     def _open(self, name: str) -> bool:

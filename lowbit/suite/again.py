@@ -1,0 +1,186 @@
+"""``lowbit again``: a few trainings of a kept journal once more, and whether the same numbers come out.
+
+The notebook is executed from the top, with all other trainings taken from the journal, so one row of a table costs one
+training and not the whole table.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+from lowbit.suite import journal, runner
+from lowbit.suite.notebooks import parse_value
+
+OWN = ("sweep", "seed")
+"""What can be asked for beside the names of the arms' arguments."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training: what it was, and its results as journals hold them, then and now."""
+
+    line: dict[str, Any]
+    now: Any
+
+    @property
+    def what(self) -> str:
+        """Sweep, arm and seed in words."""
+        given = {**self.line["arm"], "seed": self.line["seed"]}
+        return f"{self.line['sweep']}: " + ", ".join(f"{name}={value}" for name, value in given.items())
+
+    @property
+    def differing(self) -> list[tuple[str, Any, Any]]:
+        """Name, value then and value now of everything that is not exactly the same."""
+        return list(_differing("", self.line["result"], self.now))
+
+
+def kept(profile: str, notebook: str) -> Path:
+    """Where the project keeps the journal of that notebook: ``results/journals/<profile>/<notebook>.jsonl``."""
+    return paths.results() / "journals" / profile / f"{notebook}.jsonl"
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first line of a journal, and its trainings.
+
+    Raises:
+        LowbitError: no such file, or it holds no training.
+    """
+    lines = journal.read(path)
+    if len(lines) < 2:
+        raise LowbitError(
+            f"{path} holds no training; 'lowbit run' leaves a journal in journals/ of the run's folder, and the "
+            "project keeps some in results/journals"
+        )
+    return lines[0], lines[1:]
+
+
+@dataclass(frozen=True)
+class Again:
+    """What is to be run, which trainings of the journal that makes anew, and how many the journal has."""
+
+    run: runner.Plan
+    chosen: list[dict[str, Any]]
+    there: int
+
+    def compare(self) -> list[Row]:
+        """Each chosen training beside what it gave in the run, which has passed."""
+        name = self.run.notebooks[0].name
+        return compare(self.chosen, read(self.run.folder / journal.place(name))[1])
+
+
+def plan(
+    notebook: str,
+    profile: str,
+    file: Path | None,
+    wanted: Sequence[str],
+    count: int | None = None,
+    draw: int = 0,
+    *,
+    timeout_minutes: float | None = None,
+    out: Path | None = None,
+) -> Again:
+    """Checks what was asked for; nothing has run.
+
+    Args:
+        notebook: its name.
+        profile: that of the journal.
+        file: the journal; None: the one that the project keeps.
+        wanted: see `pick`, as are
+        count: and
+        draw: there.
+        timeout_minutes: as for `runner.plan`, as is
+        out: there; ``results/runs/again``.
+
+    Raises:
+        LowbitError: several notebooks, no journal, one that was made with other parameters, or what `pick` refuses.
+    """
+    folder = out or runner.run_folder("again")
+    run = runner.plan([notebook], profile, fresh=True, timeout_minutes=timeout_minutes, out=folder)
+    if len(run.notebooks) != 1:
+        raise LowbitError(f"{notebook!r} means {len(run.notebooks)} notebooks; name one")
+    name = run.notebooks[0].name
+    head, lines = read(file or kept(profile, name))
+    now = journal.plain(run.parameters[name])
+    if head.get("notebook") != name or head.get("parameters") != now:
+        raise LowbitError(
+            f"that journal is of {head.get('notebook')} with {head.get('parameters')}, and profile {profile} runs "
+            f"{name} with {now}: make a new one with 'lowbit run {name} --profile {profile}'"
+        )
+    chosen = pick(lines, wanted, count, draw)
+    return Again(replace(run, trainings={name: without(lines, chosen)}), chosen, len(lines))
+
+
+def pick(
+    lines: Sequence[dict[str, Any]], wanted: Sequence[str], count: int | None = None, draw: int = 0
+) -> list[dict[str, Any]]:
+    """The trainings that fit all of ``wanted``, each ``name=value``; of these, ``count`` at random.
+
+    Names are those of the arms' arguments, ``seed`` and ``sweep``. ``draw`` is the seed of the choice. Trials of
+    learning rates (`lowbit.training.choose_rates`) are only among them if the sweep is asked for.
+
+    Raises:
+        LowbitError: an unknown name, something that is not of that form, nothing that fits.
+    """
+    found = list(lines)
+    if not any(text.startswith("sweep") for text in wanted):
+        found = [line for line in lines if not line["sweep"].endswith("learning rates")] or found
+    for text in wanted:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        allowed = [*OWN, *dict.fromkeys(key for line in lines for key in line["arm"])]
+        if not equals or name not in allowed:
+            raise LowbitError(f"{text!r} is not of the form NAME=VALUE with one of the names {', '.join(allowed)}")
+        values = [_of(line, name) for line in found]
+        found = [line for line in found if name in OWN or name in line["arm"] if _fits(_of(line, name), text, value)]
+        if not found:
+            there = ", ".join(dict.fromkeys(map(str, values)))
+            raise LowbitError(f"no training has {text}; there are {there}")
+    if count is not None and count < len(found):
+        chosen = sorted(random.Random(draw).sample(range(len(found)), count))
+        found = [found[number] for number in chosen]
+    return found
+
+
+def without(lines: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trainings that stand."""
+    again = {journal.key(line) for line in chosen}
+    return [line for line in lines if journal.key(line) not in again]
+
+
+def compare(chosen: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]]) -> list[Row]:
+    """Each chosen training beside what it gives now.
+
+    Raises:
+        LowbitError: one was not run, since the notebook does not ask for it any more.
+    """
+    now = {journal.key(line): line["result"] for line in made}
+    if missing := [line for line in chosen if journal.key(line) not in now]:
+        raise LowbitError(f"the notebook no longer trains {Row(missing[0], None).what}: its sweeps have changed")
+    return [Row(line, now[journal.key(line)]) for line in chosen]
+
+
+def _of(line: Mapping[str, Any], name: str) -> Any:
+    return line[name] if name in OWN else line["arm"].get(name)
+
+
+def _fits(found: Any, text: str, value: str) -> bool:
+    return str(found) == value or found == parse_value(text, value)
+
+
+def _differing(name: str, then: Any, now: Any):
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*then, *now)):
+            yield from _differing(f"{name}, {key}" if name else key, then.get(key), now.get(key))
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for number, (one, other) in enumerate(zip(then, now, strict=True)):
+            yield from _differing(f"{name} [{number}]".lstrip(), one, other)
+    elif then != now and not (_is_nan(then) and _is_nan(now)):
+        yield name, then, now
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
