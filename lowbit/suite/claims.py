@@ -8,6 +8,8 @@ Where there is no such table the verdict is *no evidence*.
 import itertools
 import json
 import math
+import re
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit.metrics.statistics import Effect, interval, paired_difference, verdict
+from lowbit.suite import journal
 
 if TYPE_CHECKING:
     import pandas
@@ -85,6 +88,8 @@ class Claim:
     seeds: int
     runs: list[str]
     command: str
+    again: dict[str, str] = field(default_factory=dict)
+    """For each journal of trainings (a path in the project) a command that trains one of its rows once more."""
     statements: list[Statement] = field(default_factory=list)
 
 
@@ -143,8 +148,23 @@ def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
         seeds=min((statement.seeds for statement in statements if statement.table), default=0),
         runs=list(dict.fromkeys(statement.table for statement in statements if statement.table)),
         command="; ".join(dict.fromkeys(card["command"] for card in cards)),
+        again=_again(cards, profile, folder.parents[1] / "journals"),
         statements=statements,
     )
+
+
+def _again(cards: list[dict[str, Any]], profile: str, folder: Path) -> dict[str, str]:
+    found = {}
+    for command in dict.fromkeys(card["command"] for card in cards):
+        if not (match := re.match(r"lowbit run (\S+) --profile", command)):
+            continue
+        path = folder / profile / f"{match[1]}.jsonl"
+        if trainings := journal.read(path)[1:]:
+            last = trainings[-1]  # the first ones are trials of learning rates
+            row = {name: value for name, value in last["arm"].items() if name != "lr_factor"} | {"seed": last["seed"]}
+            words = [match[1], *(f"{name}={value}" for name, value in row.items())]
+            found[_shown(path)] = shlex.join(["lowbit", "again", *words])
+    return found
 
 
 def combine(verdicts: list[str]) -> str:
@@ -166,7 +186,7 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
     path = folder / f"{item['table']}.csv"
     if not path.is_file():
         return Statement(item["says"], "no evidence", note=f"there is no table {item['table']}")
-    shown = str(path.relative_to(paths.project())) if path.is_relative_to(paths.project()) else path.name
+    shown = _shown(path)
     frame = pandas.read_csv(path)
     if "all" in item:
         column = _column(_rows(frame, item["a"], item) if "a" in item else frame, item["all"], item)
@@ -190,6 +210,10 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
     bounds = None if effect.n == 1 else (effect.low, effect.high)
     of = "rounds" if pair == "repeat" else "seeds"
     return Statement(item["says"], said, effect.mean, bounds, item["unit"], effect.n, shown, note, of)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(paths.project())) if path.is_relative_to(paths.project()) else path.name
 
 
 def _values(frame: "pandas.DataFrame", rows: str, value: str | list[str], pair: str, item: dict[str, Any]):
@@ -281,12 +305,21 @@ def markdown(claims: list[Claim]) -> str:
         lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. **{claim.verdict}**.", ""]
         lines += _statements(claim)
         for table in claim.runs:
-            link = Path(table).relative_to("results") if table.startswith("results/") else Path(table)
-            card = link.with_suffix(".json")
+            card = (link := _link(table)).with_suffix(".json")
             lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
         if claim.command:
             lines += ["", f"Again: `{claim.command}`"]
+        for path, command in claim.again.items():
+            lines += [
+                "",
+                f"Each training, with its result and its seconds: [{path}]({_link(path)}). One again: `{command}`",
+            ]
     return "\n".join(lines) + "\n"
+
+
+def _link(path: str) -> Path:
+    """From ``results/claims.md``."""
+    return Path(path).relative_to("results") if path.startswith("results/") else Path(path)
 
 
 def _statements(claim: Claim) -> list[str]:

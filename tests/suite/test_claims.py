@@ -1,6 +1,7 @@
 """`lowbit claims`: verdicts follow from the rows and from nothing else."""
 
 import json
+import shlex
 
 import pandas as pd
 import pytest
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 
 from lowbit.cli import app
 from lowbit.errors import LowbitError
-from lowbit.suite import claims
+from lowbit.suite import again, claims, journal
 
 STATEMENT = {
     "says": "a beats b at {bits} bits",
@@ -181,3 +182,30 @@ def test_a_notebook_shows_what_was_written(judged, tmp_path):
         claims.show("D9", folder=tmp_path)
     with pytest.raises(LowbitError, match=r"it has none"):
         claims.show("X1", folder=tmp_path / "nowhere")
+
+
+def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_PROJECT", str(tmp_path))
+    monkeypatch.setenv("LOWBIT_RESULTS", str(tmp_path / "results"))
+    file, folder = tmp_path / "claims.yaml", tmp_path / "results" / "tables" / "desk"
+    file.write_text(yaml.safe_dump([{"id": "X1", "paper": "ours", "claim": "it helps", "statements": [STATEMENT]}]))
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows({2: 1.0, 3: 1.0})).to_csv(folder / "made.csv", index=False)
+    card = {"settings": {"dataset": "cifar"}, "command": "lowbit run 05_made --profile desk"}
+    (folder / "made.json").write_text(json.dumps(card))
+    (found,) = claims.judge("desk", file=file)
+    assert found.again == {}  # no journal is kept
+    path = again.kept("desk", "05_made")
+    journal.begin(path, {}, "05_made", {})
+    with monkeypatch.context() as patch:
+        patch.setenv("LOWBIT_JOURNAL", str(path))
+        kept = journal.Journal()
+        kept.add("1 learning rates", {"arm": "a", "lr_factor": 3.0}, 1000, 1.0, {"y": 1})
+        kept.add("2 trainings", {"arm": "a b", "bits": 2, "lr_factor": 3.0}, 4, 1.0, {"y": 1})
+    (found,) = claims.judge("desk", file=file)
+    command = "lowbit again 05_made 'arm=a b' bits=2 seed=4"
+    assert found.again == {"results/journals/desk/05_made.jsonl": command}
+    text = claims.markdown([found])
+    assert f"[results/journals/desk/05_made.jsonl](journals/desk/05_made.jsonl). One again: `{command}`" in text
+    (chosen,) = again.pick(again.read(path)[1], shlex.split(command)[3:])
+    assert (chosen["sweep"], chosen["seed"]) == ("2 trainings", 4)
