@@ -207,5 +207,6 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
     assert found.again == {"results/journals/desk/05_made.jsonl": command}
     text = claims.markdown([found])
     assert f"[results/journals/desk/05_made.jsonl](journals/desk/05_made.jsonl). One again: `{command}`" in text
+    assert "| 05_made | 1 | 1 | 0 |" in text
     (chosen,) = again.pick(again.read(path)[1], shlex.split(command)[3:])
     assert (chosen["sweep"], chosen["seed"]) == ("2 trainings", 4)
