@@ -212,7 +212,7 @@ def again(
         table.add_column(head, overflow="fold")
     found = plan.compare()
     for row in found:
-        said = "; ".join(f"{name}: {then}, {now}" for name, then, now in row.differing[:4])
+        said = "; ".join(f"{name}: {then!s:.20}, {now!s:.20}" for name, then, now in row.differing[:4])
         more = f" and {len(row.differing) - 4} more" if len(row.differing) > 4 else ""
         table.add_row(row.what, "✘ differs" if row.differing else "✔ the same", said + more)
     console.print(table)

@@ -5,12 +5,17 @@ others hold one training each: ``sweep`` (a number and a description), ``arm``, 
 ``result``. A run that was cut off goes on after the last whole line; once anything has changed, it starts anew.
 """
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+ARRAY = "array"
+"""The name in JSON under which an array's bytes stand, compressed and in base 85, beside its dtype and shape."""
 
 
 def place(notebook: str) -> str:
@@ -78,7 +83,7 @@ class Journal:
     def __init__(self) -> None:
         given = os.environ.get("LOWBIT_JOURNAL")
         self.path = Path(given) if given else None
-        self.found = {key(line): line["result"] for line in read(self.path)[1:]} if self.path else {}
+        self.found = {key(line): _decoded(line["result"]) for line in read(self.path)[1:]} if self.path else {}
 
     def get(self, sweep: str, arm: dict[str, Any], seed: int) -> Any:
         """What this training returned, or None."""
@@ -95,21 +100,41 @@ class Journal:
 
 
 def plain(result: Any) -> Any:
-    """``result`` as it would come back from a journal, exactly: arrays and tensors become lists, tuples too.
+    """``result`` as it would come back from a journal, exactly: tensors become arrays, and tuples lists.
 
     Raises:
-        TypeError: it holds something that JSON has no form for.
+        TypeError: it holds something that a journal has no form for.
     """
-    return json.loads(json.dumps(result, default=_plain))
+    return _decoded(json.loads(json.dumps(result, default=_plain)))
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
+    import numpy as np
+
+    if hasattr(value, "numpy"):  # a tensor
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        packed = base64.b85encode(zlib.compress(np.ascontiguousarray(value).tobytes())).decode()
+        return {ARRAY: packed, "dtype": value.dtype.str, "shape": list(value.shape)}
     raise TypeError(
         f"it returned a {type(value).__name__}; numbers, texts, arrays, and lists and dicts of them are allowed"
     )
 
 
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if ARRAY in value:
+        import numpy as np
+
+        data = zlib.decompress(base64.b85decode(value[ARRAY]))
+        return np.frombuffer(bytearray(data), value["dtype"]).reshape(value["shape"])
+    return {name: _decoded(item) for name, item in value.items()}
+
+
 def _line(tree: dict[str, Any]) -> str:
-    return json.dumps(tree, ensure_ascii=False, default=repr) + "\n"
+    return json.dumps(tree, ensure_ascii=False, default=_plain) + "\n"

@@ -76,9 +76,24 @@ def test_numbers_come_back_exactly(value):
     assert journal.plain({"x": value, "y": [value]}) == {"x": value, "y": [value]}
 
 
-def test_arrays_and_tensors_become_lists_and_nan_stays():
-    found = journal.plain({"a": np.arange(2), "t": torch.eye(1), "n": np.float32(0.5), "i": np.int64(3), "u": (1, 2)})
-    assert found == {"a": [0, 1], "t": [[1.0]], "n": 0.5, "i": 3, "u": [1, 2]}
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "bool", "uint8"])
+@pytest.mark.parametrize("shape", [(0,), (), (5,), (2, 3), (3, 0, 2)])
+def test_arrays_come_back_exactly_through_a_file(file, dtype, shape):
+    array = (100 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+    given = {"x": array, "nested": [{"y": array.T}]}
+    journal.Journal().add("1 runs", {}, 0, 1.0, given)
+    for found in (journal.plain(given), journal.Journal().get("1 runs", {}, 0)):
+        if shape == ():
+            assert found["x"] == array.item()
+        else:
+            assert found["x"].dtype == array.dtype and np.array_equal(found["x"], array) and found["x"].flags.writeable
+            assert np.array_equal(found["nested"][0]["y"], array.T)
+
+
+def test_scalars_become_numbers_tensors_arrays_and_nan_stays():
+    found = journal.plain({"t": torch.eye(1), "n": np.float32(0.5), "i": np.int64(3), "b": np.bool_(True), "u": (1, 2)})
+    assert isinstance(found["t"], np.ndarray) and found.pop("t").tolist() == [[1.0]]
+    assert found == {"n": 0.5, "i": 3, "b": True, "u": [1, 2]} and type(found["i"]) is int
     assert math.isnan(journal.plain(math.nan)) and journal.plain(math.inf) == math.inf
 
 
@@ -106,7 +121,9 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_its_table_is_the_same(file):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LOWBIT_JOURNAL")
         called.clear()
-        assert sweep(run, arms, seeds, workers=1).equals(resumed) and len(called) == 6
+        whole = sweep(run, arms, seeds, workers=1)
+    assert whole.drop(columns="curve").equals(resumed.drop(columns="curve")) and len(called) == 6
+    assert all(map(np.array_equal, whole.curve, resumed.curve))
     assert len(lines(file)) == 7
 
 
