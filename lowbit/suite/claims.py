@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any
 from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit.metrics.statistics import Effect, interval, paired_difference, verdict
-from lowbit.suite import journal
+from lowbit.suite import journal, profiles
 
 if TYPE_CHECKING:
     import pandas
     from IPython.display import Markdown
 
 FILE = Path(__file__).with_name("claims.yaml")
+MAIN = "desk"
+"""The profile whose tables decide; the others are a second judgement beside it."""
+
 METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "no evidence")
 KEYS = {
@@ -119,7 +122,7 @@ def _spelt_out(claim: str, item: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def judge(profile: str = "desk", folder: Path | None = None, file: Path = FILE) -> list[Claim]:
+def judge(profile: str = MAIN, folder: Path | None = None, file: Path = FILE) -> list[Claim]:
     """Every claim, judged by the tables of ``profile`` in ``folder`` (``results/tables`` of the project).
 
     Raises:
@@ -127,6 +130,13 @@ def judge(profile: str = "desk", folder: Path | None = None, file: Path = FILE) 
     """
     folder = (folder or paths.results() / "tables") / profile
     return [_judge(claim, profile, folder) for claim in load(file)]
+
+
+def judge_all(folder: Path | None = None, file: Path = FILE) -> dict[str, list[Claim]]:
+    """`judge` for `MAIN`, and for each other profile that has tables in ``folder``."""
+    folder = folder or paths.results() / "tables"
+    others = [name for name in profiles.NAMES if name != MAIN and any((folder / name).glob("*.csv"))]
+    return {name: judge(name, folder, file) for name in (MAIN, *others)}
 
 
 def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
@@ -163,6 +173,7 @@ def _again(cards: list[dict[str, Any]], profile: str, folder: Path) -> dict[str,
             last = trainings[-1]  # the first ones are trials of learning rates
             row = {name: value for name, value in last["arm"].items() if name != "lr_factor"} | {"seed": last["seed"]}
             words = [match[1], *(f"{name}={value}" for name, value in row.items())]
+            words += [] if profile == MAIN else ["--profile", profile]
             found[_shown(path)] = shlex.join(["lowbit", "again", *words])
     return found
 
@@ -279,50 +290,76 @@ def read(folder: Path) -> list[Claim]:
 
 
 def markdown(claims: list[Claim]) -> str:
-    """The claims for people: a table, then for each claim its statements, rows, run card and command."""
-    profiles = ", ".join(dict.fromkeys(claim.profile for claim in claims))
+    """The claims for people: a table, then for each claim and profile its statements, rows, run card and command."""
+    by_profile = {
+        name: {c.id: c for c in claims if c.profile == name} for name in dict.fromkeys(c.profile for c in claims)
+    }
+    main, *others = by_profile
     lines = [
         "# The claims, judged",
         "",
-        f"Made by `lowbit claims` from the tables of the profile {profiles}. {METHOD[0].upper()}{METHOD[1:]}.",
+        f"Made by `lowbit claims` from the tables of the profile {main}. {METHOD[0].upper()}{METHOD[1:]}.",
         "A claim is reproduced if all its statements are, and not reproduced if one is not. What is written here is",
         "true of small networks, few images and short trainings; see the run cards.",
+        *(f"The column *at {name}* is a second judgement, from the tables of that profile." for name in others),
         "",
-        "| claim | says | verdict | first statement | data | seeds |",
-        "|---|---|---|---|---|---|",
+        "| claim | says | verdict | first statement | data | seeds |" + "".join(f" at {name} |" for name in others),
+        "|---|---|---|---|---|---|" + "---|" * len(others),
     ]
-    for claim in claims:
-        cells = (
+    for claim in by_profile[main].values():
+        cells = [
             claim.id,
             claim.claim,
             f"**{claim.verdict}**",
             effect(claim.statements[0]),
             claim.dataset,
             claim.seeds or "",
-        )
+        ]
+        cells += [by_profile[name][claim.id].verdict for name in others]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    for claim in claims:
-        lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. **{claim.verdict}**.", ""]
-        lines += _statements(claim)
-        for table in claim.runs:
-            card = (link := _link(table)).with_suffix(".json")
-            lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
-        if claim.command:
-            lines += ["", f"Again: `{claim.command}`"]
-        for path, command in claim.again.items():
+    for claim in by_profile[main].values():
+        lines += [
+            "",
+            f"## {claim.id}: {claim.claim}",
+            "",
+            f"{claim.paper}. **{claim.verdict}**.",
+            "",
+            *_evidence(claim),
+        ]
+        for name in others:
+            other = by_profile[name][claim.id]
             lines += [
                 "",
-                f"Each training, with its result and its seconds: [{path}]({_link(path)}). One again: `{command}`",
+                f"### {claim.id} at {name}",
+                "",
+                f"{other.dataset or 'no data'}. **{other.verdict}**.",
+                "",
+                *_evidence(other),
             ]
-    for profile in dict.fromkeys(claim.profile for claim in claims):
-        lines += costs(paths.results() / "journals" / profile)
+    for name in by_profile:
+        lines += costs(name)
     return "\n".join(lines) + "\n"
 
 
-def costs(folder: Path) -> list[str]:
-    """What the trainings in the journals of ``folder`` took, as the lines of a section; none without journals."""
+def _evidence(claim: Claim) -> list[str]:
+    lines = _statements(claim)
+    for table in claim.runs:
+        card = (link := _link(table)).with_suffix(".json")
+        lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
+    if claim.command:
+        lines += ["", f"Again: `{claim.command}`"]
+    for path, command in claim.again.items():
+        lines += [
+            "",
+            f"Each training, with its result and its seconds: [{path}]({_link(path)}). One again: `{command}`",
+        ]
+    return lines
+
+
+def costs(profile: str) -> list[str]:
+    """What the trainings in the journals of a profile took, as the lines of a section; none without journals."""
     rows = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted((paths.results() / "journals" / profile).glob("*.jsonl")):
         lines = journal.read(path)[1:]
         trials = [line for line in lines if line["sweep"].endswith("learning rates")]
         minutes = sum(line["seconds"] for line in lines) / 60
@@ -331,7 +368,7 @@ def costs(folder: Path) -> list[str]:
         return []
     return [
         "",
-        "## What the trainings cost",
+        f"## What the trainings at {profile} cost",
         "",
         "Where trials are listed, each arm's learning rate was chosen first: at the same multiples of its own rate, on",
         "a validation part of the training split, with a seed that is not judged; the test split was not looked at.",
@@ -367,7 +404,8 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
     """
     from IPython.display import Markdown
 
-    judged = {claim.id: claim for claim in read(folder or paths.results())}
+    everything = read(folder or paths.results())
+    judged = {claim.id: claim for claim in everything if claim.profile == MAIN}
     lines = []
     for id in ids:
         if id not in judged:
@@ -377,6 +415,9 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
         lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: **{claim.verdict}**.", "", *_statements(claim)]
         if claim.runs:
             lines += ["", f"From {', '.join(f'`{table}`' for table in claim.runs)}; again: `{claim.command}`"]
+        for other in everything:
+            if other.id == id and other.profile != MAIN:
+                lines += ["", f"At {other.profile} ({other.dataset}): **{other.verdict}**."]
     return Markdown("\n".join(lines).lstrip())
 
 

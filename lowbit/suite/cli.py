@@ -11,7 +11,7 @@ import typer
 
 from lowbit.errors import LowbitError
 
-ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the runs: smoke, desk, gpu or paper.")]
+ProfileOption = Annotated[str, typer.Option("--profile", help="Size of the runs: smoke, embedded, desk, gpu or paper.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Folder of the run.", show_default="results/runs/<profile>")
 ]
@@ -222,8 +222,11 @@ def again(
     raise typer.Exit(0 if same == len(found) else 1)
 
 
-def claims(profile: ProfileOption = "desk") -> None:
-    """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there."""
+def claims() -> None:
+    """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there.
+
+    The tables of the profile desk decide; those of other profiles give a second judgement beside it.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -231,19 +234,21 @@ def claims(profile: ProfileOption = "desk") -> None:
     from lowbit.suite import claims as judged
     from lowbit.suite.runfile import show_path
 
-    found = judged.judge(profile)
+    found = judged.judge_all()
+    (profile, decided), *others = found.items()
     table = Table(title=f"lowbit claims, profile {profile}", title_justify="left")
-    for head in ("", "claim", "verdict", "statements", "data", "seeds"):
+    for head in ("", "claim", "verdict", "statements", "data", "seeds", *(f"at {name}" for name, _ in others)):
         table.add_column(head, overflow="fold", no_wrap=head in ("", "verdict"))
     styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow", "no evidence": "dim"}
-    for claim in found:
+    for number, claim in enumerate(decided):
         counts = [sum(s.verdict == verdict for s in claim.statements) for verdict in styles]
         parts = ", ".join(f"{n} {verdict}" for n, verdict in zip(counts, styles, strict=True) if n)
         verdict = Text(claim.verdict, styles[claim.verdict])
-        table.add_row(claim.id, claim.claim, verdict, parts, claim.dataset, str(claim.seeds or ""))
+        more = [Text(theirs[number].verdict, styles[theirs[number].verdict]) for _, theirs in others]
+        table.add_row(claim.id, claim.claim, verdict, parts, claim.dataset, str(claim.seeds or ""), *more)
     console = _console()
     console.print(table)
-    for path in judged.write(found, paths.results()):
+    for path in judged.write([claim for some in found.values() for claim in some], paths.results()):
         console.print(f"wrote {show_path(path)}", highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Profiles: the same notebooks in four sizes, from ``notebooks/profiles.yaml``."""
+"""Profiles: the same notebooks in five sizes, from ``notebooks/profiles.yaml``."""
 
 import difflib
 import fnmatch
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 from lowbit import paths
 from lowbit.errors import LowbitError
 
-NAMES = ("smoke", "desk", "gpu", "paper")
+NAMES = ("smoke", "embedded", "desk", "gpu", "paper")
 """The profiles there are."""
 
 FILE = "profiles.yaml"

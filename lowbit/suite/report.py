@@ -195,7 +195,7 @@ def _costs(cards: list[Card]) -> dict:
 def _papers(run: Run, folder: Path) -> dict:
     """The claims as `lowbit claims` last judged them, with links to their evidence where it lies near the page."""
     try:
-        found, wrong = claims.read(paths.results()), ""
+        found, wrong = [claim for claim in claims.read(paths.results()) if claim.profile == claims.MAIN], ""
     except LowbitError as error:
         found, wrong = [], str(error)
     rows = [

@@ -210,3 +210,27 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
     assert "| 05_made | 1 | 1 | 0 |" in text
     (chosen,) = again.pick(again.read(path)[1], shlex.split(command)[3:])
     assert (chosen["sweep"], chosen["seed"]) == ("2 trainings", 4)
+
+
+def test_other_profiles_with_tables_give_a_second_judgement(project, tmp_path):
+    file, folder = tmp_path / "claims.yaml", project.results / "tables"
+    file.write_text(yaml.safe_dump([{"id": "X1", "paper": "ours", "claim": "it helps", "statements": [STATEMENT]}]))
+    for profile, gain in (("desk", 1.0), ("embedded", -1.0)):
+        (folder / profile).mkdir(parents=True)
+        pd.DataFrame(rows({2: gain, 3: gain})).to_csv(folder / profile / "made.csv", index=False)
+        card = {"settings": {"dataset": profile + "-data"}, "command": f"lowbit run 05_made --profile {profile}"}
+        (folder / profile / "made.json").write_text(json.dumps(card))
+    (folder / "gpu").mkdir()  # a profile without tables says nothing
+    found = claims.judge_all(file=file)
+    assert {name: some[0].verdict for name, some in found.items()} == {
+        "desk": "reproduced",
+        "embedded": "not reproduced",
+    }
+    everything = [claim for some in found.values() for claim in some]
+    text = claims.markdown(everything)
+    assert "| at embedded |" in text and "### X1 at embedded" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| X1 |")]
+    assert "**reproduced**" in row and row.endswith("| not reproduced |")
+    claims.write(everything, project.results)
+    shown = claims.show("X1").data
+    assert "At desk: **reproduced**" in shown and "At embedded (embedded-data): **not reproduced**." in shown

@@ -6,7 +6,7 @@ from lowbit.errors import LowbitError
 from lowbit.suite import profiles
 
 
-def test_the_projects_own_file_has_all_four():
+def test_the_projects_own_file_has_all():
     found = profiles.load(Path(__file__).parents[2] / "notebooks" / profiles.FILE)
     assert tuple(found) == profiles.NAMES
     assert found["smoke"].threads == 1
