@@ -346,6 +346,8 @@ def _evidence(claim: Claim) -> list[str]:
     for table in claim.runs:
         card = (link := _link(table)).with_suffix(".json")
         lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
+    if pictures := _pictures(claim):
+        lines += ["", "Pictures: " + ", ".join(f"[{path.name}]({path.as_posix()})" for path in pictures)]
     if claim.command:
         lines += ["", f"Again: `{claim.command}`"]
     for path, command in claim.again.items():
@@ -354,6 +356,13 @@ def _evidence(claim: Claim) -> list[str]:
             f"Each training, with its result and its seconds: [{path}]({_link(path)}). One again: `{command}`",
         ]
     return lines
+
+
+def _pictures(claim: Claim) -> list[Path]:
+    """The figures kept of the notebooks that made its tables, from ``results/claims.md``."""
+    numbers = dict.fromkeys(Path(table).name[:3] for table in claim.runs)  # "02_"
+    folder = paths.results() / "figures" / claim.profile
+    return [path.relative_to(paths.results()) for number in numbers for path in sorted(folder.glob(f"{number}*.png"))]
 
 
 def costs(profile: str) -> list[str]:

@@ -202,12 +202,16 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
         kept = journal.Journal()
         kept.add("1 learning rates", {"arm": "a", "lr_factor": 3.0}, 1000, 1.0, {"y": 1})
         kept.add("2 trainings", {"arm": "a b", "bits": 2, "lr_factor": 3.0}, 4, 1.0, {"y": 1})
+    (folder.parents[1] / "figures" / "desk").mkdir(parents=True)
+    for name in ("mad_curves.png", "may_curves.png"):  # the table is called made
+        (folder.parents[1] / "figures" / "desk" / name).touch()
     (found,) = claims.judge("desk", file=file)
     command = "lowbit again 05_made 'arm=a b' bits=2 seed=4"
     assert found.again == {"results/journals/desk/05_made.jsonl": command}
     text = claims.markdown([found])
     assert f"[results/journals/desk/05_made.jsonl](journals/desk/05_made.jsonl). One again: `{command}`" in text
     assert "| 05_made | 1 | 1 | 0 |" in text
+    assert "Pictures: [mad_curves.png](figures/desk/mad_curves.png)\n" in text
     (chosen,) = again.pick(again.read(path)[1], shlex.split(command)[3:])
     assert (chosen["sweep"], chosen["seed"]) == ("2 trainings", 4)
 
