@@ -5,10 +5,10 @@ notebook saved by `lowbit.save_table` (one row a measurement, with its seed), no
 Where there is no such table the verdict is *no evidence*.
 """
 
+import csv
 import itertools
 import json
 import math
-import re
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -158,24 +158,33 @@ def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
         seeds=min((statement.seeds for statement in statements if statement.table), default=0),
         runs=list(dict.fromkeys(statement.table for statement in statements if statement.table)),
         command="; ".join(dict.fromkeys(card["command"] for card in cards)),
-        again=_again(cards, profile, folder.parents[1] / "journals"),
+        again=_again(cards, folder),
         statements=statements,
     )
 
 
-def _again(cards: list[dict[str, Any]], profile: str, folder: Path) -> dict[str, str]:
+def _again(cards: list[dict[str, Any]], folder: Path) -> dict[str, str]:
     found = {}
-    for command in dict.fromkeys(card["command"] for card in cards):
-        if not (match := re.match(r"lowbit run (\S+) --profile", command)):
+    for card in cards:
+        notebook = card["command"].removeprefix("lowbit run ").split()[0]
+        path = folder.parents[1] / "journals" / folder.name / f"{notebook}.jsonl"
+        trainings = [line for line in journal.read(path)[1:] if not line["sweep"].endswith("learning rates")]
+        if not trainings or _shown(path) in found:
             continue
-        path = folder / profile / f"{match[1]}.jsonl"
-        if trainings := journal.read(path)[1:]:
-            last = trainings[-1]  # the first ones are trials of learning rates
-            row = {name: value for name, value in last["arm"].items() if name != "lr_factor"} | {"seed": last["seed"]}
-            words = [match[1], *(f"{name}={value}" for name, value in row.items())]
-            words += [] if profile == MAIN else ["--profile", profile]
-            found[_shown(path)] = shlex.join(["lowbit", "again", *words])
+        with (folder / f"{card['table']}.csv").open(encoding="utf-8", newline="") as file:
+            columns = set(next(csv.reader(file)))
+        one = max(reversed(trainings), key=lambda line: _alike(line, columns))  # of the sweep that made the table
+        row = {name: value for name, value in one["arm"].items() if name != "lr_factor"} | {"seed": one["seed"]}
+        words = [notebook, *(f"{name}={value}" for name, value in row.items())]
+        words += [] if folder.name == MAIN else ["--profile", folder.name]
+        found[_shown(path)] = shlex.join(["lowbit", "again", *words])
     return found
+
+
+def _alike(line: dict[str, Any], columns: set[str]) -> int:
+    rows = line["result"] if isinstance(line["result"], list) else [line["result"]]
+    names = {*line["arm"], *(name for row in rows for name in row)}
+    return len(names & columns) - len(names - columns)
 
 
 def combine(verdicts: list[str]) -> str:

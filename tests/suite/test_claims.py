@@ -191,7 +191,7 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
     file.write_text(yaml.safe_dump([{"id": "X1", "paper": "ours", "claim": "it helps", "statements": [STATEMENT]}]))
     folder.mkdir(parents=True)
     pd.DataFrame(rows({2: 1.0, 3: 1.0})).to_csv(folder / "made.csv", index=False)
-    card = {"settings": {"dataset": "cifar"}, "command": "lowbit run 05_made --profile desk"}
+    card = {"table": "made", "settings": {"dataset": "cifar"}, "command": "lowbit run 05_made --profile desk"}
     (folder / "made.json").write_text(json.dumps(card))
     (found,) = claims.judge("desk", file=file)
     assert found.again == {}  # no journal is kept
@@ -201,7 +201,8 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
         patch.setenv("LOWBIT_JOURNAL", str(path))
         kept = journal.Journal()
         kept.add("1 learning rates", {"arm": "a", "lr_factor": 3.0}, 1000, 1.0, {"y": 1})
-        kept.add("2 trainings", {"arm": "a b", "bits": 2, "lr_factor": 3.0}, 4, 1.0, {"y": 1})
+        kept.add("2 trainings", {"arm": "a b", "bits": 2, "lr_factor": 3.0}, 4, 1.0, {"accuracy, %": 1})
+        kept.add("3 others", {"arm": "a b", "lr_factor": 3.0}, 5, 1.0, {"mAP, %": 1})  # not of this table
     (folder.parents[1] / "figures" / "desk").mkdir(parents=True)
     for name in ("mad_curves.png", "may_curves.png"):  # the table is called made
         (folder.parents[1] / "figures" / "desk" / name).touch()
@@ -210,7 +211,7 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
     assert found.again == {"results/journals/desk/05_made.jsonl": command}
     text = claims.markdown([found])
     assert f"[results/journals/desk/05_made.jsonl](journals/desk/05_made.jsonl). One again: `{command}`" in text
-    assert "| 05_made | 1 | 1 | 0 |" in text
+    assert "| 05_made | 1 | 2 | 0 |" in text
     assert "Pictures: [mad_curves.png](figures/desk/mad_curves.png)\n" in text
     (chosen,) = again.pick(again.read(path)[1], shlex.split(command)[3:])
     assert (chosen["sweep"], chosen["seed"]) == ("2 trainings", 4)
@@ -222,7 +223,11 @@ def test_other_profiles_with_tables_give_a_second_judgement(project, tmp_path):
     for profile, gain in (("desk", 1.0), ("embedded", -1.0)):
         (folder / profile).mkdir(parents=True)
         pd.DataFrame(rows({2: gain, 3: gain})).to_csv(folder / profile / "made.csv", index=False)
-        card = {"settings": {"dataset": profile + "-data"}, "command": f"lowbit run 05_made --profile {profile}"}
+        card = {
+            "table": "made",
+            "settings": {"dataset": profile + "-data"},
+            "command": f"lowbit run 05_made --profile {profile}",
+        }
         (folder / profile / "made.json").write_text(json.dumps(card))
     (folder / "gpu").mkdir()  # a profile without tables says nothing
     found = claims.judge_all(file=file)
