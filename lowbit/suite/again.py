@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit.suite import journal, runner
 from lowbit.suite.notebooks import parse_value
@@ -37,11 +36,6 @@ class Row:
     def differing(self) -> list[tuple[str, Any, Any]]:
         """Name, value then and value now of everything that is not exactly the same."""
         return list(_differing("", self.line["result"], self.now))
-
-
-def kept(profile: str, notebook: str) -> Path:
-    """Where the project keeps the journal of that notebook: ``results/journals/<profile>/<notebook>.jsonl``."""
-    return paths.results() / "journals" / profile / f"{notebook}.jsonl"
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -104,7 +98,7 @@ def plan(
     if len(run.notebooks) != 1:
         raise LowbitError(f"{notebook!r} means {len(run.notebooks)} notebooks; name one")
     name = run.notebooks[0].name
-    head, lines = read(file or kept(profile, name))
+    head, lines = read(file or journal.kept(profile, name))
     now = journal.plain(run.parameters[name])
     if head.get("notebook") != name or head.get("parameters") != now:
         raise LowbitError(
@@ -128,7 +122,7 @@ def pick(
     """
     found = list(lines)
     if not any(text.startswith("sweep") for text in wanted):
-        found = [line for line in lines if not line["sweep"].endswith("learning rates")] or found
+        found = [line for line in lines if not journal.is_trial(line)] or found
     for text in wanted:
         name, equals, value = (part.strip() for part in text.partition("="))
         allowed = [*OWN, *dict.fromkeys(key for line in lines for key in line["arm"])]

@@ -167,8 +167,8 @@ def _again(cards: list[dict[str, Any]], folder: Path) -> dict[str, str]:
     found = {}
     for card in cards:
         notebook = card["command"].removeprefix("lowbit run ").split()[0]
-        path = folder.parents[1] / "journals" / folder.name / f"{notebook}.jsonl"
-        trainings = [line for line in journal.read(path)[1:] if not line["sweep"].endswith("learning rates")]
+        path = journal.kept(folder.name, notebook)
+        trainings = [line for line in journal.read(path)[1:] if not journal.is_trial(line)]
         if not trainings or _shown(path) in found:
             continue
         with (folder / f"{card['table']}.csv").open(encoding="utf-8", newline="") as file:
@@ -377,9 +377,9 @@ def _pictures(claim: Claim) -> list[Path]:
 def costs(profile: str) -> list[str]:
     """What the trainings in the journals of a profile took, as the lines of a section; none without journals."""
     rows = []
-    for path in sorted((paths.results() / "journals" / profile).glob("*.jsonl")):
+    for path in sorted(journal.kept(profile, "any").parent.glob("*.jsonl")):
         lines = journal.read(path)[1:]
-        trials = [line for line in lines if line["sweep"].endswith("learning rates")]
+        trials = [line for line in lines if journal.is_trial(line)]
         minutes = sum(line["seconds"] for line in lines) / 60
         rows.append(f"| {path.stem} | {len(trials)} | {len(lines) - len(trials)} | {minutes:.0f} |")
     if not rows:

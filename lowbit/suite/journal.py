@@ -14,13 +14,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lowbit import paths
+
 ARRAY = "array"
 """The name in JSON under which an array's bytes stand, compressed and in base 85, beside its dtype and shape."""
+
+TRIALS = "learning rates"
+"""How `lowbit.training.choose_rates` describes its sweep."""
 
 
 def place(notebook: str) -> str:
     """Where the journal of a notebook is, from the folder of the run."""
     return f"journals/{notebook}.jsonl"
+
+
+def kept(profile: str, notebook: str) -> Path:
+    """Where the project keeps the journal of a run that its tables are from."""
+    return paths.results() / "journals" / profile / f"{notebook}.jsonl"
 
 
 def begin(
@@ -77,6 +87,11 @@ def key(line: dict[str, Any]) -> str:
     return json.dumps([line["sweep"], line["arm"], line["seed"]], sort_keys=True, default=repr)
 
 
+def is_trial(line: dict[str, Any]) -> bool:
+    """Whether it is a trial of a learning rate, and not a training that is judged."""
+    return line["sweep"].endswith(TRIALS)
+
+
 class Journal:
     """The journal of the notebook that runs, which ``LOWBIT_JOURNAL`` names; without it nothing is found or kept."""
 
@@ -128,7 +143,7 @@ def _decoded(value: Any) -> Any:
         return [_decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if ARRAY in value:
+    if value.keys() == {ARRAY, "dtype", "shape"}:
         import numpy as np
 
         data = zlib.decompress(base64.b85decode(value[ARRAY]))

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from lowbit.errors import DivergedError, LowbitError
+from lowbit.suite.journal import TRIALS
 from lowbit.suite.tables import save_table
 from lowbit.training.sweeps import sweep
 
@@ -65,7 +66,7 @@ def choose_rates(
     if len(factors) == 1:
         return trials, pd.DataFrame(trials).assign(**{value: math.nan, "chosen": True, "at_edge": False})
     card = {"lr_factors": factors, "trial_seeds": list(seeds), "judged_seeds": list(judged), **settings}
-    tried = sweep(partial(_trial, run, value), trials, seeds, workers, description="learning rates")
+    tried = sweep(partial(_trial, run, value), trials, seeds, workers, description=TRIALS)
     if value not in tried or len(tried) != len(trials) * len(seeds):
         raise LowbitError(f"run(..., validation=True) has to return one mapping with {value!r}")
     save_table(tried, name, **card)  # before the choice, which may refuse: no trial is lost

@@ -29,7 +29,7 @@ def measured(project):
     project.add(NAME, SWEEP, parameters="bits_tried = [2, 3]\nseeds = [0, 1]")
     done = runner.execute(runner.plan([NAME], "desk"))
     assert done.notebooks[0].status == "passed", done.notebooks[0].reason
-    file = again.kept("desk", NAME)
+    file = journal.kept("desk", NAME)
     file.parent.mkdir(parents=True)
     file.write_bytes((project.results / "runs" / "desk" / journal.place(NAME)).read_bytes())
     project.ran = project.notebooks / "ran"

@@ -195,7 +195,7 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
     (folder / "made.json").write_text(json.dumps(card))
     (found,) = claims.judge("desk", file=file)
     assert found.again == {}  # no journal is kept
-    path = again.kept("desk", "05_made")
+    path = journal.kept("desk", "05_made")
     journal.begin(path, {}, "05_made", {})
     with monkeypatch.context() as patch:
         patch.setenv("LOWBIT_JOURNAL", str(path))

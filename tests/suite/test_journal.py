@@ -71,6 +71,10 @@ def test_a_line_cut_short_is_dropped_with_all_after_it(tmp_path_factory, cut):
         assert journal.Journal().get("1 runs", {"arm": "µ"}, 3) == 1.0
 
 
+def test_a_name_that_means_arrays_in_the_file_is_also_just_a_name():
+    assert journal.plain({"array": 3, "dtype": "x"}) == {"array": 3, "dtype": "x"}
+
+
 @given(st.floats(allow_nan=False))
 def test_numbers_come_back_exactly(value):
     assert journal.plain({"x": value, "y": [value]}) == {"x": value, "y": [value]}
