@@ -78,7 +78,7 @@ def plan(
     timeout_minutes: float | None = None,
     out: Path | None = None,
 ) -> Again:
-    """Checks what was asked for; nothing has run.
+    """Checks what was asked for; nothing has run. The notebook gets the parameters that the journal was made with.
 
     Args:
         notebook: its name.
@@ -91,7 +91,8 @@ def plan(
         out: there; ``results/runs/again``.
 
     Raises:
-        LowbitError: several notebooks, no journal, one that was made with other parameters, or what `pick` refuses.
+        LowbitError: several notebooks; no journal, one of another notebook or profile, or with parameters that the
+            notebook has no more; what `pick` refuses.
     """
     folder = out or runner.run_folder("again")
     run = runner.plan([notebook], profile, fresh=True, timeout_minutes=timeout_minutes, out=folder)
@@ -99,14 +100,17 @@ def plan(
         raise LowbitError(f"{notebook!r} means {len(run.notebooks)} notebooks; name one")
     name = run.notebooks[0].name
     head, lines = read(file or journal.kept(profile, name))
-    now = journal.plain(run.parameters[name])
-    if head.get("notebook") != name or head.get("parameters") != now:
+    parameters = head.get("parameters", {})
+    of, at = head.get("notebook"), parameters.get("profile", profile)
+    if (of, at) != (name, profile):
         raise LowbitError(
-            f"that journal is of {head.get('notebook')} with {head.get('parameters')}, and profile {profile} runs "
-            f"{name} with {now}: make a new one with 'lowbit run {name} --profile {profile}'"
+            f"that journal is of {of} at {at}, not of {name} at {profile}: name these, or another --journal"
         )
+    if unknown := sorted(set(parameters) - {*run.notebooks[0].defaults, "profile"}):
+        raise LowbitError(f"that journal was made with {unknown[0]!r}, a parameter that {name} has no more")
     chosen = pick(lines, wanted, count, draw)
-    return Again(replace(run, trainings={name: without(lines, chosen)}), chosen, len(lines))
+    standing = {name: without(lines, chosen)}
+    return Again(replace(run, parameters={name: parameters}, trainings=standing), chosen, len(lines))
 
 
 def pick(

@@ -136,11 +136,18 @@ def test_a_training_that_the_notebook_has_no_more_is_named():
         again.compare(lines()[-1:], lines()[:-1])
 
 
-def test_no_journal_and_one_of_other_parameters_are_refused(project):
+def test_no_journal_and_one_of_something_else_are_refused(project):
     project.add(NAME, SWEEP, parameters="bits_tried = [2]\nseeds = [0]")
+    project.add("06_other", "pass")
     with pytest.raises(LowbitError, match=r"holds no training.*results/journals"):
         again.plan(NAME, "desk", None, [])
     file = project.folder / "other.jsonl"
-    journal.begin(file, {}, NAME, {"seeds": [7]}, lines())
-    with pytest.raises(LowbitError, match=r"\{'seeds': \[7\]\}.*make a new one with 'lowbit run 05_sweep"):
+    journal.begin(file, {}, NAME, {"seeds": [7], "profile": "desk"}, lines())
+    assert again.plan(NAME, "desk", file, []).run.parameters == {NAME: {"seeds": [7], "profile": "desk"}}
+    with pytest.raises(LowbitError, match="is of 05_sweep at desk, not of 06_other at desk"):
+        again.plan("06_other", "desk", file, [])
+    with pytest.raises(LowbitError, match="is of 05_sweep at desk, not of 05_sweep at smoke"):
+        again.plan(NAME, "smoke", file, [])
+    journal.begin(file, {}, NAME, {"sedes": [7]}, lines())
+    with pytest.raises(LowbitError, match="'sedes', a parameter that 05_sweep has no more"):
         again.plan(NAME, "desk", file, [])
