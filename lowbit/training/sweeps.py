@@ -24,6 +24,9 @@ def sweep(
 ):
     """Calls ``run(**arm, seed=seed)`` for every arm and every seed and returns the results as one table.
 
+    Under ``lowbit run`` each result is written to the notebook's journal as it comes, and an interrupted notebook goes
+    on from there (`lowbit.suite.journal`).
+
     Args:
         run: trains and returns what it measured: a mapping of plain values, or several (one for each epoch, say).
             It may be defined in a notebook; what it uses from there is copied to the workers, so it should load data
@@ -70,8 +73,9 @@ def sweep(
         except LowbitError as error:
             if not found:
                 raise
-            kept = save_table(_table(jobs, found), "unfinished_" + "_".join(description.split()))
-            where = tables() / f"unfinished_{'_'.join(description.split())}.csv"
+            unfinished = "unfinished_" + "_".join(description.split())
+            kept = save_table(_table(jobs, found), unfinished)
+            where = tables() / f"{unfinished}.csv"
             raise LowbitError(f"{error}; the {len(kept)} rows measured before it are in {where}") from None
     return _table(jobs, found)
 
