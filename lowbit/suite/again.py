@@ -1,7 +1,7 @@
 """``lowbit again``: a few trainings of a kept journal once more, and whether the same numbers come out.
 
-The notebook is executed from the top, with all other trainings taken from the journal, so one row of a table costs one
-training and not the whole table.
+Their notebooks are executed from the top, with all other trainings taken from the journals, so one row of a table costs
+one training and not the whole table.
 """
 
 import math
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.suite import journal, runner
-from lowbit.suite.notebooks import parse_value
+from lowbit.suite import journal, notebooks, profiles, runner
+from lowbit.suite.notebooks import Notebook, parse_value
 
 OWN = ("sweep", "seed")
 """What can be asked for beside the names of the arms' arguments."""
@@ -55,16 +55,16 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Again:
-    """What is to be run, which trainings of the journal that makes anew, and how many the journal has."""
+    """What is to be run, which trainings of each notebook's journal that makes anew, and how many all journals have."""
 
     run: runner.Plan
-    chosen: list[dict[str, Any]]
+    chosen: dict[str, list[dict[str, Any]]]
     there: int
 
     def compare(self) -> list[Row]:
         """Each chosen training beside what it gave in the run, which has passed."""
-        name = self.run.notebooks[0].name
-        return compare(self.chosen, read(self.run.folder / journal.place(name))[1])
+        made = {name: read(self.run.folder / journal.place(name))[1] for name in self.chosen}
+        return [row for name, lines in self.chosen.items() for row in compare(lines, made[name])]
 
 
 def plan(
@@ -78,39 +78,52 @@ def plan(
     timeout_minutes: float | None = None,
     out: Path | None = None,
 ) -> Again:
-    """Checks what was asked for; nothing has run. The notebook gets the parameters that the journal was made with.
+    """Checks what was asked for; nothing has run. Notebooks get the parameters that their journals were made with.
 
     Args:
-        notebook: its name.
-        profile: that of the journal.
-        file: the journal; None: the one that the project keeps.
+        notebook: its name, or a pattern; of several notebooks those take part that have a journal.
+        profile: that of the journals.
+        file: the journal, of one notebook; None: those that the project keeps.
         wanted: see `pick`, as are
-        count: and
+        count: the number over all notebooks, and
         draw: there.
         timeout_minutes: as for `runner.plan`, as is
         out: there; ``results/runs/again``.
 
     Raises:
-        LowbitError: several notebooks; no journal, one of another notebook or profile, or with parameters that the
-            notebook has no more; what `pick` refuses.
+        LowbitError: one ``file`` for several notebooks; no journal, one of another notebook or profile, or with
+            parameters that the notebook has no more; what `pick` refuses.
     """
+    profiles.get(profile)
+    books = notebooks.select([notebook])
+    if file and len(books) != 1:
+        raise LowbitError(f"{notebook!r} means {len(books)} notebooks, and a journal is of one; name that")
+    if len(books) > 1:
+        books = [book for book in books if journal.kept(profile, book.name).exists()] or books[:1]
+    found = {book.name: _journal(book, profile, file or journal.kept(profile, book.name)) for book in books}
+    lines = [{**line, "notebook": name} for name, (_, there) in found.items() for line in there]
+    picked = pick(lines, wanted, count, draw)
+    chosen = {name: [line for line in picked if line["notebook"] == name] for name in found}
+    chosen = {name: some for name, some in chosen.items() if some}
     folder = out or runner.run_folder("again")
-    run = runner.plan([notebook], profile, fresh=True, timeout_minutes=timeout_minutes, out=folder)
-    if len(run.notebooks) != 1:
-        raise LowbitError(f"{notebook!r} means {len(run.notebooks)} notebooks; name one")
-    name = run.notebooks[0].name
-    head, lines = read(file or journal.kept(profile, name))
+    run = runner.plan(list(chosen), profile, fresh=True, timeout_minutes=timeout_minutes, out=folder)
+    parameters = {name: found[name][0] for name in chosen}
+    standing = {name: without(found[name][1], some) for name, some in chosen.items()}
+    return Again(replace(run, parameters=parameters, trainings=standing), chosen, len(lines))
+
+
+def _journal(book: Notebook, profile: str, file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The parameters and the trainings of a notebook's journal."""
+    head, lines = read(file)
     parameters = head.get("parameters", {})
     of, at = head.get("notebook"), parameters.get("profile", profile)
-    if (of, at) != (name, profile):
+    if (of, at) != (book.name, profile):
         raise LowbitError(
-            f"that journal is of {of} at {at}, not of {name} at {profile}: name these, or another --journal"
+            f"that journal is of {of} at {at}, not of {book.name} at {profile}: name these, or another --journal"
         )
-    if unknown := sorted(set(parameters) - {*run.notebooks[0].defaults, "profile"}):
-        raise LowbitError(f"that journal was made with {unknown[0]!r}, a parameter that {name} has no more")
-    chosen = pick(lines, wanted, count, draw)
-    standing = {name: without(lines, chosen)}
-    return Again(replace(run, parameters={name: parameters}, trainings=standing), chosen, len(lines))
+    if unknown := sorted(set(parameters) - {*book.defaults, "profile"}):
+        raise LowbitError(f"that journal was made with {unknown[0]!r}, a parameter that {book.name} has no more")
+    return parameters, lines
 
 
 def pick(

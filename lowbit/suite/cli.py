@@ -165,7 +165,7 @@ def accept(
 
 
 def again(
-    notebook: Annotated[str, typer.Argument(help="Its name.")],
+    notebook: Annotated[str, typer.Argument(help="Its name, or a pattern as '*': all that have a journal.")],
     rows: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Only trainings with these arguments, seed=3.")
     ] = None,
@@ -199,7 +199,7 @@ def again(
 
     plan = rerun.plan(notebook, profile, journal, rows or (), count, draw, timeout_minutes=timeout, out=out)
     console = _console()
-    console.print(f"{len(plan.chosen)} of {plan.there} trainings once more", highlight=False)
+    console.print(f"{sum(map(len, plan.chosen.values()))} of {plan.there} trainings once more", highlight=False)
     try:
         done = runner.execute(plan.run, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
@@ -208,13 +208,13 @@ def again(
         console.print(summary(done))
         raise typer.Exit(1)
     table = Table(title=f"lowbit again, profile {profile}, {done.device}", title_justify="left")
-    for head in ("training", "", "differs: then, now"):
+    for head in ("notebook", "training", "", "differs: then, now"):
         table.add_column(head, overflow="fold")
     found = plan.compare()
     for row in found:
         said = "; ".join(f"{name}: {then!s:.20}, {now!s:.20}" for name, then, now in row.differing[:4])
         more = f" and {len(row.differing) - 4} more" if len(row.differing) > 4 else ""
-        table.add_row(row.what, "✘ differs" if row.differing else "✔ the same", said + more)
+        table.add_row(row.line["notebook"], row.what, "✘ differs" if row.differing else "✔ the same", said + more)
     console.print(table)
     same = sum(not row.differing for row in found)
     console.print(f"{same} of {len(found)} exactly the same", highlight=False)

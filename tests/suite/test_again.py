@@ -61,6 +61,28 @@ def test_a_number_that_has_changed_is_told_with_both_values(measured):
 
 
 @pytest.mark.slow
+def test_rows_are_drawn_from_all_notebooks_that_have_a_journal(measured):
+    other = "06_other"
+    measured.add(other, SWEEP.replace("05_y", "06_y"), parameters="bits_tried = [4]\nseeds = [0, 1]")
+    measured.add("07_without_journal", "raise SystemError('it was not asked for')")
+    done = runner.execute(runner.plan([other], "desk"))
+    place = measured.results / "runs" / "desk" / journal.place(other)
+    journal.kept("desk", other).write_bytes(place.read_bytes())
+    assert done.notebooks[0].status == "passed"
+    measured.ran.unlink()
+    (measured.notebooks / "offset").write_text("0.5")
+    result = CliRunner().invoke(app, ["again", "*", "seed=0"])
+    assert result.exit_code == 1 and "3 of 6 trainings once more" in result.output
+    assert "0 of 3 exactly the same" in result.output and other in result.output and NAME in result.output
+    assert sorted(measured.ran.read_text().split()) == ["2/0", "3/0", "4/0"]
+    measured.ran.unlink()
+    (measured.notebooks / "offset").unlink()
+    result = CliRunner().invoke(app, ["again", "*", "bits=4", "--random", "1"])
+    assert result.exit_code == 0 and "1 of 1 exactly the same" in result.output and NAME not in result.output
+    assert len(measured.ran.read_text().split()) == 1
+
+
+@pytest.mark.slow
 def test_a_notebook_that_fails_has_not_been_compared(measured):
     (measured.notebooks / "offset").write_text("none")
     result = call("seed=0")
@@ -148,6 +170,10 @@ def test_no_journal_and_one_of_something_else_are_refused(project):
         again.plan("06_other", "desk", file, [])
     with pytest.raises(LowbitError, match="is of 05_sweep at desk, not of 05_sweep at smoke"):
         again.plan(NAME, "smoke", file, [])
+    with pytest.raises(LowbitError, match=r"'\*' means 2 notebooks, and a journal is of one"):
+        again.plan("*", "desk", file, [])
+    with pytest.raises(LowbitError, match="holds no training"):
+        again.plan("*", "desk", None, [])
     journal.begin(file, {}, NAME, {"sedes": [7]}, lines())
     with pytest.raises(LowbitError, match="'sedes', a parameter that 05_sweep has no more"):
         again.plan(NAME, "desk", file, [])
