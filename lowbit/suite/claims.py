@@ -132,6 +132,11 @@ def judge(profile: str = MAIN, folder: Path | None = None, file: Path = FILE) ->
     return [_judge(claim, profile, folder) for claim in load(file)]
 
 
+def judge_run(profile: str, folder: Path, file: Path = FILE) -> list[Claim]:
+    """`judge` for the tables of one run, of ``profile`` and in ``folder``, whether accepted or not."""
+    return [_judge(claim, profile, folder / "tables") for claim in load(file)]
+
+
 def judge_all(folder: Path | None = None, file: Path = FILE) -> dict[str, list[Claim]]:
     """`judge` for `MAIN`, and for each other profile that has tables in ``folder``."""
     folder = folder or paths.results() / "tables"
@@ -203,7 +208,7 @@ def combine(verdicts: list[str]) -> str:
 def _decide(item: dict[str, Any], folder: Path) -> Statement:
     import pandas
 
-    path = folder / f"{item['table']}.csv"
+    path = _file(folder, f"{item['table']}.csv")
     if not path.is_file():
         return Statement(item["says"], "no evidence", note=f"there is no table {item['table']}")
     shown = _shown(path)
@@ -261,8 +266,13 @@ def _column(frame: "pandas.DataFrame", name: str, item: dict[str, Any]):
     return frame[name]
 
 
+def _file(folder: Path, name: str) -> Path:
+    """In ``folder``, or in the folders of the notebooks that a run has there."""
+    return next(iter([*folder.glob(name), *folder.glob(f"*/{name}")]), folder / name)
+
+
 def _card(folder: Path, table: str) -> dict[str, Any] | None:
-    path = folder / f"{table}.json"
+    path = _file(folder, f"{table}.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

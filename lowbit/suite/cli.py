@@ -129,10 +129,13 @@ def accept(
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
     out: OutOption = None,
 ) -> None:
-    """Show what accepting the last run would change, and make it the baseline."""
+    """Show what accepting the last run would change, and make it the baseline.
+
+    Beyond the profile smoke, its tables, trainings and main pictures go to results/ too, for 'lowbit claims'.
+    """
     from rich.console import Console
 
-    from lowbit.suite import baselines, runfile, runner, seeding
+    from lowbit.suite import baselines, evidence, runfile, runner, seeding
     from lowbit.suite.progress import Progress
 
     folder = out or runner.run_folder(profile)
@@ -149,19 +152,30 @@ def accept(
         raise typer.Exit(128 + stop.signum) from None
     new = baselines.propose(done, old, repeats, pool=pool)
     rows = baselines.changes(old, new)
+    kept = [] if pool else evidence.changed(done, folder)
     console = _console()
-    if not rows and old and old.notebooks == new.notebooks:
+    same = not rows and old and old.notebooks == new.notebooks
+    if same:
         console.print("the baseline holds exactly these numbers already", highlight=False)
-        return
-    console.print(_table(f"lowbit accept, profile {profile}, {done.device}", rows, ("new", "old")))
+        if not kept:
+            return
+    else:
+        console.print(_table(f"lowbit accept, profile {profile}, {done.device}", rows, ("new", "old")))
+    for path in kept:
+        console.print(f"{'changes' if path.exists() else 'new'}: {runfile.show_path(path)}", highlight=False)
     if done.environment.get("dirty"):
         console.print(
             "the source tree had uncommitted changes when this ran; the baseline will say so", highlight=False
         )
-    if not yes and not typer.confirm(f"write {runfile.show_path(file)}?"):
+    what = [] if same else [runfile.show_path(file)]
+    what += [f"{len(kept)} files of tables, trainings and pictures"] if kept else []
+    if not yes and not typer.confirm(f"write {' and '.join(what)}?"):
         raise typer.Exit(1)
-    baselines.save(new)
-    console.print(f"wrote {runfile.show_path(file)}", highlight=False, soft_wrap=True)
+    if kept:
+        evidence.keep(done, folder)
+    if not same:
+        baselines.save(new)
+    console.print(f"wrote {' and '.join(what)}", highlight=False, soft_wrap=True)
 
 
 def again(
@@ -222,18 +236,26 @@ def again(
     raise typer.Exit(0 if same == len(found) else 1)
 
 
-def claims() -> None:
+def claims(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of a run: judge its tables instead, and write nothing.")
+    ] = None,
+) -> None:
     """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there.
 
-    The tables of the profile desk decide; those of other profiles give a second judgement beside it.
+    The tables of the profile desk decide; those of other profiles give a second judgement beside it. 'lowbit accept'
+    brings the tables of a run there.
     """
     from rich.table import Table
     from rich.text import Text
 
     from lowbit import paths
     from lowbit.suite import claims as judged
+    from lowbit.suite import runfile
     from lowbit.suite.runfile import show_path
 
+    if out:
+        return _claims_of(runfile.load(out), out)
     found = judged.judge_all()
     (profile, decided), *others = found.items()
     table = Table(title=f"lowbit claims, profile {profile}", title_justify="left")
@@ -250,6 +272,24 @@ def claims() -> None:
     console.print(table)
     for path in judged.write([claim for some in found.values() for claim in some], paths.results()):
         console.print(f"wrote {show_path(path)}", highlight=False, soft_wrap=True)
+
+
+def _claims_of(run, folder: Path) -> None:
+    """Prints each statement that the tables of a run decide."""
+    from rich.table import Table
+
+    from lowbit.suite import claims as judged
+
+    found = [claim for claim in judged.judge_run(run.profile, folder) if claim.verdict != "no evidence"]
+    if not found:
+        raise LowbitError(f"no table of the run in {folder} decides a claim; notebooks 02 to 15 and 18 make them")
+    table = Table(title=f"lowbit claims, the run in {folder}, profile {run.profile}", title_justify="left")
+    for head in ("", "statement", "effect", "verdict"):
+        table.add_column(head, overflow="fold")
+    for claim in found:
+        for statement in claim.statements:
+            table.add_row(claim.id, statement.says, judged.effect(statement), statement.verdict)
+    _console().print(table)
 
 
 def mutate(

@@ -76,6 +76,29 @@ def test_a_claim_holds_if_all_its_statements_do(judged, gains, verdict):
     assert (found.dataset, found.command, found.runs) == ("cifar", "lowbit run made", ["made.csv"])
 
 
+def test_a_run_is_judged_by_its_own_tables_and_nothing_is_written(tmp_path, project):
+    folder = project.results / "runs" / "desk" / "tables" / "02_zero_free_shifting"
+    folder.mkdir(parents=True)
+    made = [
+        {"method": m, "bits": bits, "seed": seed, "accuracy, %": 50 + seed + gain + 0.01 * (seed % 2) * gain}
+        for m, gain in (("denseshift", 0), ("s3", -3), ("s3_low_variance", 3))
+        for bits in (2, 3, 4)
+        for seed in range(5)
+    ]
+    pd.DataFrame(made).to_csv(folder / "02_accuracy.csv", index=False)
+    (folder.parents[1] / "run.json").write_text(
+        json.dumps({"schema": 1, "profile": "desk", "started": "2030", "environment": {}, "notebooks": []})
+    )
+    result = CliRunner().invoke(app, ["claims", "--out", str(folder.parents[1])])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("D1") == 6 and "D2" not in result.output
+    assert result.output.count("not reproduced") == 3 and "expected" not in result.output
+    assert not (project.results / "claims.md").exists()
+    (folder / "02_accuracy.csv").unlink()
+    result = CliRunner().invoke(app, ["claims", "--out", str(folder.parents[1])])
+    assert result.exit_code != 0 and "no table of the run" in result.output
+
+
 def test_four_seeds_decide_nothing(judged):
     found = judged(rows({2: 1.0, 3: 1.0}, seeds=4))
     assert found.verdict == "inconclusive" and found.seeds == 4
