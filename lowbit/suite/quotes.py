@@ -5,8 +5,9 @@ A measured number in a Markdown file carries a comment that readers of the rende
     1.09<!--= bench/training.json; case=training step, vit-d192, batch 64; engine=lsq eager; ratio; .2f -->
 
 the file in ``results/`` (a CSV, or a JSON list of objects), the values that pick its row, the column, and Python's
-format. Where several rows fit, as with one row a seed, the column is ``mean NAME``. The command writes the recorded
-numbers into the files; a test fails while a quoted number differs from its record.
+format. Where several rows fit, as with one row a seed, the column is ``mean NAME``. Between ``<!-- verdicts -->`` and
+``<!-- /verdicts -->`` stands the table of what ``lowbit claims`` wrote. The command writes what is recorded into the
+files; a test fails while something quoted differs from its record.
 """
 
 import re
@@ -16,14 +17,16 @@ from pathlib import Path
 
 from lowbit import paths
 from lowbit.errors import LowbitError
+from lowbit.suite import claims
 from lowbit.suite.runfile import write_text
 
 QUOTE = re.compile(r"(?P<shown>[-−+]?\d[\d.,]*)?<!--=(?P<binding>.*?)-->", re.DOTALL)
+VERDICTS = re.compile(r"(?<=<!-- verdicts -->\n)(?P<shown>.*?)(?=<!-- /verdicts -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Quote:
-    """A number as it stands in the text, and as its record has it."""
+    """A number, or the table of verdicts, as it stands in the text, and as its record has it."""
 
     shown: str
     recorded: str
@@ -31,22 +34,47 @@ class Quote:
 
 
 def find(text: str, results: Path | None = None) -> list[Quote]:
-    """All bound numbers of a text, in order.
+    """All bound numbers of a text, in order, and then its tables of verdicts.
 
     Raises:
         LowbitError: A binding that is not of the form above, or that picks no row, or several without ``mean``.
     """
+    results = results or paths.results()
     found = []
     for match in QUOTE.finditer(text):
         binding = " ".join(match["binding"].split())
-        found.append(Quote(match["shown"] or "", _recorded(binding, results or paths.results()), binding))
+        found.append(Quote(match["shown"] or "", _recorded(binding, results), binding))
+    found += [Quote(match["shown"], verdicts(results), "verdicts") for match in VERDICTS.finditer(text)]
     return found
 
 
 def refresh(text: str, results: Path | None = None) -> str:
-    """The text with every bound number as its record has it."""
+    """The text with everything bound as its record has it."""
     quotes = iter(find(text, results))
-    return QUOTE.sub(lambda match: f"{next(quotes).recorded}<!--={match['binding']}-->", text)
+    text = QUOTE.sub(lambda match: f"{next(quotes).recorded}<!--={match['binding']}-->", text)
+    return VERDICTS.sub(lambda match: next(quotes).recorded, text)
+
+
+def verdicts(results: Path) -> str:
+    """The claims with their verdicts at each profile, and how many statements hold, as a table in Markdown."""
+    by_id = {}
+    for claim in claims.read(results):
+        by_id.setdefault(claim.id, {})[claim.profile] = claim
+    profiles = list(dict.fromkeys(profile for of in by_id.values() for profile in of))
+    lines = [
+        "| | claim | " + " | ".join(f"at `{name}`" for name in profiles) + " |",
+        "|---|---|" + "---|" * len(profiles),
+    ]
+    for name, of in by_id.items():
+        said = [_verdict(of[profile]) for profile in profiles]
+        lines.append(f"| {name} | {next(iter(of.values())).claim} | " + " | ".join(said) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(claim: claims.Claim) -> str:
+    held = sum(statement.verdict == "reproduced" for statement in claim.statements)
+    mark = "**" if claim.verdict == "reproduced" else ""
+    return f"{mark}{claim.verdict}{mark} ({held} of {len(claim.statements)})"
 
 
 def _recorded(binding: str, results: Path) -> str:
@@ -83,4 +111,4 @@ if __name__ == "__main__":
             sys.exit(f"{given}: {error}")
         changed = sum(quote.shown != quote.recorded for quote in find(before))
         write_text(given, after)
-        print(f"{given}: {changed} of {len(find(after))} numbers changed")
+        print(f"{given}: {changed} of {len(find(after))} quotes changed")

@@ -7,7 +7,7 @@ import pytest
 
 from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import quotes
+from lowbit.suite import claims, quotes
 
 PROSE = [paths.project() / "README.md", paths.project() / "CONTRIBUTING.md"]
 UNIT = r"(?:%|‰|×|x\b|[mµnu]?s\b|sec|min(?:ute)?s?\b|[KMG]i?B\b|times\b|percent|points?\b|fold\b|faster|slower|smaller)"
@@ -28,6 +28,7 @@ def unbound(text):
     for known in NOT_MEASURED:
         text = text.replace(known, "")
     text = re.sub(r"[-−+]?\d[\d.,]*<!--=.*?-->", "", text, flags=re.DOTALL)
+    text = quotes.VERDICTS.sub("", text)
     text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv \d{4}\.\d{5}", " ", text, flags=re.DOTALL)
     return MEASURED.findall(text)
 
@@ -72,6 +73,27 @@ def test_a_changed_digit_is_noticed_and_mended(results):
     assert quotes.refresh(wrong, results) == text
     (results / "a.json").write_text(json.dumps([{"engine": "x, y", "ratio": 1.5}]))
     assert quotes.find(text, results)[0].recorded == "1.50"
+
+
+def test_the_table_of_verdicts_follows_the_claims(tmp_path):
+    def judged(profile, verdict):
+        said = claims.Statement("it holds", verdict)
+        return claims.Claim(
+            "D1", "zero is no use", "A", verdict, profile, None, "", None, "", "", 5, [], "", {}, [said]
+        )
+
+    claims.write([judged("desk", "not reproduced"), judged("embedded", "reproduced")], tmp_path)
+    text = "Before\n<!-- verdicts -->\nold\n<!-- /verdicts -->\nafter\n"
+    table = "| | claim | at `desk` | at `embedded` |\n|---|---|---|---|\n"
+    table += "| D1 | zero is no use | not reproduced (0 of 1) | **reproduced** (1 of 1) |\n"
+    assert [(q.shown, q.recorded) for q in quotes.find(text, tmp_path)] == [("old\n", table)]
+    assert quotes.refresh(text, tmp_path) == text.replace("old\n", table)
+
+
+def test_the_readme_has_a_verdict_for_every_claim():
+    (table,) = (quote.shown for quote in quotes.find(PROSE[0].read_text()) if quote.binding == "verdicts")
+    assert re.findall(r"^\| ([A-Z]\d) ", table, re.MULTILINE) == [claim["id"] for claim in claims.load()]
+    assert "no evidence" not in table
 
 
 @pytest.mark.parametrize(
