@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowbit import paths
+from lowbit import metrics, paths
 
 PALETTE = sns.color_palette("colorblind")
 BLUE, ORANGE, GREEN, RED, PURPLE = (PALETTE[i] for i in (0, 1, 2, 3, 4))
@@ -42,6 +42,11 @@ def save(figure: Figure, name: str) -> Path:
     path = folder / f"{name}.png"
     figure.savefig(path)
     return path
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The ends ``(low, high)`` of `lowbit.metrics.interval`, for seaborn: ``errorbar=plotting.interval`` draws what is judged."""
+    return metrics.interval(values)[1:]
 
 
 def matrix(

@@ -1,14 +1,17 @@
 """The course's drawings put what they are given where they say."""
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit import plotting
+from lowbit import metrics, plotting
 
 
 @pytest.fixture
@@ -52,6 +55,18 @@ def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_FIGURES", str(tmp_path / "figures"))
     path = plotting.save(ax.figure, "name")
     assert path == tmp_path / "figures" / "name.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_seaborn_draws_the_interval_that_is_judged(ax):
+    values = [1.0, 2.0, 4.0, 8.0, 9.0]
+    sns.pointplot(pd.DataFrame({"x": "a", "y": values}), x="x", y="y", errorbar=plotting.interval, ax=ax)
+    drawn = sorted({y for line in ax.lines for y in line.get_ydata() if math.isfinite(y)})
+    assert np.allclose(drawn, sorted(metrics.interval(values)))
+
+
+def test_one_seed_has_no_interval(ax):
+    sns.pointplot(pd.DataFrame({"x": ["a"], "y": [1.0]}), x="x", y="y", errorbar=plotting.interval, ax=ax)
+    assert {y for line in ax.lines for y in line.get_ydata() if math.isfinite(y)} == {1.0}
 
 
 @pytest.mark.parametrize("panel", [None, "bits"])
