@@ -45,7 +45,7 @@ def save(figure: Figure, name: str) -> Path:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The ends ``(low, high)`` of `lowbit.metrics.interval`, for seaborn: ``errorbar=plotting.interval`` draws what is judged."""
+    """The ends of `lowbit.metrics.interval`: with ``errorbar=plotting.interval`` seaborn draws what verdicts go by."""
     return metrics.interval(values)[1:]
 
 
