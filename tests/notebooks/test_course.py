@@ -1,5 +1,7 @@
 """What every notebook of the course promises its reader."""
 
+import ast
+
 import nbformat
 import pytest
 
@@ -41,3 +43,16 @@ def test_it_teaches(notebook):
         assert heading in prose, f"no {heading!r}"
     assert "lowbit.record(" in source
     assert [o for cell in code(notebook) for o in cell.outputs if "image/png" in o.get("data", {})], "no figure stored"
+
+
+def test_its_error_bars_are_the_intervals_that_verdicts_go_by(notebook):
+    for call in (call for cell in code(notebook) for call in seaborn_estimates(cell.source)):
+        bars = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("errorbar", "seaborn's bootstrap")
+        assert bars in ("plotting.interval", "None"), f"{ast.unparse(call.func)} draws {bars}"
+
+
+def seaborn_estimates(source):
+    """The calls that draw an estimate over several rows, with or without bars."""
+    tree = ast.parse("".join("\n" if line.startswith("%") else line for line in source.splitlines(True)))
+    names = ("sns.barplot", "sns.pointplot", "sns.lineplot", "sns.relplot", "sns.catplot")
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
