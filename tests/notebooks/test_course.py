@@ -1,11 +1,13 @@
 """What every notebook of the course promises its reader."""
 
 import ast
+import re
 
 import nbformat
 import pytest
 
 from lowbit import paths
+from lowbit.suite import claims
 
 NOTEBOOKS = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
 
@@ -56,3 +58,13 @@ def seaborn_estimates(source):
     tree = ast.parse("".join("\n" if line.startswith("%") else line for line in source.splitlines(True)))
     names = ("sns.barplot", "sns.pointplot", "sns.lineplot", "sns.relplot", "sns.catplot")
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+
+
+def test_what_it_says_of_its_claims_was_written_for_the_verdicts_of_today(notebook):
+    """The reasons under a table of verdicts are prose, and prose goes stale: a comment under them says which verdicts their author saw."""
+    judged = {claim.id: claim for claim in claims.read(paths.results()) if claim.profile == claims.MAIN}
+    for table, prose in zip(notebook.cells, notebook.cells[1:]):
+        if table.cell_type == "code" and (shown := re.search(r"claims\.show\((.+)\)", table.source)):
+            verdicts = (f"{id}: {judged[id].verdict} ({', '.join(s.verdict for s in judged[id].statements)})" for id in ast.literal_eval(f"[{shown[1]}]"))
+            line = f"<!-- written for {'; '.join(verdicts)} -->"
+            assert line in prose.source, f"read the text that begins {prose.source[:60]!r} again, correct it, and end it with\n{line}"
