@@ -138,10 +138,11 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
         value: the column to draw, means over the seeds.
     """
     factors = sorted(rates.lr_factor.unique())
+    colours = [*PALETTE, "black", *PALETTE][: rates[arm].nunique()]
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grids have a layout of their own
         grid = sns.relplot(
             rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=False,
-            errorbar=None, height=3.2, aspect=1 if panel else 1.6, palette=[*PALETTE, "black", *PALETTE][: rates[arm].nunique()],
+            errorbar=None, height=3.2, aspect=1 if panel else 1.6, palette=colours,
         )  # fmt: skip
     for shown, ax in grid.axes_dict.items() if panel else [(None, grid.ax)]:
         chosen = rates[rates.chosen & (True if panel is None else rates[panel] == shown)]

@@ -123,17 +123,45 @@ class Data:
 
         return dataclasses.replace(self, classes=tuple(chosen), train=keep(self.train), test=keep(self.test))
 
-    def hold_out(self, fraction: float = 0.1, seed: int = 0) -> "Data":
-        """The same task without its test set: ``test`` becomes a stratified ``fraction`` of the training split.
+    def hold_out(self, fraction: float = 0.1, seed: int = 0, by: str | None = None) -> "Data":
+        """The same task without its test set: ``test`` becomes a ``fraction`` of the training split.
 
         For choosing settings without touching the test set. ``mean`` and ``std`` stay as they are.
+
+        Args:
+            fraction: between 0 and 1, of the items; with ``by`` of the groups. At least one is held out.
+            seed: draws what is held out.
+            by: None for a draw that is stratified over classes; or a column of the split's ``meta`` whose values are
+                held out whole (``"speaker"``): the way to validate where the test split has values of its own, too.
+
+        Raises:
+            LowbitError: another fraction; no such column; fewer than two groups.
         """
         if not 0 < fraction < 1:
             raise LowbitError(f"fraction={fraction} is not allowed; it lies between 0 and 1")
-        order = _stratified_order(labels(self.train), seed)
-        cut = max(1, round(fraction * len(order)))
-        held, kept = order[:cut].sort().values, order[cut:].sort().values
+        if by is None:
+            order = _stratified_order(labels(self.train), seed)
+            cut = max(1, round(fraction * len(order)))
+            held, kept = order[:cut].sort().values, order[cut:].sort().values
+        else:
+            group = _column(self.train, by, self.name)
+            order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed))
+            if len(order) < 2:
+                raise LowbitError(f"{self.name}: all items have the same {by}; by={by!r} takes two or more")
+            chosen = torch.isin(group, order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+            held, kept = chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
         return dataclasses.replace(self, train=_take(self.train, kept), test=_take(self.train, held))
+
+
+def _column(split: Dataset, name: str, data: str) -> Tensor:
+    """A column of the split's ``meta`` as group numbers from 0, int64 ``[N]``, in the order of the sorted values."""
+    import pandas as pd
+
+    meta = getattr(split, "meta", None)
+    there = [] if meta is None else list(meta.columns)
+    if name not in there:
+        raise LowbitError(f"{data} has no column {name!r} to hold out by; it has {', '.join(there) or 'none'}")
+    return torch.from_numpy(pd.factorize(meta[name], sort=True, use_na_sentinel=False)[0]).long()
 
 
 def labels(split: Dataset) -> Tensor:

@@ -75,6 +75,36 @@ def test_hold_out_is_a_stratified_partition_of_the_training_items(counts, fracti
     assert torch.equal(held.test.x, data.hold_out(fraction, seed).test.x)
 
 
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=2, max_size=6), fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99)
+)
+def test_hold_out_by_a_column_holds_out_whole_groups(sizes, fraction, seed):
+    who = [f"speaker {i}" for i, n in enumerate(sizes) for _ in range(n)]
+    train = ArrayDataset(
+        torch.arange(len(who))[:, None], torch.zeros(len(who), dtype=torch.int64), pd.DataFrame({"who": who})
+    )
+    held = Data("made", "speech", ("a",), train, None, (1,)).hold_out(fraction, seed, by="who")
+    inside, outside = set(held.test.meta.who), set(held.train.meta.who)
+    assert not inside & outside and inside | outside == set(who)
+    assert len(inside) == min(max(1, round(fraction * len(sizes))), len(sizes) - 1)
+    assert sorted(held.train.x.flatten().tolist() + held.test.x.flatten().tolist()) == list(range(len(who)))
+    assert all(who[i] == name for i, name in zip(held.test.x.flatten().tolist(), held.test.meta.who, strict=True))
+
+
+def test_hold_out_by_a_column_draws_by_seed_and_says_what_it_can_not():
+    data = made()
+    assert len({tuple(data.hold_out(0.01, seed, by="id").test.meta.id) for seed in range(9)}) > 1
+    with pytest.raises(LowbitError, match="made has no column 'speaker' to hold out by; it has id"):
+        data.hold_out(0.2, by="speaker")
+    with pytest.raises(LowbitError, match="it has none"):
+        Data("plain", "speech", ("a",), ArrayDataset(torch.zeros(2, 1), torch.zeros(2)), None, (1,)).hold_out(
+            0.2, by="id"
+        )
+    alone = ArrayDataset(torch.zeros(2, 1), torch.zeros(2), pd.DataFrame({"id": [7, 7]}))
+    with pytest.raises(LowbitError, match="same id"):
+        Data("alone", "speech", ("a",), alone, None, (1,)).hold_out(0.2, by="id")
+
+
 @pytest.mark.parametrize("call", [lambda d: d.subset(train=81), lambda d: d.subset(test=0), lambda d: d.hold_out(1.0)])
 def test_impossible_sizes_are_refused(call):
     with pytest.raises(LowbitError, match=r"81|0 items|fraction"):
