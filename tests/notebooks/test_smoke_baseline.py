@@ -1,0 +1,20 @@
+"""'make suite' compares with a baseline of the same parameters: a notebook that gets one more needs a new baseline."""
+
+import pytest
+
+from lowbit.suite import baselines, notebooks, profiles
+
+SELECTED = notebooks.select([])
+ACCEPTED = baselines.load("smoke", "cpu").notebooks
+
+
+@pytest.mark.parametrize("notebook", SELECTED, ids=lambda notebook: notebook.name)
+def test_the_baseline_was_accepted_for_the_parameters_of_today(notebook):
+    given = notebooks.resolve([notebook], "smoke", profiles.get("smoke"), {})[notebook.name]
+    assert ACCEPTED[notebook.name].parameters == {**notebook.defaults, **given}, (
+        f"lowbit run {notebook.name} --profile smoke --fresh; lowbit accept --seeds 5"
+    )
+
+
+def test_the_baseline_has_no_notebook_that_is_gone():
+    assert set(ACCEPTED) <= {notebook.name for notebook in SELECTED}
