@@ -6,9 +6,10 @@ from lowbit.suite import baselines, notebooks, profiles
 
 SELECTED = notebooks.select([])
 ACCEPTED = baselines.load("smoke", "cpu").notebooks
+COMPARED = [notebook for notebook in SELECTED if notebook.name in ACCEPTED]  # a new one is 'lowbit check's to name
 
 
-@pytest.mark.parametrize("notebook", SELECTED, ids=lambda notebook: notebook.name)
+@pytest.mark.parametrize("notebook", COMPARED, ids=lambda notebook: notebook.name)
 def test_the_baseline_was_accepted_for_the_parameters_of_today(notebook):
     given = notebooks.resolve([notebook], "smoke", profiles.get("smoke"), {})[notebook.name]
     assert ACCEPTED[notebook.name].parameters == {**notebook.defaults, **given}, (
