@@ -179,7 +179,8 @@ def resolve(
 ) -> dict[str, dict[str, Any]]:
     """The parameters to hand to each notebook: the profile's, then those given; ``profile`` itself where declared.
 
-    Every name has to be declared in the notebook's parameters cell, with a value of the same kind.
+    Every name has to be declared in the notebook's parameters cell, with a value of the same kind, and a profile that
+    runs only what it lists has to list the notebook.
     """
     known = available()
     for name in profile.notebooks:
@@ -187,6 +188,12 @@ def resolve(
             raise LowbitError(f"profiles.yaml, {profile_name}: no notebook is called {name!r}{close(name, known)}")
     resolved = {}
     for notebook in notebooks:
+        if profile.listed_only and notebook.name not in profile.notebooks:
+            raise LowbitError(
+                f"profile {profile_name} has no settings for {notebook.name}, which would run with its smoke values "
+                f"under that name: add '{notebook.name}: {{...}}' to it in profiles.yaml, or choose another profile "
+                f"({profile_name}: {profile.description})"
+            )
         overrides: dict[str, Any] = {}
         sources = (
             (f"profiles.yaml, {profile_name}", profile.notebooks.get(notebook.name, {})),

@@ -28,6 +28,8 @@ class Profile(BaseModel):
         requires: ``cuda`` where the profile needs a GPU; its notebooks are skipped on other machines.
         may_skip: Notebooks (names or globs) that may be skipped: by ``lowbit.skip``, or because of ``requires``,
             without spoiling the exit code of the run. No other notebook can skip itself.
+        listed_only: Whether a notebook that ``notebooks`` does not list is refused; it would run with its smoke
+            values under this profile's name.
         notebooks: For each notebook, the parameters that differ from those in its parameters cell.
     """
 
@@ -38,6 +40,7 @@ class Profile(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     requires: str | None = Field(default=None, pattern="^cuda$")
     may_skip: list[str] = Field(default_factory=list)
+    listed_only: bool = False
     notebooks: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     def lets_skip(self, name: str) -> bool:

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from lowbit import data
 from lowbit.errors import LowbitError
-from lowbit.suite import profiles
+from lowbit.suite import notebooks, profiles
 
 
 def test_the_projects_own_file_has_all():
@@ -41,3 +42,31 @@ def test_who_may_skip_stands_in_the_file(project):
 def test_unknown_profile_is_refused(project):
     with pytest.raises(LowbitError, match=r"'dest'.*did you mean 'desk'"):
         profiles.get("dest")
+
+
+@pytest.mark.parametrize("name", ["smoke", "embedded", "desk", "gpu"])
+def test_a_profile_fits_every_notebook_of_the_course(name):
+    """Names and kinds of all parameters, also those of a profile that few machines can run; and real means real."""
+    profile, chosen = profiles.get(name), notebooks.select([])
+    resolved = notebooks.resolve(chosen, name, profile, {})
+    used = {
+        {**notebook.defaults, **resolved[notebook.name]}["dataset"]
+        for notebook in chosen
+        if "dataset" in notebook.defaults
+    }
+    assert {data.card(dataset).kind in ("embedded", "generated") for dataset in used} == {not profile.listed_only}
+
+
+def test_paper_says_where_the_papers_recipes_are():
+    with pytest.raises(LowbitError, match=r"paper has no settings for 08_.*configs/imagenet_\*.yaml"):
+        notebooks.resolve(notebooks.select(["08*"]), "paper", profiles.get("paper"), {})
+
+
+def test_a_notebook_that_is_not_listed_is_refused_where_only_listed_ones_run(project):
+    project.add("00_first", "1", parameters="profile = 'smoke'")
+    project.add("01_second", "1", parameters="profile = 'smoke'")
+    project.profiles("desk: {description: real data, timeout_minutes: 1, listed_only: true, notebooks: {00_first: {}}}")
+    found = profiles.get("desk")
+    assert notebooks.resolve(notebooks.select(["00_first"]), "desk", found, {}) == {"00_first": {"profile": "desk"}}
+    with pytest.raises(LowbitError, match=r"desk has no settings for 01_second, .*smoke values .* \(desk: real data\)"):
+        notebooks.resolve(notebooks.select([]), "desk", found, {})
