@@ -138,11 +138,13 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
         value: the column to draw, means over the seeds.
     """
     factors = sorted(rates.lr_factor.unique())
-    colours = [*PALETTE, "black", *PALETTE][: rates[arm].nunique()]
+    arms, once = rates[arm].nunique(), [*PALETTE, "black"]
+    colours = [*once, *once][:arms]
+    dashes = [*[""] * len(once), *[(3, 1.5)] * len(once)][:arms]  # a colour that comes again is dashed
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grids have a layout of their own
         grid = sns.relplot(
-            rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=False,
-            errorbar=None, height=3.2, aspect=1 if panel else 1.6, palette=colours,
+            rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=dashes,
+            errorbar=None, height=max(3.2, 0.3 * arms), aspect=1 if panel else 1.6, palette=colours,
         )  # fmt: skip
     for shown, ax in grid.axes_dict.items() if panel else [(None, grid.ax)]:
         chosen = rates[rates.chosen & (True if panel is None else rates[panel] == shown)]

@@ -91,6 +91,20 @@ def test_learning_rates_ring_what_was_chosen(panel):
     plt.close(figure)
 
 
+@pytest.mark.parametrize("arms", [2, 11, 14])
+def test_learning_rates_can_be_told_apart(arms):
+    rows = [(f"method {i}", x, 50.0 + i, x == 1) for i in range(arms) for x in (0.3, 1.0)]
+    figure = plotting.learning_rates(
+        pd.DataFrame(rows, columns=["method", "lr_factor", "accuracy, %", "chosen"]), "method"
+    )
+    (ax,), (legend,) = figure.axes, figure.legends
+    looks = {(line.get_color(), line.is_dashed()) for line in ax.lines if line.get_markersize() != 13}
+    assert len(looks) == arms
+    box = legend.get_window_extent(figure.canvas.get_renderer())
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    plt.close(figure)
+
+
 def test_apart_worked_by_hand():
     """Two in one place go half the distance each; a third that is near is pushed along, one that is far stays."""
     assert plotting.apart([5.0, 5.0], 2).tolist() == [4, 6]
