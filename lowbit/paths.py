@@ -27,6 +27,12 @@ def results() -> Path:
     return Path(os.environ.get("LOWBIT_RESULTS") or project() / "results")
 
 
+def recorded(name: str) -> Path:
+    """A file of `results`, such as ``claims.json``; where that has none, the one that travels with the project."""
+    own = results() / name
+    return own if own.exists() else project() / "results" / name
+
+
 def embedded_data() -> Path:
     """The folder of data that travels with the project."""
     return project() / "data"

@@ -425,14 +425,14 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
 
     Args:
         ids: such as ``"D1"``.
-        folder: with ``claims.json``; ``results`` of the project.
+        folder: with ``claims.json``; the results, or the project's own where ``LOWBIT_RESULTS`` has none.
 
     Raises:
         LowbitError: a claim that is not judged there.
     """
     from IPython.display import Markdown
 
-    everything = read(folder or paths.results())
+    everything = read(folder or paths.recorded("claims.json").parent)
     judged = {claim.id: claim for claim in everything if claim.profile == MAIN}
     lines = []
     for id in ids:
