@@ -31,14 +31,12 @@ def describe() -> dict:
     None), ``compiler`` (C++ compiler and version, or None), ``commit`` (or None), ``dirty`` (or None).
     """
     gpu, threads = _torch_sees()
-    model, flags = _cpu()
     commit, dirty = _git()
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": model,
-        "isa": [name for name in ISA if name in flags],
+        **processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
@@ -48,6 +46,12 @@ def describe() -> dict:
         "commit": commit,
         "dirty": dirty,
     }
+
+
+def processor() -> dict:
+    """``cpu``, its name, and ``isa``, those of `ISA` that it has: what the last bits of a sum depend on."""
+    model, flags = _cpu()
+    return {"cpu": model, "isa": [name for name in ISA if name in flags]}
 
 
 def version(package: str) -> str | None:

@@ -55,11 +55,26 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Again:
-    """What is to be run, which trainings of each notebook's journal that makes anew, and how many all journals have."""
+    """What is to be run, which trainings of each notebook's journal that makes anew, on which machine each journal was
+    made (empty: it does not say), and how many trainings all journals have."""
 
     run: runner.Plan
     chosen: dict[str, list[dict[str, Any]]]
+    machines: dict[str, dict[str, Any]]
     there: int
+
+    def elsewhere(self) -> list[str]:
+        """One line for each journal that was made on another machine than this one, or does not say on which."""
+        here, said = journal.machine(), []
+        for name in self.chosen:
+            then = self.machines[name]
+            if not then:
+                said.append(f"{name}: its journal does not say on which processor it was made")
+            elif then != here:
+                was, now = ({key: _words(of.get(key)) for key in {**then, **here}} for of in (then, here))
+                parts = [f"{key} {was[key]}, here {now[key]}" for key in was if was[key] != now[key]]
+                said.append(f"{name} was made on another machine: {'; '.join(parts)}")
+        return said
 
     def compare(self) -> list[Row]:
         """Each chosen training beside what it gave in the run, which has passed."""
@@ -107,13 +122,15 @@ def plan(
     chosen = {name: some for name, some in chosen.items() if some}
     folder = out or runner.run_folder("again")
     run = runner.plan(list(chosen), profile, fresh=True, timeout_minutes=timeout_minutes, out=folder)
-    parameters = {name: found[name][0] for name in chosen}
+    heads = {name: found[name][0] for name in chosen}
+    parameters = {name: head.get("parameters", {}) for name, head in heads.items()}
     standing = {name: without(found[name][1], some) for name, some in chosen.items()}
-    return Again(replace(run, parameters=parameters, trainings=standing), chosen, len(lines))
+    machines = {name: head.get("machine", {}) for name, head in heads.items()}
+    return Again(replace(run, parameters=parameters, trainings=standing), chosen, machines, len(lines))
 
 
 def _journal(book: Notebook, profile: str, file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The parameters and the trainings of a notebook's journal."""
+    """The first line and the trainings of a notebook's journal."""
     head, lines = read(file)
     parameters = head.get("parameters", {})
     of, at = head.get("notebook"), parameters.get("profile", profile)
@@ -123,7 +140,7 @@ def _journal(book: Notebook, profile: str, file: Path) -> tuple[dict[str, Any], 
         )
     if unknown := sorted(set(parameters) - {*book.defaults, "profile"}):
         raise LowbitError(f"that journal was made with {unknown[0]!r}, a parameter that {book.name} has no more")
-    return parameters, lines
+    return head, lines
 
 
 def pick(
@@ -180,6 +197,10 @@ def _of(line: Mapping[str, Any], name: str) -> Any:
 
 def _fits(found: Any, text: str, value: str) -> bool:
     return str(found) == value or found == parse_value(text, value)
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _differing(name: str, then: Any, now: Any):

@@ -232,6 +232,8 @@ def again(
     console.print(table)
     same = sum(not row.differing for row in found)
     console.print(f"{same} of {len(found)} exactly the same", highlight=False)
+    for line in plan.elsewhere() if same < len(found) else ():
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"the run: {show_path(plan.run.folder)}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if same == len(found) else 1)
 

@@ -1,8 +1,9 @@
 """Each training of a notebook as one line of JSON, written when it ends: what `lowbit.training.sweep` goes on from.
 
-The file is ``journals/<notebook>.jsonl`` in the folder of the run. Its first line says what the results depend on; the
-others hold one training each: ``sweep`` (a number and a description), ``arm``, ``seed``, ``seconds``, ``ended`` and
-``result``. A run that was cut off goes on after the last whole line; once anything has changed, it starts anew.
+The file is ``journals/<notebook>.jsonl`` in the folder of the run. Its first line says what the results depend on, and
+on which processor they were made; the others hold one training each: ``sweep`` (a number and a description), ``arm``,
+``seed``, ``seconds``, ``ended`` and ``result``. A run that was cut off goes on after the last whole line; once anything
+has changed, it starts anew.
 """
 
 import base64
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowbit import paths
+from lowbit import environment, paths
 
 ARRAY = "array"
 """The name in JSON under which an array's bytes stand, compressed and in base 85, beside its dtype and shape."""
@@ -42,6 +43,8 @@ def begin(
 ) -> None:
     """Makes ``path`` ready for a notebook: what it holds stays if it depends on the same, and is dropped otherwise.
 
+    Nor does it stay on another processor: the trainings of one table would differ in more than their arms.
+
     Args:
         path: the journal.
         of: the parts of the fingerprint (`lowbit.suite.fingerprint`); empty: nothing stays.
@@ -50,15 +53,21 @@ def begin(
         trainings: lines to begin with, whatever they and the file there depend on.
     """
     digest = hashlib.sha256(json.dumps(of, sort_keys=True, default=repr).encode()).hexdigest() if of else ""
-    lines, head = read(path), {"of": digest, "notebook": notebook, "parameters": parameters}
+    lines, head = read(path), {"of": digest, "notebook": notebook, "parameters": parameters, "machine": machine()}
     if trainings is not None:
         kept = [head, *trainings]
     else:
-        kept = lines if digest and lines and lines[0].get("of") == digest else [head]
+        same = digest and lines and all(lines[0].get(part) == head[part] for part in ("of", "machine"))
+        kept = lines if same else [head]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text("".join(_line(line) for line in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of a training's numbers depend on beside its code: processor, instruction sets and torch."""
+    return {**environment.processor(), "torch": environment.version("torch")}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

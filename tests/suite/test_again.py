@@ -56,7 +56,24 @@ def test_a_number_that_has_changed_is_told_with_both_values(measured):
     result = call("--random", "2", "--draw", "1")
     assert result.exit_code == 1
     assert "0 of 2 exactly the same" in result.output and "differs" in result.output
+    assert "machine" not in result.output and "processor" not in result.output  # it is the same one
     assert len(measured.ran.read_text().split()) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        ({}, "its journal does not say on which processor"),
+        ({"cpu": "Z80", "isa": ["avx2", "amx_int8"], "torch": "0.1"}, "another machine: cpu Z80, here "),
+    ],
+)
+def test_a_difference_comes_with_the_machine_of_the_journal(measured, machine, said):
+    (measured.notebooks / "offset").write_text("0.5")
+    file = journal.kept("desk", NAME)
+    head, *rest = file.read_text().splitlines(keepends=True)
+    file.write_text(json.dumps(json.loads(head) | {"machine": machine}) + "\n" + "".join(rest))
+    assert said in call("bits=2", "seed=0").output
 
 
 @pytest.mark.slow

@@ -52,6 +52,15 @@ def test_what_depends_on_something_else_is_dropped(file, of):
     assert len(lines(file)) == 1
 
 
+def test_trainings_of_two_processors_are_not_put_into_one_journal(file, monkeypatch):
+    assert set(lines(file)[0]["machine"]) == {"cpu", "isa", "torch"}
+    journal.Journal().add("1 runs", {}, 0, 1.0, 1.0)
+    monkeypatch.setattr(journal.environment, "processor", lambda: {"cpu": "another", "isa": ["neon"]})
+    journal.begin(file, OF, "02_some", {"seeds": [0]})
+    (head,) = lines(file)
+    assert (head["machine"]["cpu"], head["machine"]["isa"]) == ("another", ["neon"])
+
+
 @given(cut=st.integers(0, 400))
 def test_a_line_cut_short_is_dropped_with_all_after_it(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("run") / "j.jsonl"
