@@ -28,6 +28,9 @@ MAIN = "desk"
 """The profile whose tables decide; the others are a second judgement beside it."""
 
 METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
+ERROR = 0.05
+"""What intervals leave outside: a statement's its own; corrected, those of all statements of a claim together."""
+
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "no evidence")
 KEYS = {
     "says",
@@ -94,6 +97,8 @@ class Claim:
     again: dict[str, str] = field(default_factory=dict)
     """For each journal of trainings (a path in the project) a command that trains one of its rows once more."""
     statements: list[Statement] = field(default_factory=list)
+    corrected: str = ""
+    """The verdict where, of m statements, only an interval of 1 - 5 %/m speaks against the claim (see `correct`)."""
 
 
 def load(file: Path = FILE) -> list[dict[str, Any]]:
@@ -146,6 +151,8 @@ def judge_all(folder: Path | None = None, file: Path = FILE) -> dict[str, list[C
 
 def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
     statements = [_decide(item, folder) for item in claim["statements"]]
+    measured = sum(statement.interval is not None for statement in statements)
+    strict = [_decide(item, folder, 1 - ERROR / max(measured, 1)) for item in claim["statements"]]
     cards = [_card(folder, item["table"]) for item in claim["statements"]]
     cards = [card for card in cards if card]
     main = statements[0]
@@ -164,6 +171,7 @@ def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
         runs=list(dict.fromkeys(statement.table for statement in statements if statement.table)),
         command="; ".join(dict.fromkeys(card["command"] for card in cards)),
         again=_again(cards, folder),
+        corrected=correct([one.verdict for one in statements], [one.verdict for one in strict]),
         statements=statements,
     )
 
@@ -205,7 +213,23 @@ def combine(verdicts: list[str]) -> str:
     return "reproduced" if set(verdicts) == {"reproduced"} else "inconclusive"
 
 
-def _decide(item: dict[str, Any], folder: Path) -> Statement:
+def correct(verdicts: list[str], strict: list[str]) -> str:
+    """`combine`, with Bonferroni's correction of what speaks against the claim.
+
+    If a claim that is true has m statements, each has its own chance to fail by the seeds drawn, so one of them fails
+    more often than 5 % allow. Here one that fails decides only if it also does by the interval of 1 - 5 %/m. That all
+    of them hold needs no correction: it takes the luck of every one.
+
+    Args:
+        verdicts: on the statements, each by its own interval of 95 %.
+        strict: the same by the wider interval.
+    """
+    if "not reproduced" in strict:
+        return "not reproduced"
+    return combine(["inconclusive" if verdict == "not reproduced" else verdict for verdict in verdicts])
+
+
+def _decide(item: dict[str, Any], folder: Path, confidence: float = 1 - ERROR) -> Statement:
     import pandas
 
     path = _file(folder, f"{item['table']}.csv")
@@ -226,9 +250,9 @@ def _decide(item: dict[str, Any], folder: Path) -> Statement:
         b = _values(frame, item.get("b", item["a"]), item.get("b_value", item["value"]), pair, item)
         if b is None:
             return Statement(item["says"], "no evidence", table=shown, note=f"no row fits {item['b']}")
-        effect = paired_difference(a, b, unit=item["unit"])
+        effect = paired_difference(a, b, confidence, unit=item["unit"])
     else:
-        effect = Effect(*interval(a.tolist()), n=len(a), unit=item["unit"])
+        effect = Effect(*interval(a.tolist(), confidence), n=len(a), unit=item["unit"])
     margin = item.get("margin", 0.0)
     said = verdict(effect, item["expected"], margin)
     note = f"expected: {item['expected']}" + (f", margin {margin:g}" if margin else "")
@@ -320,6 +344,9 @@ def markdown(claims: list[Claim]) -> str:
         f"Made by `lowbit claims` from the tables of the profile {main}. {METHOD[0].upper()}{METHOD[1:]}.",
         "A claim is reproduced if all its statements are, and not reproduced if one is not. What is written here is",
         "true of small networks, few images and short trainings; see the run cards.",
+        "Of many statements one fails by chance more easily than one alone. *Corrected* for that (Bonferroni), of m",
+        "statements of a claim one that fails decides only if it does so by an interval of 1 - 5 %/m as well; this",
+        "verdict stands in brackets where it is another one.",
         *(f"The column *at {name}* is a second judgement, from the tables of that profile." for name in others),
         "",
         "| claim | says | verdict | first statement | data | seeds |" + "".join(f" at {name} |" for name in others),
@@ -329,19 +356,19 @@ def markdown(claims: list[Claim]) -> str:
         cells = [
             claim.id,
             claim.claim,
-            f"**{claim.verdict}**",
+            judgement(claim),
             effect(claim.statements[0]),
             claim.dataset,
             claim.seeds or "",
         ]
-        cells += [by_profile[name][claim.id].verdict for name in others]
+        cells += [judgement(by_profile[name][claim.id], mark="") for name in others]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     for claim in by_profile[main].values():
         lines += [
             "",
             f"## {claim.id}: {claim.claim}",
             "",
-            f"{claim.paper}. **{claim.verdict}**.",
+            f"{claim.paper}. {judgement(claim)}.",
             "",
             *_evidence(claim),
         ]
@@ -351,7 +378,7 @@ def markdown(claims: list[Claim]) -> str:
                 "",
                 f"### {claim.id} at {name}",
                 "",
-                f"{other.dataset or 'no data'}. **{other.verdict}**.",
+                f"{other.dataset or 'no data'}. {judgement(other)}.",
                 "",
                 *_evidence(other),
             ]
@@ -440,13 +467,19 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
             there = ", ".join(judged) or "none"
             raise LowbitError(f"results/claims.json has no claim {id!r} (it has {there}); 'lowbit claims' writes it")
         claim = judged[id]
-        lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: **{claim.verdict}**.", "", *_statements(claim)]
+        lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: {judgement(claim)}.", "", *_statements(claim)]
         if claim.runs:
             lines += ["", f"From {', '.join(f'`{table}`' for table in claim.runs)}; again: `{claim.command}`"]
         for other in everything:
             if other.id == id and other.profile != MAIN:
-                lines += ["", f"At {other.profile} ({other.dataset}): **{other.verdict}**."]
+                lines += ["", f"At {other.profile} ({other.dataset}): {judgement(other)}."]
     return Markdown("\n".join(lines).lstrip())
+
+
+def judgement(claim: Claim, mark: str = "**") -> str:
+    """The verdict between marks, and the corrected one where it differs."""
+    more = "" if claim.corrected in ("", claim.verdict) else f" (corrected: {claim.corrected})"
+    return f"{mark}{claim.verdict}{mark}{more}"
 
 
 def effect(judged: Statement) -> str:

@@ -262,13 +262,13 @@ def claims(
     (profile, decided), *others = found.items()
     table = Table(title=f"lowbit claims, profile {profile}", title_justify="left")
     for head in ("", "claim", "verdict", "statements", "data", "seeds", *(f"at {name}" for name, _ in others)):
-        table.add_column(head, overflow="fold", no_wrap=head in ("", "verdict"))
+        table.add_column(head, overflow="fold", no_wrap=not head)
     styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow", "no evidence": "dim"}
     for number, claim in enumerate(decided):
         counts = [sum(s.verdict == verdict for s in claim.statements) for verdict in styles]
         parts = ", ".join(f"{n} {verdict}" for n, verdict in zip(counts, styles, strict=True) if n)
-        verdict = Text(claim.verdict, styles[claim.verdict])
-        more = [Text(theirs[number].verdict, styles[theirs[number].verdict]) for _, theirs in others]
+        verdict = Text(judged.judgement(claim, ""), styles[claim.verdict])
+        more = [Text(judged.judgement(theirs[number], ""), styles[theirs[number].verdict]) for _, theirs in others]
         table.add_row(claim.id, claim.claim, verdict, parts, claim.dataset, str(claim.seeds or ""), *more)
     console = _console()
     console.print(table)

@@ -56,7 +56,10 @@ def refresh(text: str, results: Path | None = None) -> str:
 
 
 def verdicts(results: Path) -> str:
-    """The claims with their verdicts at each profile, and how many statements hold, as a table in Markdown."""
+    """The claims with their verdicts at each profile, and how many statements hold, as a table in Markdown.
+
+    A dagger marks a verdict that is another one if corrected for the number of the claim's statements.
+    """
     by_id = {}
     for claim in claims.read(results):
         by_id.setdefault(claim.id, {})[claim.profile] = claim
@@ -74,7 +77,8 @@ def verdicts(results: Path) -> str:
 def _verdict(claim: claims.Claim) -> str:
     held = sum(statement.verdict == "reproduced" for statement in claim.statements)
     mark = "**" if claim.verdict == "reproduced" else ""
-    return f"{mark}{claim.verdict}{mark} ({held} of {len(claim.statements)})"
+    note = "†" if claim.corrected not in ("", claim.verdict) else ""
+    return f"{mark}{claim.verdict}{mark}{note} ({held} of {len(claim.statements)})"
 
 
 def _recorded(binding: str, results: Path) -> str:

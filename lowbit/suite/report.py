@@ -201,6 +201,7 @@ def _papers(run: Run, folder: Path) -> dict:
     rows = [
         {
             "claim": claim,
+            "judgement": claims.judgement(claim, mark=""),
             "sign": VERDICTS[claim.verdict][0],
             "tone": VERDICTS[claim.verdict][1],
             "holds": sum(one.verdict == "reproduced" for one in claim.statements),

@@ -65,6 +65,6 @@ def test_what_it_says_of_its_claims_was_written_for_the_verdicts_of_today(notebo
     judged = {claim.id: claim for claim in claims.read(paths.results()) if claim.profile == claims.MAIN}
     for table, prose in zip(notebook.cells, notebook.cells[1:]):
         if table.cell_type == "code" and (shown := re.search(r"claims\.show\((.+)\)", table.source)):
-            verdicts = (f"{id}: {judged[id].verdict} ({', '.join(s.verdict for s in judged[id].statements)})" for id in ast.literal_eval(f"[{shown[1]}]"))
+            verdicts = (f"{id}: {claims.judgement(judged[id], mark='')} ({', '.join(s.verdict for s in judged[id].statements)})" for id in ast.literal_eval(f"[{shown[1]}]"))
             line = f"<!-- written for {'; '.join(verdicts)} -->"
             assert line in prose.source, f"read the text that begins {prose.source[:60]!r} again, correct it, and end it with\n{line}"

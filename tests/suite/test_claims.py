@@ -76,6 +76,41 @@ def test_a_claim_holds_if_all_its_statements_do(judged, gains, verdict):
     assert (found.dataset, found.command, found.runs) == ("cifar", "lowbit run made", ["made.csv"])
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "strict", "corrected"),
+    [
+        (["reproduced", "not reproduced"], ["reproduced", "not reproduced"], "not reproduced"),
+        (["reproduced", "not reproduced"], ["reproduced", "inconclusive"], "inconclusive"),
+        (["reproduced", "reproduced"], ["reproduced", "inconclusive"], "reproduced"),  # all of them need no correction
+        (["reproduced", "no evidence"], ["reproduced", "no evidence"], "inconclusive"),
+        (["no evidence"], ["no evidence"], "no evidence"),
+    ],
+)
+def test_only_what_speaks_against_a_claim_is_corrected(verdicts, strict, corrected):
+    assert claims.correct(verdicts, strict) == corrected
+
+
+@pytest.mark.parametrize(
+    ("widths", "corrected"), [([2], "not reproduced"), ([2, 3], "not reproduced"), ([2, 3, 4, 5, 6, 7], "inconclusive")]
+)
+def test_one_statement_that_fails_counts_less_among_many(judged, widths, corrected):
+    # At 2 bits the mean of five seeds is -1 and its error 0.25; Student's t of 4 degrees of freedom has the quantiles
+    # 2.78, 3.50 and 4.85 for one, two and six statements. At the other widths a is better without doubt.
+    noise = [0.25 * 2**0.5 * step for step in (-2, -1, 0, 1, 2)]
+    table = [
+        {"arm": arm, "bits": bits, "seed": seed, "accuracy, %": 50 + (gain + noise[seed]) * (arm == "a")}
+        for bits in widths
+        for gain in [-1.0 if bits == 2 else 9.0]
+        for arm in "ab"
+        for seed in range(5)
+    ]
+    found = judged(table, STATEMENT | {"each": {"bits": widths}})
+    assert found.verdict == "not reproduced" and found.corrected == corrected
+    other = "" if corrected == "not reproduced" else " (corrected: inconclusive)"
+    assert claims.judgement(found) == "**not reproduced**" + other
+    assert claims.judgement(found) in claims.markdown([found])
+
+
 def test_a_run_is_judged_by_its_own_tables_and_nothing_is_written(tmp_path, project):
     folder = project.results / "runs" / "desk" / "tables" / "02_zero_free_shifting"
     folder.mkdir(parents=True)

@@ -76,16 +76,16 @@ def test_a_changed_digit_is_noticed_and_mended(results):
 
 
 def test_the_table_of_verdicts_follows_the_claims(tmp_path):
-    def judged(profile, verdict):
+    def judged(profile, verdict, corrected):
         said = claims.Statement("it holds", verdict)
         return claims.Claim(
-            "D1", "zero is no use", "A", verdict, profile, None, "", None, "", "", 5, [], "", {}, [said]
+            "D1", "zero is no use", "A", verdict, profile, None, "", None, "", "", 5, [], "", {}, [said], corrected
         )
 
-    claims.write([judged("desk", "not reproduced"), judged("embedded", "reproduced")], tmp_path)
+    claims.write([judged("desk", "not reproduced", "inconclusive"), judged("embedded", *2 * ["reproduced"])], tmp_path)
     text = "Before\n<!-- verdicts -->\nold\n<!-- /verdicts -->\nafter\n"
     table = "| | claim | at `desk` | at `embedded` |\n|---|---|---|---|\n"
-    table += "| D1 | zero is no use | not reproduced (0 of 1) | **reproduced** (1 of 1) |\n"
+    table += "| D1 | zero is no use | not reproduced† (0 of 1) | **reproduced** (1 of 1) |\n"
     assert [(q.shown, q.recorded) for q in quotes.find(text, tmp_path)] == [("old\n", table)]
     assert quotes.refresh(text, tmp_path) == text.replace("old\n", table)
 
