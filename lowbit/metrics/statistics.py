@@ -92,7 +92,7 @@ class Effect:
 Scores = Sequence[float] | Mapping[Any, float]
 
 
-def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str = "") -> Effect:
+def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str = "", of: str = "seeds") -> Effect:
     """The mean of ``a - b`` over seeds that both have: the paired t interval, as in ``scipy.stats.ttest_rel``.
 
     A pair shares a seed, thus data order and initialisation, whose scatter cancels.
@@ -102,6 +102,7 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str 
             to number, in any order.
         confidence: coverage of the interval.
         unit: of the numbers.
+        of: what is paired, if it is not seeds.
 
     Raises:
         LowbitError: different seeds, no seed, or a number that is not finite.
@@ -116,7 +117,7 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str 
     if len(a) != len(b):
         raise LowbitError(f"a has {len(a)} values, b has {len(b)}: a pair needs one of each for every seed")
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return Effect(*interval(differences, confidence), n=len(differences), confidence=confidence, unit=unit)
+    return Effect(*interval(differences, confidence), n=len(differences), confidence=confidence, unit=unit, of=of)
 
 
 def verdict(

@@ -27,7 +27,10 @@ FILE = Path(__file__).with_name("claims.yaml")
 MAIN = "desk"
 """The profile whose tables decide; the others are a second judgement beside it."""
 
-METHOD = "paired differences by seed, mean with Student's t interval of 95 %; at least 5 seeds decide"
+METHOD = (
+    "paired differences by seed (by speaker where each is left out in turn), mean with Student's t interval of 95 %; "
+    "at least 5 of them decide"
+)
 ERROR = 0.05
 """What intervals leave outside: a statement's its own; corrected, those of all statements of a claim together."""
 
@@ -63,7 +66,7 @@ class Statement:
         seeds: how many decided.
         table: path of the rows, relative to the project; None if there is no such file.
         note: why there is no evidence, or what the test was.
-        of: what ``seeds`` counts: seeds, or rounds of a timing.
+        of: what ``seeds`` counts: seeds, speakers, or rounds of a timing.
     """
 
     says: str
@@ -242,7 +245,7 @@ def _decide(item: dict[str, Any], folder: Path, confidence: float = 1 - ERROR) -
         holds = bool(len(column)) and bool(column.astype(bool).all())
         note = f"{int(column.astype(bool).sum())} of {len(column)} checks hold"
         return Statement(item["says"], "reproduced" if holds else "not reproduced", table=shown, note=note)
-    pair = item.get("pair", "seed")
+    pair = _pair(frame, item)
     a = _values(frame, item["a"], item["value"], pair, item)
     if a is None:
         return Statement(item["says"], "no evidence", table=shown, note=f"no row fits {item['a']}")
@@ -257,7 +260,7 @@ def _decide(item: dict[str, Any], folder: Path, confidence: float = 1 - ERROR) -
     said = verdict(effect, item["expected"], margin)
     note = f"expected: {item['expected']}" + (f", margin {margin:g}" if margin else "")
     bounds = None if effect.n == 1 else (effect.low, effect.high)
-    of = "rounds" if pair == "repeat" else "seeds"
+    of = {"repeat": "rounds", "speaker": "speakers"}.get(pair, "seeds")
     return Statement(item["says"], said, effect.mean, bounds, item["unit"], effect.n, shown, note, of)
 
 
@@ -275,6 +278,13 @@ def _values(frame: "pandas.DataFrame", rows: str, value: str | list[str], pair: 
     if item.get("log"):  # ratios, as of times, multiply
         mean = mean.map(math.log)
     return mean.groupby(_column(chosen, pair, item)).mean()
+
+
+def _pair(frame: "pandas.DataFrame", item: dict[str, Any]) -> str:
+    """The column whose values are the pairs: of several named, the first that has more than one value."""
+    named = item.get("pair", "seed")
+    columns = [named] if isinstance(named, str) else named
+    return next((name for name in columns if _column(frame, name, item).nunique() > 1), columns[-1])
 
 
 def _rows(frame: "pandas.DataFrame", rows: str, item: dict[str, Any]) -> "pandas.DataFrame":

@@ -182,6 +182,15 @@ def test_ratios_are_compared_by_their_logarithms(judged):
     assert judged(times, statement).effect == pytest.approx(1.386294)  # ln 4
 
 
+@pytest.mark.parametrize(("speakers", "of", "count"), [(3, "speakers", 3), (1, "seeds", 6)])
+def test_of_several_columns_the_first_that_varies_makes_the_pairs(judged, speakers, of, count):
+    table = [row | {"speaker": row["seed"] % speakers} for row in rows({2: 1.0, 3: 1.0}, seeds=6)]
+    found = judged(table, STATEMENT | {"pair": ["speaker", "seed"]})
+    assert {(statement.of, statement.seeds) for statement in found.statements} == {(of, count)}
+    assert found.verdict == ("reproduced" if count >= 5 else "inconclusive")
+    assert f"{count} {of}" in claims.effect(found.statements[0])
+
+
 def test_seeds_without_their_pair_are_refused(judged):
     with pytest.raises(LowbitError, match="pair"):
         judged(rows({2: 1.0, 3: 1.0})[1:])
