@@ -235,6 +235,9 @@ def again(
     for line in plan.elsewhere() if same < len(found) else ():
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"the run: {show_path(plan.run.folder)}", highlight=False, soft_wrap=True)
+    names = " ".join(plan.chosen)
+    check = f"lowbit check {names} --profile {profile} --out {show_path(plan.run.folder)}"
+    console.print(f"its recorded numbers beside the accepted ones: {check}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if same == len(found) else 1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import pytest
 from typer.testing import CliRunner
@@ -48,6 +49,9 @@ def test_only_the_rows_asked_for_are_trained_and_the_table_is_whole(measured):
     assert measured.ran.read_text() == "3/1 "
     there, here = (measured.results / "runs" / run / "tables" / NAME / "05_y.csv" for run in ("desk", "again"))
     assert there.read_bytes() == here.read_bytes()
+    words = shlex.split(result.output.split("accepted ones: lowbit ")[1])
+    checked = CliRunner().invoke(app, words)
+    assert checked.exit_code == 0 and "all 1 agree" in checked.output, checked.output
 
 
 @pytest.mark.slow
