@@ -155,7 +155,10 @@ def judge_all(folder: Path | None = None, file: Path = FILE) -> dict[str, list[C
 def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
     statements = [_decide(item, folder) for item in claim["statements"]]
     measured = sum(statement.interval is not None for statement in statements)
-    strict = [_decide(item, folder, 1 - ERROR / max(measured, 1)) for item in claim["statements"]]
+    strict = [  # a wider interval lets none fail that held
+        _decide(item, folder, 1 - ERROR / max(measured, 1)).verdict if one.verdict == "not reproduced" else one.verdict
+        for item, one in zip(claim["statements"], statements, strict=True)
+    ]
     cards = [_card(folder, item["table"]) for item in claim["statements"]]
     cards = [card for card in cards if card]
     main = statements[0]
@@ -174,7 +177,7 @@ def _judge(claim: dict[str, Any], profile: str, folder: Path) -> Claim:
         runs=list(dict.fromkeys(statement.table for statement in statements if statement.table)),
         command="; ".join(dict.fromkeys(card["command"] for card in cards)),
         again=_again(cards, folder),
-        corrected=correct([one.verdict for one in statements], [one.verdict for one in strict]),
+        corrected=correct([one.verdict for one in statements], strict),
         statements=statements,
     )
 
