@@ -103,6 +103,11 @@ class Claim:
     corrected: str = ""
     """The verdict where, of m statements, only an interval of 1 - 5 %/m speaks against the claim (see `correct`)."""
 
+    @property
+    def weakened(self) -> bool:
+        """Whether the correction makes another verdict of it."""
+        return self.corrected not in ("", self.verdict)
+
 
 def load(file: Path = FILE) -> list[dict[str, Any]]:
     """The claims as written down, each statement with the `each` combinations spelt out.
@@ -491,7 +496,7 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
 
 def judgement(claim: Claim, mark: str = "**") -> str:
     """The verdict between marks, and the corrected one where it differs."""
-    more = "" if claim.corrected in ("", claim.verdict) else f" (corrected: {claim.corrected})"
+    more = f" (corrected: {claim.corrected})" if claim.weakened else ""
     return f"{mark}{claim.verdict}{mark}{more}"
 
 

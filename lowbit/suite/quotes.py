@@ -77,7 +77,7 @@ def verdicts(results: Path) -> str:
 def _verdict(claim: claims.Claim) -> str:
     held = sum(statement.verdict == "reproduced" for statement in claim.statements)
     mark = "**" if claim.verdict == "reproduced" else ""
-    note = "†" if claim.corrected not in ("", claim.verdict) else ""
+    note = "†" if claim.weakened else ""
     return f"{mark}{claim.verdict}{mark}{note} ({held} of {len(claim.statements)})"
 
 
