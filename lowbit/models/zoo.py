@@ -63,6 +63,12 @@ def vit_nano(
     )
 
 
+@_register
+def vit_nano_patch8(num_classes: int = 10, in_chans: int = 3, img_size: int = 32, **options: Any) -> nn.Module:
+    """`vit_nano` with 8x8 patches: 16 tokens for 32x32 images, so that a step costs a quarter of `vit_nano`'s."""
+    return vit_nano(num_classes, in_chans, img_size, patch_size=8, **options)
+
+
 @_register_speech
 def ds_cnn(num_classes: int = 10, sample_rate: int = 8000, **options: Any) -> nn.Module:
     """Depthwise-separable CNN for keywords, 23 k parameters; takes sound ``[N, T]`` of any length."""
