@@ -162,6 +162,76 @@ def verdict(
     return "reproduced" if holds else "not reproduced" if fails else "inconclusive"
 
 
+def standard_error(effect: Effect) -> float:
+    """The standard error of the mean behind an interval: half its width divided by Student's quantile; NaN for one."""
+    from scipy import stats
+
+    if effect.n == 1:
+        return math.nan
+    return (effect.high - effect.low) / 2 / float(stats.t.ppf((1 + effect.confidence) / 2, effect.n - 1))
+
+
+def detectable(effect: Effect, power: float = 0.8, error: float = 0.05) -> float:
+    """The smallest true effect that the design behind ``effect`` detects with probability ``power``.
+
+    (t at 1 - error/2 + t at power) · s/√n with n - 1 degrees of freedom, in the effect's unit; NaN for one seed. The
+    usual approximation: it takes the observed scatter s of the differences for the true one.
+
+    Args:
+        effect: a mean difference; only its scatter and n matter.
+        power: the wanted probability of detection.
+        error: of the two-sided test.
+    """
+    from scipy import stats
+
+    if effect.n == 1:
+        return math.nan
+    quantiles = stats.t.ppf([1 - error / 2, power], effect.n - 1)
+    return float(quantiles.sum()) * standard_error(effect)
+
+
+def p_against(effect: Effect, expected: str, margin: float = 0.0) -> float:
+    """The p-value against a claim: the smallest error at which the interval speaks against it, as in `verdict`.
+
+    With at least 5 seeds, `verdict` says "not reproduced" just if it is at most 1 - ``effect.confidence``.
+
+    Args:
+        effect: see `paired_difference`; of at least two seeds.
+        expected: the claim's kind.
+        margin: in the effect's unit.
+
+    Returns:
+        A number from 0 to 1; 1 where the mean itself lies on the claim's side.
+    """
+    from scipy import stats
+
+    mean, error = effect.mean, standard_error(effect)
+    beyond = {  # how far the mean lies on the other side of the claim's boundary
+        "positive": margin - mean,
+        "negative": margin + mean,
+        "not worse": -margin - mean,
+        "equal": abs(mean) - margin,
+    }[expected]
+    if error > 0:
+        return min(1.0, 2 * float(stats.t.sf(beyond / error, effect.n - 1)))
+    strict = expected in ("not worse", "equal")  # there the boundary itself belongs to the claim
+    return 0.0 if beyond > 0 or (beyond == 0 and not strict) else 1.0
+
+
+def holm(p_values: Sequence[float], error: float = 0.05) -> list[bool]:
+    """Which of several hypotheses Holm's step-down test rejects; the chance of any false rejection is ``error``.
+
+    The smallest p-value of m is compared with error/m, the next with error/(m - 1), and so on; the first that is
+    larger ends it (Holm, 1979, "A simple sequentially rejective multiple test procedure").
+    """
+    rejected = [False] * len(p_values)
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if p_values[index] > error / (len(p_values) - place):
+            break
+        rejected[index] = True
+    return rejected
+
+
 def summarize(
     frame: "pandas.DataFrame",
     by: str | Sequence[str],

@@ -243,13 +243,13 @@ def again(
 
 def claims(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of a run: judge its tables instead, and write nothing.")
+        Path | None, typer.Option("--out", help="Folder of a run: look at its tables instead, and write nothing.")
     ] = None,
 ) -> None:
     """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there.
 
-    The tables of the profile desk decide; those of other profiles give a second judgement beside it. 'lowbit accept'
-    brings the tables of a run there.
+    The tables of the study decide; a claim that trains no network is judged at desk. The notebooks' tables, which
+    'lowbit accept' brings there, are looks: they show effects and pass no verdict.
     """
     from rich.table import Table
     from rich.text import Text
@@ -262,38 +262,38 @@ def claims(
     if out:
         return _claims_of(runfile.load(out), out)
     found = judged.judge_all()
-    (profile, decided), *others = found.items()
-    table = Table(title=f"lowbit claims, profile {profile}", title_justify="left")
-    for head in ("", "claim", "verdict", "statements", "data", "seeds", *(f"at {name}" for name, _ in others)):
+    profiles = list(dict.fromkeys(claim.profile for claim in found if claim.look))
+    table = Table(title=f"lowbit claims, profile {judged.MAIN}", title_justify="left")
+    for head in ("", "claim", "verdict", "first statement", *(f"look at {name}" for name in profiles)):
         table.add_column(head, overflow="fold", no_wrap=not head)
-    styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow", "no evidence": "dim"}
-    for number, claim in enumerate(decided):
-        counts = [sum(s.verdict == verdict for s in claim.statements) for verdict in styles]
-        parts = ", ".join(f"{n} {verdict}" for n, verdict in zip(counts, styles, strict=True) if n)
-        verdict = Text(judged.judgement(claim, ""), styles[claim.verdict])
-        more = [Text(judged.judgement(theirs[number], ""), styles[theirs[number].verdict]) for _, theirs in others]
-        table.add_row(claim.id, claim.claim, verdict, parts, claim.dataset, str(claim.seeds or ""), *more)
+    styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow"}
+    for claim in judged.judged(found).values():
+        where = "" if claim.profile == judged.MAIN else f" (at {claim.profile})"
+        verdict = Text(judged.judgement(claim, "") + where, styles.get(claim.verdict, "dim"))
+        looks = {look.profile: judged.judgement(look) for look in judged.looks(found, claim.id)}
+        first = judged.effect(claim.first)
+        table.add_row(claim.id, claim.claim, verdict, first, *(looks.get(name, "") for name in profiles))
     console = _console()
     console.print(table)
-    for path in judged.write([claim for some in found.values() for claim in some], paths.results()):
+    for path in judged.write(found, paths.results()):
         console.print(f"wrote {show_path(path)}", highlight=False, soft_wrap=True)
 
 
 def _claims_of(run, folder: Path) -> None:
-    """Prints each statement that the tables of a run decide."""
+    """Prints each statement that the tables of a run decide, or where a look at them points."""
     from rich.table import Table
 
     from lowbit.suite import claims as judged
 
     found = [claim for claim in judged.judge_run(run.profile, folder) if claim.verdict != "no evidence"]
     if not found:
-        raise LowbitError(f"no table of the run in {folder} decides a claim; notebooks 02 to 15 and 18 make them")
+        raise LowbitError(f"no table of the run in {folder} tells of a claim; notebooks 02 to 15 and 18 make them")
     table = Table(title=f"lowbit claims, the run in {folder}, profile {run.profile}", title_justify="left")
-    for head in ("", "statement", "effect", "verdict"):
+    for head in ("", "statement", "effect", "outcome"):
         table.add_column(head, overflow="fold")
     for claim in found:
         for statement in claim.statements:
-            table.add_row(claim.id, statement.says, judged.effect(statement), statement.verdict)
+            table.add_row(claim.id, statement.says, judged.effect(statement), judged.outcome(statement))
     _console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""What an accepted run leaves in ``results/`` beside its numbers: the tables that ``lowbit claims`` judges by, the
+"""What an accepted run leaves in ``results/`` beside its numbers: the tables that ``lowbit claims`` reads, the
 trainings that they come from, and a few pictures."""
 
 import shutil
@@ -9,7 +9,7 @@ from lowbit.suite import journal
 from lowbit.suite.runfile import Run
 
 WITHOUT = ("smoke",)
-"""Profiles that show mechanisms only: no claim is judged by their tables, so none are kept."""
+"""Profiles that show mechanisms only: ``lowbit claims`` does not look at their tables, so none are kept."""
 
 PICTURES = (
     "02_with_and_without_zero",

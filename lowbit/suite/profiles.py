@@ -14,6 +14,9 @@ from lowbit.errors import LowbitError
 NAMES = ("smoke", "embedded", "desk", "gpu", "paper")
 """The profiles there are."""
 
+STUDY = "study"
+"""The long trainings by which claims are judged: a queue (``lowbit study run``), not a profile of notebooks."""
+
 FILE = "profiles.yaml"
 
 
@@ -85,6 +88,10 @@ def load(path: Path | None = None) -> dict[str, Profile]:
 
 def get(name: str, path: Path | None = None) -> Profile:
     """One profile by name."""
+    if name == STUDY:
+        raise LowbitError(
+            f"the profile {STUDY!r} has no notebooks: its trainings are a queue, which 'lowbit study run' works off"
+        )
     profiles = load(path)
     if name not in profiles:
         raise LowbitError(f"no profile is called {name!r}; there are {', '.join(profiles)}{close(name, profiles)}")

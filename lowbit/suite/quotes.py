@@ -56,29 +56,28 @@ def refresh(text: str, results: Path | None = None) -> str:
 
 
 def verdicts(results: Path) -> str:
-    """The claims with their verdicts at each profile, and how many statements hold, as a table in Markdown.
+    """The claims with verdict, effect of the first statement and looks, as a table in Markdown.
 
-    A dagger marks a verdict that is another one if corrected for the number of the claim's statements.
+    A dagger marks a verdict that is another one if corrected for the number of the claim's primary statements.
     """
-    by_id = {}
-    for claim in claims.read(results):
-        by_id.setdefault(claim.id, {})[claim.profile] = claim
-    profiles = list(dict.fromkeys(profile for of in by_id.values() for profile in of))
-    lines = [
-        "| | claim | " + " | ".join(f"at `{name}`" for name in profiles) + " |",
-        "|---|---|" + "---|" * len(profiles),
-    ]
-    for name, of in by_id.items():
-        said = [_verdict(of[profile]) for profile in profiles]
-        lines.append(f"| {name} | {next(iter(of.values())).claim} | " + " | ".join(said) + " |")
+    found = claims.read(results)
+    lines = [f"| | claim | at `{claims.MAIN}` | effect | looks |", "|---|---|---|---|---|"]
+    for name, claim in claims.judged(found).items():
+        looks = "; ".join(
+            f"`{look.profile}`: {claims.judgement(look)} ({look.tally})" for look in claims.looks(found, name)
+        )
+        effect = claims.effect(claim.first)
+        lines.append(f"| {name} | {claim.claim} | {_verdict(claim)} | {effect} | {looks} |")
     return "\n".join(lines) + "\n"
 
 
 def _verdict(claim: claims.Claim) -> str:
-    held = sum(statement.verdict == "reproduced" for statement in claim.statements)
+    held = sum(statement.verdict == "reproduced" for statement in claim.primary)
     mark = "**" if claim.verdict == "reproduced" else ""
     note = "†" if claim.weakened else ""
-    return f"{mark}{claim.verdict}{mark}{note} ({held} of {len(claim.statements)})"
+    count = "" if claim.verdict == "not tested" else f" ({held} of {len(claim.primary)})"
+    where = "" if claim.profile == claims.MAIN else f", at `{claim.profile}`"
+    return f"{mark}{claim.verdict}{mark}{note}{count}{where}"
 
 
 def _recorded(binding: str, results: Path) -> str:

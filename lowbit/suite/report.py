@@ -23,9 +23,10 @@ VERDICTS = {
     "reproduced": ("✔", "good"),
     "not reproduced": ("✘", "bad"),
     "inconclusive": ("≈", "calm"),
-    "no evidence": ("○", "calm"),
 }
-"""Sign and tone of what `lowbit.suite.claims` says of a claim."""
+"""Sign and tone of the verdicts of `lowbit.suite.claims`."""
+NO_VERDICT = ("○", "calm")
+"""Sign and tone of what is not tested, described, or only looked at."""
 
 
 @dataclass(frozen=True)
@@ -195,23 +196,45 @@ def _costs(cards: list[Card]) -> dict:
 def _papers(run: Run, folder: Path) -> dict:
     """The claims as `lowbit claims` last judged them, with links to their evidence where it lies near the page."""
     try:
-        found, wrong = [claim for claim in claims.read(paths.results()) if claim.profile == claims.MAIN], ""
+        found, wrong = claims.read(paths.results()), ""
     except LowbitError as error:
         found, wrong = [], str(error)
-    rows = [
-        {
-            "claim": claim,
-            "judgement": claims.judgement(claim, mark=""),
-            "sign": VERDICTS[claim.verdict][0],
-            "tone": VERDICTS[claim.verdict][1],
-            "holds": sum(one.verdict == "reproduced" for one in claim.statements),
-            "statements": [(*VERDICTS[one.verdict], one, claims.effect(one)) for one in claim.statements],
-            "tables": [(Path(table).name, _link(paths.project() / table, folder)) for table in claim.runs],
-            "notebooks": [entry.name for entry in run.notebooks if entry.name in claim.command.split()],
-        }
-        for claim in found
-    ]
+    rows = []
+    for claim in claims.judged(found).values():
+        looks = claims.looks(found, claim.id)
+        sign, tone = VERDICTS.get(claim.verdict, NO_VERDICT)
+        evidence = [claim, *looks]
+        rows.append(
+            {
+                "claim": claim,
+                "judgement": claims.judgement(claim, mark=""),
+                "sign": sign,
+                "tone": tone,
+                "parts": [_part(one) for one in evidence],
+                "tables": [
+                    (Path(table).name, _link(paths.project() / table, folder)) for one in evidence for table in one.runs
+                ],
+                "notebooks": [
+                    entry.name for entry in run.notebooks if any(entry.name in one.command.split() for one in evidence)
+                ],
+                "commands": [one.command for one in evidence if one.command],
+            }
+        )
     return {"rows": rows, "wrong": wrong, "page": _link(paths.results() / "claims.md", folder)}
+
+
+def _part(claim: claims.Claim) -> dict:
+    """The statements of a claim, or of a look at it, for a table of the page."""
+    data = f"{claim.dataset}, {claim.seeds} seeds" if claim.seeds else ""
+    return {
+        "title": f"A look at {claim.profile}: {claims.judgement(claim)}" if claim.look else f"At {claim.profile}",
+        "data": data,
+        "tally": claim.tally,
+        "statements": [
+            (*VERDICTS.get(one.verdict, NO_VERDICT), one, claims.effect(one), claims.outcome(one))
+            for one in claim.statements
+        ],
+    }
 
 
 def _link(target: Path, folder: Path) -> str:

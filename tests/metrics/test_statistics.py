@@ -10,6 +10,7 @@ from scipy import stats
 
 from lowbit.errors import LowbitError
 from lowbit.metrics import Effect, interval, paired_difference, summarize, verdict
+from lowbit.metrics.statistics import EXPECTED, detectable, holm, p_against
 
 numbers = st.floats(-1e3, 1e3).map(lambda x: round(x, 6))
 seeds = st.lists(numbers, min_size=2, max_size=12)
@@ -134,6 +135,57 @@ def test_positive_and_negative_mirror_each_other(mean, half, margin):
 
 def test_one_seed_says_nothing():
     assert verdict(paired_difference([2.0], [1.0]), "positive") == "inconclusive"
+
+
+def test_the_detectable_effect_by_hand():
+    """1 2 3 4 5: s/√n = sqrt(0.5); t of 4 degrees of freedom is 2.776445 at 0.975 and 0.940965 at 0.8."""
+    expected = (2.776445 + 0.940965) * math.sqrt(0.5)
+    assert detectable(Effect(*interval([1, 2, 3, 4, 5]), n=5)) == pytest.approx(expected, rel=1e-6)
+    wide = Effect(*interval([1, 2, 3, 4, 5], 0.99), n=5, confidence=0.99)
+    assert detectable(wide) == pytest.approx(expected, rel=1e-6)  # the design's, whatever interval is drawn
+    assert detectable(Effect(*interval([2.0] * 5), n=5)) == 0
+    assert math.isnan(detectable(paired_difference([2.0], [1.0])))
+
+
+def test_the_p_value_against_a_claim_is_that_of_a_t_test():
+    values = [-1.5, -0.2, -2.0, 0.1, -0.9, -1.1]
+    effect = Effect(*interval(values), n=6)
+    assert p_against(effect, "positive") == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert p_against(effect, "not worse", 0.25) == pytest.approx(stats.ttest_1samp(values, -0.25).pvalue)
+    assert p_against(effect, "equal", 0.25) == pytest.approx(stats.ttest_1samp(values, -0.25).pvalue)
+    assert p_against(effect, "negative") == 1  # the mean lies on the claim's side
+
+
+@given(seeds, st.sampled_from(EXPECTED), st.floats(0.01, 5))
+def test_the_p_value_agrees_with_the_verdict(values, expected, margin):
+    assume(len(values) >= 5 and max(values) - min(values) > 1e-3)
+    effect = Effect(*interval(values), n=len(values))
+    p = p_against(effect, expected, margin)
+    assume(abs(p - 0.05) > 1e-9)
+    assert (p < 0.05) == (verdict(effect, expected, margin) == "not reproduced")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "p"), [(0.0, "positive", 0), (0.0, "not worse", 1), (-1.0, "not worse", 0)]
+)
+def test_the_p_value_of_equal_differences(value, expected, p):
+    effect = Effect(*interval([value] * 5), n=5)
+    assert p_against(effect, expected) == p
+    assert (p == 0) == (verdict(effect, expected) == "not reproduced")
+
+
+@pytest.mark.parametrize(
+    ("p_values", "rejected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),  # against 0.05/4, /3, then 0.03 > 0.05/2
+        ([0.02, 0.01, 0.024], [True, True, True]),  # 0.01 <= 0.05/3, 0.02 <= 0.05/2, 0.024 <= 0.05: Bonferroni has one
+        ([0.02, 0.03, 0.04], [False, False, False]),
+        ([0.05], [True]),
+        ([], []),
+    ],
+)
+def test_holms_test_by_hand(p_values, rejected):
+    assert holm(p_values) == rejected
 
 
 def runs():

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from lowbit import paths
-from lowbit.suite import claims
+from lowbit.suite import claims, shown
 
 NOTEBOOKS = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
 
@@ -60,11 +60,43 @@ def seaborn_estimates(source):
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
 
 
-def test_what_it_says_of_its_claims_was_written_for_the_verdicts_of_today(notebook):
-    """The reasons under a table of verdicts are prose, and prose goes stale: a comment under them says which verdicts their author saw."""
-    judged = {claim.id: claim for claim in claims.read(paths.results()) if claim.profile == claims.MAIN}
-    for table, prose in zip(notebook.cells, notebook.cells[1:]):
-        if table.cell_type == "code" and (shown := re.search(r"claims\.show\((.+)\)", table.source)):
-            verdicts = (f"{id}: {claims.judgement(judged[id], mark='')} ({', '.join(s.verdict for s in judged[id].statements)})" for id in ast.literal_eval(f"[{shown[1]}]"))
-            line = f"<!-- written for {'; '.join(verdicts)} -->"
-            assert line in prose.source, f"read the text that begins {prose.source[:60]!r} again, correct it, and end it with\n{line}"
+def test_what_it_says_of_its_claims_was_written_for_the_verdicts_and_looks_of_today(notebook):
+    """The reasons under a table are prose, and prose goes stale: a comment under them says what their author saw."""
+    everything = claims.read(paths.results())
+    for place, ids in shown.cells(notebook):
+        prose = notebook.cells[place + 1].source
+        line = f"<!-- written for {' | '.join(seen_at_desk(id, everything) for id in ids)} -->"
+        assert line in prose, f"read the text that begins {prose[:60]!r} again, correct it, and end it with\n{line}"
+
+
+def seen_at_desk(id, everything):
+    """The verdict on a claim, and the outcome of each statement of the look at desk, or of the judgement there."""
+    judged = claims.judged(everything)[id]
+    look = next((one for one in claims.looks(everything, id) if one.profile == "desk"), judged)
+    outcomes = ", ".join(claims.outcome(statement) for statement in look.statements)
+    return f"{id}: {claims.judgement(judged, mark='')}; at desk: {outcomes}"
+
+
+def test_what_it_shows_of_its_claims_is_what_is_recorded(notebook):
+    assert not shown.refresh(notebook), "bring it up to date: python -m lowbit.suite.shown notebooks/*.ipynb"
+
+
+def test_a_changed_output_is_noticed_and_mended():
+    path = next(path for path in NOTEBOOKS if path.stem.startswith("05"))
+    changed = nbformat.read(path, as_version=4)
+    ((place, ids),) = shown.cells(changed)
+    assert ids == ["D4", "D6"]
+    output = changed.cells[place].outputs[0].data
+    before, output["text/markdown"] = output["text/markdown"], "old"
+    assert shown.refresh(changed) and output["text/markdown"] == before
+
+
+def test_a_look_at_short_trainings_passes_no_verdict(notebook):
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    start = next((i for i, text in enumerate(cells) if text.startswith("## At desk size")), None)
+    if start is None or cells[0].startswith("# 15"):  # D8 trains no network: it is judged at desk
+        return
+    section = cells[start : next(i for i, text in enumerate(cells) if text.startswith("## What surprised"))]
+    assert "This is a look at short trainings" in section[0]
+    prose = re.sub(r"<!--.*?-->", "", "\n".join(section), flags=re.DOTALL)
+    assert not re.search(r"\breproduced\b", prose)

@@ -33,6 +33,12 @@ def test_mistakes_in_the_file_are_refused(tmp_path, text, message):
         profiles.load(path)
 
 
+def test_the_study_is_no_profile_of_notebooks_and_says_where_it_runs(project):
+    with pytest.raises(LowbitError, match=r"'study' has no notebooks.*'lowbit study run'"):
+        profiles.get(profiles.STUDY)
+    assert profiles.STUDY not in profiles.NAMES
+
+
 def test_who_may_skip_stands_in_the_file(project):
     assert not profiles.get("smoke").lets_skip("00_a")
     project.profiles("smoke: {description: x, timeout_minutes: 1, may_skip: [00_a, '1*']}")

@@ -75,25 +75,58 @@ def test_a_changed_digit_is_noticed_and_mended(results):
     assert quotes.find(text, results)[0].recorded == "1.50"
 
 
-def test_the_table_of_verdicts_follows_the_claims(tmp_path):
-    def judged(profile, verdict, corrected):
-        said = claims.Statement("it holds", verdict)
-        return claims.Claim(
-            "D1", "zero is no use", "A", verdict, profile, None, "", None, "", "", 5, [], "", {}, [said], corrected
-        )
+def claim(profile, verdict, *statements, **more):
+    return claims.Claim(
+        "D1", "zero is no use", "A", verdict, profile, None, "", None, "", "", 5, [], "", {}, list(statements), **more
+    )
 
-    claims.write([judged("desk", "not reproduced", "inconclusive"), judged("embedded", *2 * ["reproduced"])], tmp_path)
+
+def test_the_table_of_verdicts_follows_the_claims(tmp_path):
+    fails = claims.Statement("it holds", "not reproduced", -1.0, (-2.0, 0.0), "points", 5, role="primary")
+    aside = claims.Statement("so does that", "reproduced")
+    to = claims.Statement("it holds", "look", direction="points to the claim")
+    written = [
+        claim("study", "not reproduced", fails, aside, corrected="inconclusive"),
+        claim("desk", "look", to, look=True, direction="points to the claim"),
+    ]
+    claims.write(written, tmp_path)
     text = "Before\n<!-- verdicts -->\nold\n<!-- /verdicts -->\nafter\n"
-    table = "| | claim | at `desk` | at `embedded` |\n|---|---|---|---|\n"
-    table += "| D1 | zero is no use | not reproduced† (0 of 1) | **reproduced** (1 of 1) |\n"
+    table = "| | claim | at `study` | effect | looks |\n|---|---|---|---|---|\n"
+    table += "| D1 | zero is no use | not reproduced† (0 of 1) | -1.0 points (95 % interval -2.0 ... +0.0, 5 seeds) "
+    table += "| `desk`: points to the claim (1 to the claim) |\n"
     assert [(q.shown, q.recorded) for q in quotes.find(text, tmp_path)] == [("old\n", table)]
     assert quotes.refresh(text, tmp_path) == text.replace("old\n", table)
+    claims.write([claim("study", "not tested", fails), claim("desk", "reproduced", aside)][:1], tmp_path)
+    assert "| not tested | -1.0 points" in quotes.verdicts(tmp_path)
+    claims.write([claim("desk", "reproduced", aside, fails)], tmp_path)
+    assert "| **reproduced** (0 of 1), at `desk` |" in quotes.verdicts(tmp_path)
 
 
 def test_the_readme_has_a_verdict_for_every_claim():
     (table,) = (quote.shown for quote in quotes.find(PROSE[0].read_text()) if quote.binding == "verdicts")
     assert re.findall(r"^\| ([A-Z]\d) ", table, re.MULTILINE) == [claim["id"] for claim in claims.load()]
     assert "no evidence" not in table
+
+
+def passed_on_the_untested(text, judged):
+    """The lines of README or claims.md that pass a verdict on a claim, or on a statement, whose conditions fail."""
+    claims_, says = [], []
+    for claim in judged:
+        claims_ += [f"| {claim.id} |"] * any(one.unmet for one in claim.primary)
+        says += [one.says for one in claim.statements if one.unmet]
+    about = [
+        line for line in text.splitlines() if line.startswith(tuple(claims_)) or any(words in line for words in says)
+    ]
+    return [line for line in about if re.search(r"(not |\*)reproduced", line)]
+
+
+def test_nothing_is_said_to_be_refuted_by_networks_that_have_not_learned():
+    judged = list(claims.judged(claims.read(paths.results())).values())
+    for path in (PROSE[0], paths.results() / "claims.md"):
+        text = path.read_text()
+        assert passed_on_the_untested(text, judged) == []
+        wrong = text.replace("not tested", "not reproduced")
+        assert passed_on_the_untested(wrong, judged) or not any(one.unmet for c in judged for one in c.primary)
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,40 @@ CLAIM = {
     "id": "X1",
     "claim": "<i>less</i> is more",
     "paper": "ours",
-    "verdict": "inconclusive",
-    "profile": "desk",
+    "verdict": "not tested",
+    "profile": "study",
     "effect": 1.0,
     "unit": "points",
     "interval": [0.5, 1.5],
     "method": "m",
     "dataset": "digits",
     "seeds": 5,
+    "runs": ["results/tables/study/t.csv"],
+    "command": "lowbit study run",
+    "look": False,
+    "statements": [
+        {"says": "a beats b", "verdict": "reproduced", "effect": 1.0, "interval": [0.5, 1.5], "unit": "%", "seeds": 5},
+        {"says": "a beats c", "verdict": "not tested", "note": "the twin reaches 40 %", "role": "primary"},
+    ],
+}
+OLD = json.dumps([{key: value for key, value in CLAIM.items() if key != "look"} | {"verdict": "not reproduced"}])
+"""From before there were looks: what it calls a verdict may be of short trainings."""
+LOOK = CLAIM | {
+    "verdict": "look",
+    "profile": "desk",
+    "look": True,
+    "direction": "points against it",
     "runs": ["results/tables/desk/00_t.csv", "results/tables/desk/gone.csv"],
     "command": "lowbit run 00_a --profile desk",
     "statements": [
-        {"says": "a beats b", "verdict": "reproduced", "effect": 1.0, "interval": [0.5, 1.5], "unit": "%", "seeds": 5},
-        {"says": "a beats c", "verdict": "no evidence", "note": "there is no table"},
+        {
+            "says": "a beats d",
+            "verdict": "look",
+            "direction": "points against it",
+            "effect": -1.0,
+            "interval": [-2, 0],
+            "seeds": 5,
+        }
     ],
 }
 
@@ -138,17 +159,22 @@ def test_a_number_that_is_none_is_not_drawn(page, accepted):
     assert "✘ not a number" in words(found.find("article"))
 
 
-def test_claims_come_with_verdict_interval_and_evidence(page, project):
+def test_claims_come_with_verdict_interval_looks_and_evidence(page, project):
     table = project.results / "tables" / "desk" / "00_t.csv"
     table.parent.mkdir(parents=True)
     table.write_text("seed\n")
-    (project.results / "claims.json").write_text(json.dumps([CLAIM]))
+    (project.results / "claims.json").write_text(json.dumps([CLAIM, LOOK]))
     (project.results / "claims.md").write_text("# claims")
     claims = page(entry(90.0)).find(id="claims")
-    shown = words(claims)
-    assert "X1 <i>less</i> is more ours; 1 of 2 statements reproduced; digits, 5 seeds ≈ inconclusive" in shown
+    (shown,) = [words(claim) for claim in claims.select("details.claim")]
+    assert (
+        "X1 <i>less</i> is more ours; At study: 1 reproduced, 1 not tested; A look at desk: points against it" in shown
+    )
+    assert "○ not tested At study" in shown
     assert "a beats b +1.00 % (95 % interval +0.50 ... +1.50, 5 seeds) ✔ reproduced" in shown
-    assert "a beats c there is no table ○ no evidence" in shown
+    assert "a beats c the twin reaches 40 % ○ not tested" in shown
+    assert "a beats d -1.0 (95 % interval -2.0 ... +0.0, 5 seeds) ○ points against it" in shown
+    assert "Again: lowbit study run Again: lowbit run 00_a --profile desk" in shown
     links = {words(link): link["href"] for link in claims.find_all("a")}
     assert links == {"all of it as text": "../../claims.md", "00_t.csv": "../../tables/desk/00_t.csv", "00_a": "#00_a"}
 
@@ -161,7 +187,7 @@ def test_a_page_outside_the_project_has_no_links_out_of_its_folder(page, project
     assert found.find(id="claims") and not [link for link in found.find_all("a") if ".." in link["href"]]
 
 
-@pytest.mark.parametrize("text", ["{", '[{"id": "X1"}]', "[1]", "null", json.dumps([CLAIM | {"verdict": "true"}])])
+@pytest.mark.parametrize("text", ["{", '[{"id": "X1"}]', "[1]", "null", json.dumps([CLAIM | {"verdict": "true"}]), OLD])
 def test_broken_claims_are_told_and_break_nothing(page, project, text):
     project.results.mkdir()
     (project.results / "claims.json").write_text(text)
