@@ -14,6 +14,7 @@ from lowbit.data import cli as data
 from lowbit.errors import LowbitError
 from lowbit.kernels import cli as kernels
 from lowbit.suite import cli as suite
+from lowbit.suite.study import cli as study
 from lowbit.training import cli as training
 
 app = typer.Typer(
@@ -43,7 +44,8 @@ for command in (*OF_SUITE, training.train, kernels.pack):
     app.command()(_plain_errors(command))
 app.add_typer(data.app, name="data", help="The data sets: what is there, where it comes from, is it whole.")
 app.add_typer(benchmarks.app, name="bench", help="Benchmarks: ratios measured in one run.")
+app.add_typer(study.app, name="study", help="The long trainings by which the claims are judged.")
 app.add_typer(suite.new, name="new", help="A notebook or a quantiser to start from.")
-for group in (data.app, benchmarks.app, suite.new):
+for group in (data.app, benchmarks.app, study.app, suite.new):
     for info in group.registered_commands:
         info.callback = _plain_errors(info.callback)

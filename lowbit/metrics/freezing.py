@@ -39,8 +39,8 @@ class FreezingTracker(OscillationTracker):
     Args:
         model: see `OscillationTracker`.
         every: Δ in steps; a change that is undone between two looks stays unseen.
-        momentum, threshold, grid: see `OscillationTracker`. Give a full-precision twin the ``grid`` of the method that
-            it is compared with.
+        momentum, threshold, grid, layers: see `OscillationTracker`. Give a full-precision twin the ``grid`` of the
+            method that it is compared with.
     """
 
     def reset(self) -> None:
@@ -153,3 +153,55 @@ class FreezingTracker(OscillationTracker):
         self._collect()
         flips, looks = (self._flips[0], self._looks[0]) if since == "mark" else (self._flips.sum(0), sum(self._looks))
         return {f"{kind}flip_rate": flips[i].double() / looks for i, kind in enumerate(KINDS)}
+
+
+class FrozenFrom:
+    """Which weights never change from a certain step of a training on, to its end: a callback of `lowbit.train`.
+
+    It reads the codes of a tracker, which has to come before it among the callbacks.
+
+    Args:
+        tracker: whose weights it follows; its ``every`` is also this one's.
+        step: steps taken before the first look, e.g. a quarter of all.
+    """
+
+    def __init__(self, tracker: OscillationTracker, step: int):
+        if not (isinstance(step, int) and step >= 1):
+            raise LowbitError(f"step={step!r} is not allowed; whole numbers from 1 are")
+        self.tracker, self.step = tracker, step
+        self._start: Tensor | None = None
+        self._changed: Tensor | None = None
+
+    @torch.no_grad()
+    def on_step(self, state: Any) -> None:
+        """Callback of `lowbit.train`."""
+        codes = self.tracker._state.codes
+        if state.step + 1 == self.step:
+            self._start, self._changed = (
+                codes.clone(),
+                torch.zeros(2, len(codes), dtype=torch.bool, device=codes.device),
+            )
+        elif self._start is not None:
+            self._changed[0] |= codes != self._start
+            self._changed[1] |= codes.sign() != self._start.sign()
+
+    def frozen(self) -> dict[str, float]:
+        """Shares of all weights, 0 to 1: ``frozen`` (the discrete value never changed) and ``sign_frozen``.
+
+        Raises:
+            LowbitError: the training has not come to ``step``.
+        """
+        if self._changed is None:
+            raise LowbitError(f"the training did not come to step {self.step}, from which on weights are followed")
+        shares = 1 - self._changed.double().mean(1)
+        return {"frozen": float(shares[0]), "sign_frozen": float(shares[1])}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on."""
+        return {"step": self.step, "start": self._start, "changed": self._changed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        if state["step"] != self.step:
+            raise LowbitError(f"the saved step {state['step']} is not this one's, {self.step}")
+        self._start, self._changed = state["start"], state["changed"]

@@ -98,6 +98,7 @@ class OscillationTracker:
         grid: a weight method with a scale, e.g. ``PoT(bits=3)``: layers in full precision (those that `quantize_` would
             take) are tracked too, as if rounded to its levels at the scale which it gives to their present weights.
             That scale stays fixed, so the numbers describe the motion of the weights alone.
+        layers: names of the layers to track, or patterns (``"blocks.*"``); None tracks all.
 
     Raises:
         LowbitError: nothing to track, or a setting out of range.
@@ -110,6 +111,7 @@ class OscillationTracker:
         momentum: float = 0.01,
         threshold: float = THRESHOLD,
         grid: Method | None = None,
+        layers: Sequence[str] | None = None,
     ):
         check_momentum(momentum)
         if not (isinstance(every, int) and every >= 1):
@@ -117,7 +119,7 @@ class OscillationTracker:
         if not 0 <= threshold < 1:
             raise LowbitError(f"threshold={threshold!r} is not allowed; frequencies from 0 to below 1 are")
         self.every, self.momentum, self.threshold = every, momentum, threshold
-        self.codes = FlatCodes(tracked_layers(model, grid))
+        self.codes = FlatCodes(tracked_layers(model, grid, layers))
         self.reset()
 
     def reset(self) -> None:

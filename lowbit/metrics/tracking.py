@@ -1,6 +1,8 @@
 """What the trackers look at: the discrete value of every weight of a model, read into one flat buffer."""
 
+import fnmatch
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,8 +88,10 @@ class TrackedLayer:
         return levels.to(codes.device)[codes] * scale
 
 
-def tracked_layers(model: nn.Module, grid: Method | None) -> list[TrackedLayer]:
+def tracked_layers(model: nn.Module, grid: Method | None, layers: Sequence[str] | None = None) -> list[TrackedLayer]:
     """The layers with quantised weights and, with a ``grid``, those in full precision that `quantize_` would take.
+
+    Only those whose names, or patterns, ``layers`` gives; None is all.
 
     Raises:
         LowbitError: there are none, or ``grid`` is no weight method.
@@ -99,6 +103,12 @@ def tracked_layers(model: nn.Module, grid: Method | None) -> list[TrackedLayer]:
         for name, layer in plan.items():
             have.setdefault(name, QuantizedLayer(name, layer, None, None))
         found = [have[name] for name, _ in model.named_modules() if name in have]
+    for pattern in layers or ():
+        if not fnmatch.filter((layer.name for layer in found), pattern):
+            there = ", ".join(layer.name for layer in found) or "none"
+            raise LowbitError(f"layers: {pattern!r} is the name of no tracked layer; there are {there}")
+    if layers is not None:
+        found = [layer for layer in found if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in layers)]
     if not found:
         raise LowbitError(
             f"{type(model).__name__} has no quantised weight to track; call lowbit.quantize_ first, or give the grid "

@@ -15,6 +15,9 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method
 
 __all__ = ["DeepShiftQ", "deepshift_q", "deepshift_q_codes", "deepshift_q_levels"]
 
+SPREAD = 0.35
+"""Root mean square of the weights at a start that uses all levels; their range ends at 1."""
+
 
 def _lowest(bits: int) -> int:
     if not (isinstance(bits, int) and 2 <= bits <= 6):
@@ -83,10 +86,13 @@ class DeepShiftQ(Method):
         clamp: where |w| is clamped. "forward" clamps the value only. "latent" also clamps the full-precision weight
             itself before each training step, as the released code does: a weight then changes its sign only by a single
             step larger than the smallest level, so that at 2 or 3 bits hardly any sign ever changes.
+        init: "project" starts from the given weight, as published. "spread" (ours) multiplies it to a root mean square
+            of `SPREAD` first, so that the weights use all levels from the start.
     """
 
     bits: Annotated[int, Field(ge=2, le=6)] = 4
     clamp: Literal["forward", "latent"] = "forward"
+    init: Literal["project", "spread"] = "project"
 
     def weight(self, weight: Tensor) -> WeightQuantizer:
         """See `Method.weight`."""
@@ -111,6 +117,11 @@ class DeepShiftQWeight(WeightQuantizer):
         return deepshift_q_codes(latent, self.config.bits)
 
     has_scale = False
+
+    def initialize_(self, latent: Tensor) -> None:
+        if self.config.init == "spread":
+            with torch.no_grad():
+                latent.mul_(SPREAD / as_float(latent).square().mean().sqrt().clamp_min(1e-12))
 
     def scale(self, latent: Tensor) -> Tensor:
         return torch.ones((1,) * latent.ndim, dtype=latent.dtype, device=latent.device)

@@ -5,6 +5,7 @@ Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transforme
 """
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.nn import quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
-from lowbit.quantizers.statsq import StatsQ, cga_mask, check_boundary
+from lowbit.quantizers.statsq import StatsQ, cga_mask, check_boundary, statsq_scale
+
+RATE = 0.1
+"""Largest step allowed, in half widths of the zone in which a weight may move."""
 
 
 class ConfidenceGuidedAnnealing:
@@ -31,9 +35,13 @@ class ConfidenceGuidedAnnealing:
             "as_published" leaves it alone: in the code released with OFQ the product's mask acts on a detached tensor
             and changes nothing.
         from_step: optimisation steps before this one are left alone.
+        rate_rule: refuse a learning rate at which one step of an Adam-like optimizer leaves the zone: it has to be at
+            most `RATE` times ``boundary`` times the distance between two thresholds (the published 1e-5 is about 0.07).
+            False is for showing what happens otherwise.
 
     Raises:
-        LowbitError: no StatsQ weight, a pattern without a layer, or a boundary out of range.
+        LowbitError: no StatsQ weight, a pattern without a layer, or a boundary out of range; at the first annealed
+            step, or from `check_rate`, a learning rate against the rule.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class ConfidenceGuidedAnnealing:
         layers: Sequence[str] | None = None,
         query_key: Literal["effective", "as_published"] = "effective",
         from_step: int = 0,
+        rate_rule: bool = True,
     ):
         check_boundary(boundary)
         if query_key not in ("effective", "as_published"):
@@ -65,10 +74,32 @@ class ConfidenceGuidedAnnealing:
                 f"confidence-guided annealing needs StatsQ weights, and {type(model).__name__} has none; quantise it "
                 "with QuantConfig(weight=StatsQ(bits=2))"
             )
-        self.boundary, self.query_key, self.from_step = boundary, query_key, from_step
+        self.boundary, self.query_key, self.from_step, self.rate_rule = boundary, query_key, from_step, rate_rule
         self._products = [layer.weight for layer in chosen if isinstance(layer.weight, QueryKeyProduct)]
         self._layers = [layer for layer in chosen if not isinstance(layer.weight, QueryKeyProduct)]
         self._frozen: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def largest_rate(self) -> float:
+        """The largest learning rate that the rule allows for the weights as they are.
+
+        ``RATE · boundary · spacing``: under Adam a step moves a weight by about the learning rate, and the zone reaches
+        ``boundary · spacing`` to both sides of a threshold. ``spacing`` is the median over all output channels.
+        """
+        rows = [
+            statsq_scale(layer.latents[0]).flatten() / 2 ** (layer.weight.config.bits - 1) for layer in self._layers
+        ]
+        return RATE * self.boundary * float(torch.cat(rows).median()) if rows else math.inf
+
+    def check_rate(self, lr: float) -> None:
+        """Refuses a learning rate above `largest_rate`, unless ``rate_rule`` is off."""
+        allowed = self.largest_rate()
+        if self.rate_rule and lr > allowed:
+            raise LowbitError(
+                f"a learning rate of {lr:.3g} is too large for confidence-guided annealing with boundary="
+                f"{self.boundary:g}: one step would carry a weight through its zone. At most {RATE:g} * boundary * "
+                f"distance of thresholds = {allowed:.2g} is allowed here (1e-5 in the paper); lower the rate (cga_lr)"
+            )
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -102,9 +133,16 @@ class ConfidenceGuidedAnnealing:
     def on_gradients(self, state: Any) -> None:
         """Callback of `lowbit.train`."""
         if state.step >= self.from_step:
+            if self.rate_rule and state.step == self.from_step and adam_like(state.optimizer):
+                self.check_rate(state.lr)
             self.freeze()
 
     def on_step(self, state: Any) -> None:
         """Callback of `lowbit.train`."""
         if state.step >= self.from_step:
             self.restore()
+
+
+def adam_like(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step moves a weight by about the learning rate, whatever the size of its gradient."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.RAdam)  # AdamW is an Adam

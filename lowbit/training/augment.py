@@ -31,6 +31,12 @@ def draw(kind: str, n: int, shape: tuple[int, ...], generator: torch.Generator) 
     return drawn
 
 
+def fixed(kind: str, n: int, crops: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """`draw` for ``crops`` versions of each of ``n`` items, the same whatever a run's seed: ``[n, crops, ...]``."""
+    drawn = draw(kind, n * crops, shape, seeds.generator(0, seeds.CROPS))
+    return {name: values.view(n, crops, *values.shape[1:]) for name, values in drawn.items()}
+
+
 def apply(x: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
     """Apply what :func:`draw` returned to a batch [N,C,H,W] or [N,T]; same shape and dtype."""
     if "offsets" in drawn:

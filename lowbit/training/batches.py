@@ -11,9 +11,10 @@ import torch
 from lowbit.errors import LowbitError
 from lowbit.training import augment, seeds
 from lowbit.training.config import TrainConfig
+from lowbit.training.distillation import Taught
 from lowbit.training.distributed import Processes
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor | Taught]
 KEEP_ON_DEVICE = 4 * 2**30  # bytes; larger sets stay in main memory
 
 
@@ -67,6 +68,10 @@ class Batches:
         self.batched = self.in_memory and config.augment != "randaugment"
         if self.batched:
             self.x, self.y = (self._near(tensor) for tensor in (data.train.x, data.train.y))
+        if config.crops and not self.batched:
+            raise LowbitError(f"crops={config.crops} is for data held in memory; {data.name} is read item by item")
+        self.crops = augment.fixed(config.augment, self.n, config.crops, data.input_shape) if config.crops else {}
+        self.answers: torch.Tensor | None = None  # a teacher's logits [n, crops, classes], see stored_answers
         if hasattr(data.test, "x"):
             self.test_x, self.test_y = (self._near(tensor) for tensor in (data.test.x, data.test.y))
 
@@ -112,9 +117,23 @@ class Batches:
         shape = tuple(self.x.shape[1:])
         for step, batch in enumerate(indices.to(self.x.device)):
             random = seeds.generator(config.seed, seeds.AUGMENT, epoch, step)
+            if config.crops:
+                version = torch.randint(config.crops, (config.batch_size,), generator=random)
+                yield self.versions(batch[mine], version[mine])
+                continue
             drawn = augment.draw(config.augment, config.batch_size, shape, random)
             x = augment.apply(self.x[batch[mine]], {name: values[mine] for name, values in drawn.items()})
             yield self._mixed(*self._ready(x, self.y[batch[mine]]), epoch, step)
+
+    def versions(self, items: torch.Tensor, version: torch.Tensor) -> Batch:
+        """The fixed augmented versions (``config.crops``) of training items; both int64 [N].
+
+        With `answers` the labels come as a `Taught`.
+        """
+        place = items.cpu(), version
+        x = augment.apply(self.x[items], {name: values[place] for name, values in self.crops.items()})
+        x, y = self._ready(x, self.y[items])
+        return x, y if self.answers is None else Taught(y, self.answers[place].to(y.device).float())
 
     def _mixed(self, x: torch.Tensor, y: torch.Tensor, epoch: int, step: int) -> Batch:
         config = self.config

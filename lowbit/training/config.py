@@ -40,6 +40,10 @@ class TrainConfig:
             (image folders: crop_flip, timm's RandAugment m9-mstd0.5-inc1, erasing with probability 0.25).
         mixup, cutmix: α of these mixtures within each process's share of a batch; 0 is without.
         repeats: augmented copies of each image in an epoch of unchanged length (repeated augmentation).
+        crops: 0 draws a new augmentation each time. k > 0 gives every training image k fixed augmented versions, the
+            same for all runs and seeds, of which each epoch shows one; a teacher then answers each version once, and
+            its answers are kept in the cache folder for all runs that share teacher, data and ``augment`` (the fixed
+            crops of Shen and Xing's FKD, arXiv 2112.01528). Images in memory only; not with mixtures.
         amp: ``"bf16"`` runs the forward pass under bfloat16 autocast; parameters stay float32.
         compile: ``"quantizers"`` compiles the quantisers only, ``"model"`` the whole training step's forward pass.
         channels_last: lay images and convolution weights out channels-last.
@@ -78,6 +82,7 @@ class TrainConfig:
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
     repeats: Count = 1
+    crops: Annotated[int, Ge(0)] = 0
     amp: Literal["none", "bf16"] = "none"
     compile: Literal["none", "quantizers", "model"] = "none"
     channels_last: bool = False
@@ -110,6 +115,10 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs={self.warmup_epochs:g} should be at most epochs={self.epochs}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr:g} should be at most lr={self.lr:g}")
+        if self.crops and self.augment not in ("shift", "crop_flip"):
+            raise ValueError(f"crops={self.crops} needs augment='shift' or 'crop_flip', not {self.augment!r}")
+        if self.crops and (self.mixup or self.cutmix):
+            raise ValueError(f"crops={self.crops} fixes what a teacher sees; mixup and cutmix have to be 0")
         return self
 
     @property

@@ -114,7 +114,7 @@ class Detection:
 
     def __init__(self, model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module | None = None):
         _check_model(model, data)
-        for name, allowed in (("label_smoothing", 0.0), ("distill_weight", None)):
+        for name, allowed in (("label_smoothing", 0.0), ("distill_weight", None), ("crops", 0)):
             if getattr(config, name) != allowed:
                 raise LowbitError(f"{name}={getattr(config, name)} is for classification; for detection use {allowed}")
         if teacher is not None:

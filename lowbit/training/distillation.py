@@ -2,11 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class Taught(NamedTuple):
+    """What a batch's items are, and what a teacher said of them earlier.
+
+    Attributes:
+        labels: int64 [N].
+        answers: the teacher's logits, float32 [N,K].
+    """
+
+    labels: torch.Tensor
+    answers: torch.Tensor
 
 
 def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

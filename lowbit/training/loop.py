@@ -16,7 +16,8 @@ from torch import nn
 
 from lowbit.errors import DivergedError, LowbitError
 from lowbit.training import checkpoint, distillation, optim, record, seeds
-from lowbit.training.annealing import ConfidenceGuidedAnnealing
+from lowbit.training.annealing import ConfidenceGuidedAnnealing, adam_like
+from lowbit.training.answers import stored_answers
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig, differences
 from lowbit.training.distributed import Processes, processes
@@ -128,8 +129,11 @@ class Classification:
         """The loss of one batch, and sums over its items of what the history shows as means."""
         with _autocast(self.config, here):
             output = forward(x)
-            with torch.no_grad():
-                target = distillation.target(self.teacher, x) if self.weight else None
+            if isinstance(y, distillation.Taught):
+                y, target = y
+            else:
+                with torch.no_grad():
+                    target = distillation.target(self.teacher, x) if self.weight else None
         smoothing, temperature = self.config.label_smoothing, self.config.temperature
         loss = distillation.loss(output, y, smoothing, target, self.weight, temperature)
         label = y if y.ndim == 1 else y.argmax(1)  # of a mixture the one with the larger share
@@ -153,9 +157,13 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
     from lowbit import environment
 
     batches = task.batches(data, config, here)
+    if config.crops and task.teacher is not None and task.weight:
+        batches.answers = stored_answers(task.teacher, batches)
     callbacks = (*_annealing(model, config, batches.steps), *callbacks)
     lowbit.nn.calibrate(model, batches.first())
     optimizer = optim.build_optimizer(model, config)
+    if config.cga_epochs and adam_like(optimizer):
+        callbacks[0].check_rate(config.cga_lr)  # now, rather than after all of config.epochs
     state = State(model, optimizer, config, batches.steps)
     identity = describe(model, data, task.teacher, here)
     out = Path(config.out) if config.out is not None else None

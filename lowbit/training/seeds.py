@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ORDER, AUGMENT, SAMPLE, MODEL, MIX = range(5)  # streams, so that no two uses share numbers
+ORDER, AUGMENT, SAMPLE, MODEL, MIX, CROPS = range(6)  # streams, so that no two uses share numbers
 
 
 def derive(seed: int, stream: int, *place: int) -> int:

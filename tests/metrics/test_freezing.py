@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -17,7 +18,7 @@ from torch import nn
 
 import lowbit
 from lowbit.errors import LowbitError
-from lowbit.metrics import FreezingTracker, oscillation_step
+from lowbit.metrics import FreezingTracker, FrozenFrom, OscillationTracker, oscillation_step
 from lowbit.metrics.tracking import FlatCodes, signed_ranks, tracked_layers
 from lowbit.quantizers import LSQ, DenseShift, PoT, StatsQ, Ternary, get, names
 
@@ -372,3 +373,36 @@ def test_two_processes_measure_the_same_as_one_with_the_same_weights(tmp_path):
         tracker.update()
     assert len(steps) == 16 and tracker.summary(since="start").flip_rate.min() > 0
     pandas.testing.assert_frame_equal(tracker.summary(since="start"), ranks[0], check_exact=False, rtol=1e-12)
+
+
+def test_frozen_from_a_step_on_by_hand():
+    """Followed from the second step: a change before it does not count, and what comes back has changed."""
+    _, tracker, put = two_layers()
+    follower = FrozenFrom(tracker, 2)
+    codes = [
+        ([1, 1, 0, 0, 0, 0], [1, 1, 1, 1]),
+        ([1, 0, 0, -1, 0, 0], [1, 1, -2, 1]),  # from here
+        ([1, 1, 0, -2, 0, 0], [1, 1, -2, 1]),  # 0 → 1, -1 → -2
+        ([1, 0, 0, -2, 0, 0], [1, 1, 1, 1]),  # 1 → 0: back, but changed; -2 → 1
+    ]
+    with pytest.raises(LowbitError, match="did not come to step 2"):
+        follower.frozen()
+    for step, (first, second) in enumerate(codes):
+        put(first, second)
+        tracker.update()
+        follower.on_step(SimpleNamespace(step=step))
+    assert follower.frozen() == pytest.approx({"frozen": 7 / 10, "sign_frozen": 8 / 10})
+    fresh = FrozenFrom(tracker, 2)
+    fresh.load_state_dict(follower.state_dict())
+    assert fresh.frozen() == follower.frozen()
+    with pytest.raises(LowbitError, match="saved step 2"):
+        FrozenFrom(tracker, 3).load_state_dict(follower.state_dict())
+
+
+@pytest.mark.parametrize("tracker", [FreezingTracker, OscillationTracker])
+def test_only_the_named_layers_are_tracked(tracker):
+    model, _, _ = two_layers()
+    assert tracker(model, layers=["1"]).summary().layer.tolist() == ["1"]
+    assert tracker(model, layers=["[01]"]).summary().layer.tolist() == ["0", "1"]
+    with pytest.raises(LowbitError, match="'2' is the name of no tracked layer; there are 0, 1"):
+        tracker(model, layers=["0", "2"])

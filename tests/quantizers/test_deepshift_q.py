@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.functional import deepshift_q, deepshift_q_codes, deepshift_q_levels
+from lowbit.nn import QuantConfig, quantize_
 from lowbit.quantizers import DeepShiftQ
 
 weights = st.one_of(
@@ -90,3 +92,19 @@ def test_wrong_bits_are_refused(bits):
     for refused in (lambda: deepshift_q(torch.ones(1), bits), lambda: DeepShiftQ(bits=bits)):
         with pytest.raises(LowbitError, match="bits="):
             refused()
+
+
+@pytest.mark.parametrize(("init", "levels"), [("project", 2), ("spread", 8)])
+def test_a_spread_start_uses_all_levels(init, levels):
+    """Weights of the usual small size share the smallest level of each sign; spread out they use all eight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.normal_(std=0.02)
+        before = layer.weight.clone()
+    quantize_(nn.Sequential(layer), QuantConfig(weight=DeepShiftQ(bits=3, init=init), first_last="same"))
+    latent = layer.parametrizations.weight.original
+    assert len(layer.weight.unique()) == levels
+    assert torch.equal(latent.sign(), before.sign())
+    if init == "spread":
+        assert latent.square().mean().sqrt().item() == pytest.approx(0.35, rel=1e-5)

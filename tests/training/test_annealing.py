@@ -80,7 +80,7 @@ def vit(**quant):
 
 
 def config(**changes):
-    settings = {"epochs": 1, "cga_epochs": 2, "cga_lr": 1e-3, "cga_boundary": 0.05, "batch_size": 32}
+    settings = {"epochs": 1, "cga_epochs": 2, "cga_lr": 5e-5, "cga_boundary": 0.05, "batch_size": 32}
     return TrainConfig(**(settings | {"progress": False} | changes))
 
 
@@ -110,7 +110,7 @@ def test_the_phase_follows_training_at_its_own_rate():
     watch = Watch(model)
     run = lowbit.train(model, data(), config(), callbacks=[watch])
     assert len(run.history) == 3 and run.history[-1]["test_acc"] is not None
-    assert watch.rates[3:] == [1e-3] * 6 and watch.rates[0] == 1e-3  # the cosine begins at lr=1e-3 too
+    assert watch.rates[3:] == [5e-5] * 6 and watch.rates[0] == 1e-3
     assert watch.violations == 0 and watch.moved > 0
 
 
@@ -225,3 +225,54 @@ WRONG = [
 def test_refusals(wrong, message):
     with pytest.raises(LowbitError, match=message):
         wrong()
+
+
+def test_the_largest_rate_by_hand():
+    """Mean |w| of the rows is 1, 2 and 3, so at 2 bits thresholds lie 1, 2 and 3 apart; the median counts."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1.0], [1.0, 3.0], [-3.0, 3.0]]))
+    quantize_(model, QuantConfig(weight=StatsQ(bits=2), first_last="same"))
+    annealing = ConfidenceGuidedAnnealing(model, boundary=0.02)
+    assert annealing.largest_rate() == pytest.approx(0.1 * 0.02 * 2)
+    annealing.check_rate(0.0039)
+    with pytest.raises(LowbitError, match=r"learning rate of 0\.0041 .* boundary=0\.02.* = 0\.004 is allowed"):
+        annealing.check_rate(0.0041)
+    ConfidenceGuidedAnnealing(model, boundary=0.02, rate_rule=False).check_rate(1.0)
+
+
+@pytest.mark.parametrize(("optimizer", "refused"), [("adamw", True), ("radam", True), ("sgd", False)])
+def test_a_rate_that_leaves_the_zone_is_refused_before_the_first_epoch(few, optimizer, refused):
+    model, epochs = quantized_mlp(), []
+    settings = TrainConfig(
+        epochs=1, cga_epochs=1, cga_lr=1e-3, cga_boundary=0.005, batch_size=10, optimizer=optimizer, progress=False
+    )
+
+    class Watch:
+        def on_epoch(self, state):
+            epochs.append(state.epoch)
+
+    if refused:
+        with pytest.raises(LowbitError, match=r"learning rate of 0\.001 is too large"):
+            lowbit.train(model, few, settings, callbacks=[Watch()], device="cpu")
+    else:
+        lowbit.train(model, few, settings, callbacks=[Watch()], device="cpu")
+    assert len(epochs) == (0 if refused else 2)
+
+
+def test_the_callback_refuses_at_its_first_step(few):
+    model = quantized_mlp()
+    settings = TrainConfig(epochs=1, lr=1e-3, batch_size=10, progress=False)
+    for rule in (True, False):
+        annealing = ConfidenceGuidedAnnealing(model, 0.005, rate_rule=rule)
+        if rule:
+            with pytest.raises(LowbitError, match="too large for confidence-guided annealing"):
+                lowbit.train(model, few, settings, callbacks=[annealing], device="cpu")
+        else:
+            lowbit.train(model, few, settings, callbacks=[annealing], device="cpu")
+
+
+def quantized_mlp():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
+    return quantize_(model, QuantConfig(weight=StatsQ(bits=2), first_last="same"))

@@ -125,7 +125,7 @@ def test_two_processes_run_ofq_and_go_on_in_the_annealing(imagenet_folder, tmp_p
     file = lowbit.save(twin, tmp_path / "twin.safetensors")
     small = [f"{part}.{key}={value}" for part in ("model", "teacher") for key, value in shape.items()]
     small += [f"{part}.pretrained={file}" for part in ("model", "teacher")]
-    small += ["train.warmup_epochs=0", "train.cga_epochs=2", "train.min_lr=0"]
+    small += ["train.warmup_epochs=0", "train.cga_epochs=2", "train.cga_lr=5e-6", "train.min_lr=0"]
     out = tmp_path / "run"
     first = launch(imagenet_folder, out, 2, "imagenet_deit_tiny_ofq", small)
     deadline = time.monotonic() + 240
@@ -139,7 +139,7 @@ def test_two_processes_run_ofq_and_go_on_in_the_annealing(imagenet_folder, tmp_p
     _, errors = second.communicate(timeout=240)
     assert second.returncode == 0, errors
     card = json.loads((out / "run.json").read_text())
-    assert card["processes"] == 2 and [row["lr"] for row in card["history"][2:]] == [1e-5, 1e-5]
+    assert card["processes"] == 2 and [row["lr"] for row in card["history"][2:]] == [5e-6, 5e-6]
     names = [found.name for found in quantized_layers(lowbit.load(out / "model.safetensors"))]
     assert "blocks.1.attn.qk" in names and "head_dist" in names
 

@@ -1,0 +1,159 @@
+"""Trainings of the study: what they measure, and that being cut off changes nothing."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+import lowbit
+from lowbit.suite.study import plan, queue, tables, training, worker
+
+SHARED = {"arm", "bits", "epochs", "steps", "seed", "accuracy, %", "test loss", "train loss", "seconds"}
+MOTION = {"oscillating, %", "frequency", "memory", "frozen, %", "sign frozen, %", "flip rate, %", "changed level, %"}
+
+
+def pick(held, *key):
+    return next(t for t in plan.trainings(held) if t.key == key)
+
+
+def same(result):
+    """What of a result does not depend on the clock."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in result["rows"]]
+
+
+def test_a_vision_transformer_with_its_phases(planned, tmp_path):
+    held = planned()
+    result = training.run(pick(held, "ofq", "StatsQ + QKR", 2, 2, 0), tmp_path / "one")
+    main, annealed, control = result["rows"]
+    assert [row["arm"] for row in result["rows"]] == ["StatsQ + QKR", "CGA", "no mask"]
+    more = {"distillation loss", "reach", "boundary density, %", "oscillating per density"}
+    assert set(main) == SHARED | MOTION | more | {"oscillating qk, %", "misestimation, %"}
+    assert main["steps"] == annealed["steps"] == 2 * 4 and main["memory"] == 100 / 8
+    assert 0 < annealed["lr of the phase"] == control["lr of the phase"] <= 1e-5
+    assert annealed["changed level, %"] <= control["changed level, %"] < main["changed level, %"]
+    # Σ of a cosine from 5e-4 over 8 steps is 4.5 of them; the spacing is of the size of the weights, some hundredths
+    assert main["reach"] == pytest.approx(4.5 * 5e-4 / 0.016, rel=0.5)
+    assert all(math.isfinite(value) for row in result["rows"] for value in row.values() if isinstance(value, float))
+    assert len(result["epochs_by_arm"]["StatsQ + QKR"]["train_loss"]) == 2
+
+
+def test_the_rate_of_the_phases_follows_the_rule(planned, tmp_path):
+    def steeper(tree):
+        for phase in tree["ofq"]["arms"]["StatsQ + QKR"]["phases"]:
+            phase["lr"] = 1.0
+
+    result = training.run(pick(planned(steeper), "ofq", "StatsQ + QKR", 2, 2, 0), tmp_path / "one")
+    rates = {row["lr of the phase"] for row in result["rows"][1:]}
+    assert len(rates) == 1 and 0 < rates.pop() < 0.1 * 0.05 * 0.1
+
+
+def test_a_full_precision_twin_is_tracked_through_the_grid_of_its_table(planned, tmp_path):
+    held = planned()
+    (row,) = training.run(pick(held, "shift", "full precision", 32, 2, 0), tmp_path / "twin")["rows"]
+    assert set(row) == SHARED | MOTION and 0 < row["frozen, %"] < 100
+    (row,) = training.run(pick(held, "ofq", "full precision", 32, 1, 0), tmp_path / "other")["rows"]
+    assert set(row) == SHARED | {"distillation loss"}  # no grid there
+
+
+def test_the_same_training_gives_the_same_numbers_wherever_it_was_cut_off(planned, tmp_path, monkeypatch):
+    one = pick(planned(), "ofq", "StatsQ + QKR", 2, 2, 1)
+    whole = training.run(one, tmp_path / "whole")
+
+    class Cut(Exception):
+        pass
+
+    def train_until(stop):
+        calls = [0]
+        real = lowbit.training.checkpoint.save
+
+        def save(path, **contents):
+            real(path, **contents)
+            calls[0] += 1
+            if calls[0] == stop:
+                raise Cut
+
+        return save
+
+    for stop in (1, 2, 3, 4):  # after each epoch: two of the training, one of each phase
+        with monkeypatch.context() as patch:
+            patch.setattr(lowbit.training.checkpoint, "save", train_until(stop))
+            with pytest.raises(Cut):
+                training.run(one, tmp_path / f"cut{stop}")
+        again = same(training.run(one, tmp_path / f"cut{stop}"))
+        differ = {
+            (row["arm"], name): (row[name], other[name])
+            for row, other in zip(same(whole), again, strict=True)
+            for name in row
+            if row[name] != other[name]
+        }
+        assert not differ, stop
+
+
+def test_the_queue_is_worked_off_and_becomes_tables(planned):
+    def small(tree):
+        del tree["ofq"]
+        tree["shift"] |= {"seeds": [0], "epochs": [1]}
+        tree["shift"]["arms"].pop("S3")
+
+    held = planned(small)
+    assert worker.work() == 3 and worker.work() == 0
+    assert len(queue.done(["shift"])) == 3 and not list(queue.scratch().glob("*/main"))
+    table, card = tables.write()
+    frame = pd.read_csv(table)
+    assert frame.arm.tolist() == ["full precision", "DenseShift", "DenseShift"] and set(frame.kind) == {queue.kind()}
+    assert '"trainings": "3 of 3"' in card.read_text() and "lowbit study run --table shift" in card.read_text()
+    assert tables.write() == [table, card] and held
+
+
+def test_what_would_not_end_in_time_does_not_begin(planned):
+    held = planned()
+    trainings = list(plan.trainings(held))
+    for one in trainings:
+        if one.epochs == 1 and one.seed == 0:
+            courses = {one.arm: {"train_loss": [1.0]}}
+            queue.note(one, {"rows": [], "epochs_by_arm": courses}, 3600.0)  # an hour an epoch
+    assert worker.work(time.time() + 1800) == 0
+    assert worker.work(time.time() - 1) == 0
+
+
+def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
+    """Two processes are started, paused, killed and started again; every training ends once."""
+
+    def small(tree):
+        tree["shift"] |= {"seeds": [0], "epochs": [1, 2]}
+        tree["shift"]["arms"].pop("S3")
+        del tree["ofq"]
+
+    held = planned(small)
+    command = [sys.executable, "-m", "lowbit", "study"]
+    run = [*command, "run", "-j", "2", "--nice", "0"]
+    started = subprocess.Popen(run)
+    pids = queue.scratch() / "pids.json"
+    wait(lambda: pids.exists() and list(queue.scratch().glob("*/main/history.jsonl")))
+    subprocess.run([*command, "pause"], check=True)
+    held_still = len(queue.done(held))
+    time.sleep(2)
+    assert len(queue.done(held)) == held_still
+    subprocess.run([*command, "resume"], check=True)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(60) == 143 and not pids.exists()
+    assert subprocess.run(run).returncode == 0
+    keys = [done.key for done in queue.done(held)]
+    assert len(keys) == len(set(keys)) == 6
+    shown = subprocess.run([*command, "status"], capture_output=True, text=True, check=True).stdout
+    assert "6 of 6" in shown and "begun here" not in shown
+    refused = subprocess.run([*command, "pause"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "no study runs here" in refused.stderr
+    refused = subprocess.run([*command, "run", "--table", "shfit"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "no table 'shfit'; it has shift" in refused.stderr
+
+
+def wait(holds, seconds=300):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
