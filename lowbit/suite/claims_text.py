@@ -121,7 +121,10 @@ def _evidence(claim: Claim) -> list[str]:
 
 
 def _pictures(claim: Claim) -> list[Path]:
-    """The figures kept of the notebooks that made its tables, from ``results/claims.md``."""
+    """The claim's own figure at the study, else those of the notebooks that made its tables; from ``results/``."""
+    own = paths.results() / "figures" / claim.profile / f"{claim.id}.png"
+    if own.exists():
+        return [own.relative_to(paths.results())]
     numbers = dict.fromkeys(Path(table).name[:3] for table in claim.runs)  # "02_"
     folder = paths.results() / "figures" / claim.profile
     return [path.relative_to(paths.results()) for number in numbers for path in sorted(folder.glob(f"{number}*.png"))]

@@ -142,6 +142,11 @@ class ConfidenceGuidedAnnealing:
         if state.step >= self.from_step:
             self.restore()
 
+    def on_epoch(self, state: Any) -> None:
+        """Callback of `lowbit.train`: between epochs, and after the last, products have their whole gradient again."""
+        for product in self._products:
+            product.boundary = None
+
 
 def adam_like(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step moves a weight by about the learning rate, whatever the size of its gradient."""

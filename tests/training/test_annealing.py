@@ -276,3 +276,16 @@ def quantized_mlp():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
     return quantize_(model, QuantConfig(weight=StatsQ(bits=2), first_last="same"))
+
+
+def test_products_have_their_whole_gradient_after_the_phase():
+    """The mask is part of the product's forward pass: left on, it would be in every gradient taken later."""
+    model, masked = vit(qkr=True), []
+
+    class Look:
+        def on_gradients(self, state):
+            masked.append(model.blocks[0].attn.qk.parametrizations.weight[0].boundary)
+
+    lowbit.train(model, data(), config(), callbacks=[Look()])
+    assert masked[:3] == [None] * 3 and masked[3:] == [0.05] * 6
+    assert model.blocks[0].attn.qk.parametrizations.weight[0].boundary is None

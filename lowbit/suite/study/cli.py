@@ -120,9 +120,10 @@ def status() -> None:
 
 @app.command()
 def tables() -> None:
-    """Write results/tables/study from the journals, for 'lowbit claims'."""
+    """Write results/tables/study from the journals, for 'lowbit claims', and draw each claim's effects over time."""
     from lowbit.suite.runfile import show_path
+    from lowbit.suite.study import figures
     from lowbit.suite.study import tables as made
 
-    for path in made.write():
+    for path in [*made.write(), *figures.write()]:
         print(show_path(path))

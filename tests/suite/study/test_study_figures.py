@@ -1,0 +1,61 @@
+"""The picture of a claim: its effects at each length of training are those that the statement would be judged by."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lowbit.suite import claims
+from lowbit.suite.study import figures, tables
+
+
+def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5))):
+    """StatsQ is better by 0.5 times log2(epochs), with a little noise that differs from seed to seed."""
+    rows = [
+        {
+            "arm": arm,
+            "bits": 2,
+            "epochs": epochs,
+            "steps": 781 * epochs,
+            "seed": seed,
+            "accuracy, %": 60 + seed + (gain * np.log2(epochs) + 0.1 * seed) * (arm == "StatsQ"),
+        }
+        for epochs, seeds in budgets
+        for arm, gain in arms
+        for seed in range(seeds)
+    ]
+    tables.folder().mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(tables.folder() / "ofq.csv", index=False)
+
+
+def claim(id="O2"):
+    return next(one for one in claims.load() if one["id"] == id)
+
+
+def test_effects_at_each_length(project):
+    table()
+    (item,) = [one for one in claim()["statements"] if one.get("role") == "primary"]
+    frame = figures.effects(item, tables.folder())
+    assert frame.steps.tolist() == [2343, 7810, 30459] and frame.n.tolist() == [5, 5, 4]
+    expected = [0.5 * np.log2(epochs) + shift for epochs, shift in ((3, 0.2), (10, 0.2), (39, 0.15))]
+    assert frame["mean"].tolist() == pytest.approx(expected)
+    half = 2.776445 * 0.1 * np.std(range(5), ddof=1) / 5**0.5
+    assert (frame["mean"] - frame.low)[0] == pytest.approx(half, rel=1e-4)
+
+
+def test_a_picture_shows_every_effect_and_the_line_of_none(project):
+    table()
+    figure = figures.draw(claim(), tables.folder())
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["2,343", "7,810", "30,459"]
+    assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines)  # no effect
+    few = [line for line in ax.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in few] == [[30459]]
+    assert "slope for each doubling: +0.5 (95 %" in ax.get_legend().get_texts()[0].get_text()
+
+
+def test_claims_without_a_row_have_no_picture(project):
+    assert figures.write() == []
+    table(arms=(("LSQ", 0.0),))
+    assert figures.write() == []
+    table()
+    assert figures.write() == [figures.picture("O2")] and figures.picture("O2").stat().st_size > 5000
