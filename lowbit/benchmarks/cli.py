@@ -24,7 +24,8 @@ def training(
         list[str] | None,
         typer.Option(
             help="vit-d192, resnet18, resnet18-shift, resnet18-shift-small, deit-tiny-ofq, deit-small-ofq, "
-            "swin-tiny-ofq or vit-tiny-ofq; repeat for several; default all"
+            "swin-tiny-ofq, vit-tiny-ofq, study-vit, study-qkr, study-vit-64-tokens, study-resnet8 or study-resnet20; "
+            "repeat for several; default all"
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 15,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowbit.benchmarks import peers
 from lowbit.benchmarks.report import Result, summarize
+from lowbit.training import distillation
 
 CLASSES = 10
 BASELINE = "fp32"
@@ -32,6 +33,7 @@ class Case:
     batch: int
     pixels: int
     engines: Callable[[nn.Module, Tensor, Tensor], list[Engine]]
+    baseline: str = BASELINE
 
 
 def _vit(pixels: int) -> nn.Module:
@@ -63,8 +65,9 @@ def _engine(
     bf16: bool = False,
     sgd: bool = False,
     after: Callable[[], None] | None = None,
+    teach: Callable[[], Tensor] | None = None,
 ) -> Engine:
-    """Forward, backward, optimiser, and then ``after`` if there is one."""
+    """Forward, backward, optimizer, and then ``after`` if there is one; ``teach`` gives a teacher's logits for x."""
     if sgd:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=True)
     else:
@@ -73,7 +76,8 @@ def _engine(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            loss = nn.functional.cross_entropy(model(x), y)
+            logits = model(x)
+            loss = distillation.loss(logits, y, teacher=None if teach is None else teach(), weight=0.5)
         loss.backward()
         optimizer.step()
         if after is not None:
@@ -178,6 +182,92 @@ def ofq_engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 2) -> list[E
     return made
 
 
+BEFORE = "as before"
+
+
+def study_vit_engines(model: nn.Module, x: Tensor, y: Tensor, qkr: bool = False) -> list[Engine]:
+    """The study's 2-bit vision transformer with its teacher: as before, then with each of what makes it faster.
+
+    Before: eager, the teacher asked at every step. Then the teacher's answers stored, the quantizers compiled, and
+    both, as the study runs; with bfloat16 too where the processor has it.
+    """
+    from lowbit.nn import QuantConfig, calibrate, compile_quantizers, quantize_
+    from lowbit.quantizers import LSQ, StatsQ
+
+    teacher = unfuse_attention(copy.deepcopy(model)).eval()
+    config = QuantConfig(
+        weight=StatsQ(bits=2),
+        activation=LSQ(bits=2, bias=True),
+        first_last=8,
+        unsigned=("*.fc2",),
+        attention=True,
+        qkr=qkr,
+    )
+
+    @torch.no_grad()
+    def ask() -> Tensor:
+        return teacher(x)
+
+    answers = ask()
+
+    def student(compiled: bool) -> nn.Module:
+        low = unfuse_attention(calibrate(quantize_(copy.deepcopy(model), config), x)).train()
+        return compile_quantizers(low) if compiled else low
+
+    made = [
+        _engine(BEFORE, student(False), x, y, teach=ask),
+        _engine("stored answers", student(False), x, y, teach=lambda: answers),
+        _engine("compiled quantizers", student(True), x, y, teach=ask),
+        _engine("compiled quantizers, stored answers", student(True), x, y, teach=lambda: answers),
+    ]
+    if torch.cpu._is_avx512_bf16_supported():
+        made.append(
+            _engine("compiled quantizers, stored answers, bf16", student(True), x, y, bf16=True, teach=lambda: answers)
+        )
+    return made
+
+
+def study_qkr_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
+    """`study_vit_engines` with query-key reparameterization."""
+    return study_vit_engines(model, x, y, qkr=True)
+
+
+def study_resnet_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
+    """The study's 3-bit DenseShift ResNets: as before (eager), compiled, and with bfloat16 where that is fast."""
+    from lowbit.nn import QuantConfig, compile_quantizers, quantize_
+    from lowbit.quantizers import DenseShift
+
+    model, x = (part.to(memory_format=torch.channels_last) for part in (model, x))
+
+    def student() -> nn.Module:
+        return quantize_(copy.deepcopy(model), QuantConfig(weight=DenseShift(bits=3))).train()
+
+    whole = student()
+    whole.compile()
+    made = [
+        _engine(BEFORE, student(), x, y, sgd=True),
+        _engine("compiled quantizers", compile_quantizers(student()), x, y, sgd=True),
+        _engine("compiled", whole, x, y, sgd=True),
+    ]
+    if torch.cpu._is_avx512_bf16_supported():
+        whole = student()
+        whole.compile()
+        made += [
+            _engine("bf16", student(), x, y, bf16=True, sgd=True),
+            _engine("bf16, compiled", whole, x, y, bf16=True, sgd=True),
+        ]
+    return made
+
+
+def _small(name: str) -> Callable[[int], nn.Module]:
+    def make(pixels: int) -> nn.Module:
+        from lowbit import models
+
+        return models.create(name, CLASSES, 3, pixels)
+
+    return make
+
+
 CASES = {
     "vit-d192": Case(_vit, 64, 32, engines),
     "resnet18": Case(_resnet18, 64, 32, engines),
@@ -187,6 +277,11 @@ CASES = {
     "deit-small-ofq": Case(_timm("deit_small_distilled_patch16_224"), 8, 224, ofq_engines),
     "swin-tiny-ofq": Case(_timm("swin_tiny_patch4_window7_224"), 8, 224, ofq_engines),
     "vit-tiny-ofq": Case(_timm("vit_tiny_patch16_224"), 16, 224, ofq_engines),
+    "study-vit": Case(_small("vit_nano_patch8"), 64, 32, study_vit_engines, BEFORE),
+    "study-qkr": Case(_small("vit_nano_patch8"), 64, 32, study_qkr_engines, BEFORE),
+    "study-vit-64-tokens": Case(_small("vit_nano"), 64, 32, study_vit_engines, BEFORE),
+    "study-resnet8": Case(_small("resnet8"), 64, 32, study_resnet_engines, BEFORE),
+    "study-resnet20": Case(_small("resnet20"), 64, 32, study_resnet_engines, BEFORE),
 }
 
 
@@ -222,5 +317,5 @@ def run(names: list[str], repeats: int = 15, warmup: int = 3, threads: int | Non
                 start = time.perf_counter()
                 engine.step()
                 seconds[engine.name].append(time.perf_counter() - start)
-        results += summarize(f"training step, {name}, batch {case.batch}, {case.pixels} px", seconds, BASELINE)
+        results += summarize(f"training step, {name}, batch {case.batch}, {case.pixels} px", seconds, case.baseline)
     return results
