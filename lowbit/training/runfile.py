@@ -48,7 +48,8 @@ class RunConfig:
         name: of the run; letters, digits, ``. _ -``. The default output folder is ``results/scratch/<name>``.
         model: ``name`` and further arguments of :func:`lowbit.models.create` (``pretrained``, ...).
         data: ``name`` and further arguments of :func:`lowbit.data.load`; ``subset: {train, test, seed}`` takes part of
-            it, ``hold_out: fraction`` evaluates on a part of the training split instead of the test split.
+            it, ``hold_out: fraction`` evaluates on a part of the training split instead of the test split, and
+            ``only: [names]`` keeps these classes alone.
         train: the fields of :class:`TrainConfig`.
         quant: the fields of :class:`lowbit.QuantConfig`, or None for full precision.
         teacher: like ``model``, with ``pretrained``, or None.
@@ -112,7 +113,10 @@ class RunConfig:
 
         options = dict(self.data)
         name, subset, fraction = options.pop("name"), options.pop("subset", None), options.pop("hold_out", None)
+        only = options.pop("only", None)
         loaded = data.load(name, **options)
+        if only is not None:
+            loaded = loaded.only(only)
         if fraction is not None:
             loaded = loaded.hold_out(fraction)
         return loaded.subset(**subset) if subset else loaded
@@ -193,7 +197,9 @@ def refuse_unknown(where: str, given: Iterable[Any], allowed: Iterable[str]) -> 
 
 
 def _check_data(data: dict[str, Any]) -> None:
-    subset, fraction = data.get("subset"), data.get("hold_out")
+    subset, fraction, only = data.get("subset"), data.get("hold_out"), data.get("only")
+    if only is not None and not (isinstance(only, list) and only and all(isinstance(name, str) for name in only)):
+        raise LowbitError(f"data: only={only!r} should be a list of class names")
     if subset is not None:
         _require_mapping("data.subset", subset)
         refuse_unknown("data.subset", subset, ("train", "test", "seed"))

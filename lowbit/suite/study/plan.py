@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +74,11 @@ class Table(BaseModel):
         epochs: budgets, ascending; each has a schedule of its own.
         seeds: every arm runs with each.
         grid: the weight method through whose levels an arm in full precision is tracked, or None.
+        source: what is trained first, ``data`` and ``train`` as in a run file; its network goes on with a new head.
+        detector: arguments of `lowbit.models.detector`: the trained classifier becomes the trunk of a detector instead.
+        cycle: a place in the run file, ``data.speaker``, and the values that seeds 0, 1, 2, ... have there in turn; a
+            column of the table.
+        rank: added to that of its arms.
         arms: by name.
     """
 
@@ -85,6 +90,10 @@ class Table(BaseModel):
     epochs: Annotated[list[Positive], MinLen(1)]
     seeds: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)]
     grid: dict[str, Any] | None = None
+    source: dict[str, dict[str, Any]] | None = None
+    detector: dict[str, Any] | None = None
+    cycle: dict[str, Annotated[list[Any], MinLen(1)]] = {}
+    rank: int = 0
     arms: dict[str, Arm]
 
     @field_validator("epochs")
@@ -104,6 +113,9 @@ class Training:
         run: the run file's content, complete.
         phases: what follows it.
         grid: see `Table`.
+        source: the run file's content of what is trained first, or None.
+        detector: see `Table`.
+        columns: further columns of its rows: what `Table.cycle` gave this seed.
         rank: of the arm.
     """
 
@@ -115,6 +127,9 @@ class Training:
     run: dict[str, Any]
     phases: tuple[Phase, ...] = ()
     grid: dict[str, Any] | None = None
+    source: dict[str, Any] | None = None
+    detector: dict[str, Any] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
 
     @property
@@ -129,13 +144,15 @@ class Training:
 
     @property
     def length(self) -> int:
-        """Epochs in all, those of the phases included."""
-        return self.epochs + sum(phase.epochs for phase in self.phases)
+        """Epochs in all, with those of the phases and of what is trained first."""
+        first = 0 if self.source is None else self.source["train"]["epochs"]
+        return first + self.epochs + sum(phase.epochs for phase in self.phases)
 
     @property
     def digest(self) -> str:
         """Changes whenever anything that is trained changes."""
         plain = [self.run, [phase.model_dump() for phase in self.phases], self.grid]
+        plain += [self.source, self.detector] if self.source or self.detector else []
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
@@ -145,6 +162,10 @@ class Training:
     def config(self) -> RunConfig:
         """The checked run file."""
         return RunConfig.from_dict(copy.deepcopy(self.run))
+
+    def source_config(self) -> RunConfig | None:
+        """The checked run file of what is trained first, or None."""
+        return None if self.source is None else RunConfig.from_dict(copy.deepcopy(self.source))
 
 
 def file() -> Path:
@@ -195,10 +216,31 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         apply_change(run, f"quant.weight.bits={bits}")
         if (run["quant"].get("activation") or {}).get("bits") == "same":
             apply_change(run, f"quant.activation.bits={bits}")
+    columns = {}
+    for place, values in table.cycle.items():
+        columns[place.rpartition(".")[2]] = value = values[seed % len(values)]
+        apply_change(run, f"{place}={value}")
+    source = None
+    if table.source is not None:
+        source = run | {part: copy.deepcopy(table.source[part]) for part in ("data", "train")}
+        source["train"]["seed"] = seed
     phases = tuple(arm.phases) if epochs == table.epochs[-1] else ()
-    made = Training(name, arm_name, bits, epochs, seed, run, phases, table.grid, arm.rank)
+    made = Training(
+        name,
+        arm_name,
+        bits,
+        epochs,
+        seed,
+        run,
+        phases,
+        table.grid,
+        source,
+        table.detector,
+        columns,
+        table.rank + arm.rank,
+    )
     try:
-        made.config()
+        made.config(), made.source_config()
     except LowbitError as error:
         raise LowbitError(f"{FILE}: {made}: {error}") from None
     return made

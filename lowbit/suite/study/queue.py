@@ -81,7 +81,7 @@ def note(training: Training, result: dict[str, Any], seconds: float) -> None:
     """Writes one training down in its table's journal: one line, at once."""
     environment_ = environment.describe()
     line = {"arm": training.arm, "bits": training.bits, "epochs": training.epochs, "seed": training.seed}
-    line |= {"digest": training.digest, "kind": kind(), "seconds": round(seconds, 1)}
+    line |= {"digest": training.digest, "kind": kind(), "seconds": round(seconds, 1), "length": training.length}
     line |= {"ended": datetime.now(UTC).isoformat(timespec="seconds")}
     line |= {name: environment_[name] for name in ("cpu", "isa", "torch", "commit", "dirty")} | result
     path = journals() / f"{training.table}.jsonl"
@@ -106,9 +106,9 @@ def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Tra
     """What is left to train on a machine of the kind ``here``, first things first.
 
     A block (same table, budget and seed) stays on the kind of processor on which it began: a block of another kind is
-    left to such machines until nothing else is left. Tables take turns: the one of which the smallest share is done
-    comes first, so that the longest-waiting claims come first. Within a table arms of a lower rank come first, then
-    lower seeds, then short budgets.
+    left to such machines until nothing else is left. Lower ranks come first. Then tables take turns: the one of which
+    the smallest share is done comes first, so that the longest-waiting claims come first. Within a table lower seeds
+    come first, then short budgets.
     """
     ended = current(trainings, lines)
     begun: dict[tuple, set[str]] = {}
@@ -122,22 +122,24 @@ def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Tra
 
 
 def _in_turns(left: list[Training], trainings: list[Training], ended: dict[Key, Any]) -> list[Training]:
-    """``left`` with tables taking turns by the share of epochs done, each training counted as done once taken."""
+    """``left`` by rank; within one tables take turns by the share of epochs done, what is taken counted as done."""
     total: dict[str, float] = {}
     finished: dict[str, float] = {}
     for training in trainings:
         total[training.table] = total.get(training.table, 0) + training.length
         finished[training.table] = finished.get(training.table, 0) + training.length * (training.key in ended)
     queues: dict[str, list[Training]] = {}
-    for training in sorted(left, key=lambda t: (t.rank, t.seed, t.epochs)):
-        queues.setdefault(training.table, []).append(training)
-    ordered = []
-    while queues:
-        table = min(queues, key=lambda name: finished[name] / total[name])
-        ordered.append(queues[table].pop(0))
-        finished[table] += ordered[-1].length
-        if not queues[table]:
-            del queues[table]
+    ordered: list[Training] = []
+    for rank in sorted({training.rank for training in left}):
+        for training in sorted(left, key=lambda t: (t.seed, t.epochs)):
+            if training.rank == rank:
+                queues.setdefault(training.table, []).append(training)
+        while queues:
+            table = min(queues, key=lambda name: finished[name] / total[name])
+            ordered.append(queues[table].pop(0))
+            finished[table] += ordered[-1].length
+            if not queues[table]:
+                del queues[table]
     return ordered
 
 
@@ -147,15 +149,10 @@ def seconds_an_epoch(training: Training, lines: list[Done], here: str) -> float 
     From the same arm, else from the same table; None where nothing of that kind is.
     """
     for same in (lambda d: d.key[:3] == training.key[:3], lambda d: d.key[0] == training.table):
-        known = [d.seconds / _length(d) for d in lines if d.kind == here and same(d)]
+        known = [d.seconds / d.line["length"] for d in lines if d.kind == here and same(d)]
         if known:
             return median(known[-5:])
     return None
-
-
-def _length(line: Done) -> int:
-    """Epochs of a finished training, those of its phases included."""
-    return sum(len(course["train_loss"]) for course in line.line["epochs_by_arm"].values())
 
 
 def folder(training: Training) -> Path:

@@ -19,11 +19,12 @@ from lowbit.metrics import (
     query_key_misestimation,
     spacings,
 )
+from lowbit.models import detector, replace_head_
 from lowbit.nn import quantized_layers
 from lowbit.nn.attention import low_bit_attentions
 from lowbit.quantizers import get
 from lowbit.suite.study.plan import Phase, Training
-from lowbit.training import ConfidenceGuidedAnnealing, checkpoint, distillation, optim
+from lowbit.training import ConfidenceGuidedAnnealing, TrainConfig, checkpoint, distillation, optim
 from lowbit.training.batches import normalize
 from lowbit.training.moments import HandedOn
 
@@ -54,9 +55,11 @@ def run(training: Training, folder: Path, data: Data | None = None, amp: str = "
     """
     config = training.config()
     data = config.load_data() if data is None else data
-    model, teacher = config.build_model(data), config.build_teacher(data)
-    settings = dataclasses.replace(config.train, eval_every=config.train.epochs, progress=False, amp=amp)
+    model, first = _model(training, data, folder, amp)
+    teacher = config.build_teacher(data)
+    settings = _quiet(config.train, amp)
     rows, courses = _trained(training, training.arm, model, teacher, data, settings, folder / "main")
+    rows[0] |= first
     if training.phases:
         moments = checkpoint.load(folder / "main" / "checkpoint.pt")["optimizer"]["state"]
     rate = _rate(model, training.phases)
@@ -76,6 +79,31 @@ def run(training: Training, folder: Path, data: Data | None = None, amp: str = "
         more, course = _trained(training, phase.arm, one, teacher, data, after, folder / _name(phase), callbacks)
         rows, courses = rows + more, courses | course
     return {"rows": rows, "epochs_by_arm": courses}
+
+
+def _quiet(train: TrainConfig, amp: str) -> TrainConfig:
+    return dataclasses.replace(train, eval_every=train.epochs, progress=False, amp=amp)
+
+
+def _model(training: Training, data: Data, folder: Path, amp: str) -> tuple[nn.Module, dict[str, float]]:
+    """What the training begins with, and what its row says of the source task; the seed draws a new head."""
+    config, source = training.config(), training.source_config()
+    if source is None:
+        return config.build_model(data), {}
+    held = source.load_data()
+    model = source.build_model(held)
+    settings = dataclasses.replace(_quiet(source.train, amp), out=str(folder / "source"))
+    record = lowbit.train(model, held, settings, device=_device())
+    torch.manual_seed(config.train.seed)
+    if training.detector is None:
+        replace_head_(model, data.num_classes)
+    else:
+        model = detector(model, data.num_classes, **training.detector)
+    return model, {"source, %": 100 * record.final["test_acc"], "source seconds": record.seconds}
+
+
+def _device() -> str | None:
+    return None if torch.cuda.is_available() else "cpu"
 
 
 def _rate(model: nn.Module, phases: tuple[Phase, ...]) -> float:
@@ -116,7 +144,7 @@ def _trained(
         dataclasses.replace(settings, out=str(out)),
         teacher,
         callbacks=[*(callbacks or []), *trackers, *([start] if start else [])],
-        device="cpu" if not torch.cuda.is_available() else None,
+        device=_device(),
     )
     row = {
         "arm": arm,
@@ -124,11 +152,7 @@ def _trained(
         "epochs": training.epochs,
         "steps": training.epochs * (steps // settings.epochs),
     }
-    row |= {
-        "seed": training.seed,
-        "accuracy, %": 100 * record.final["test_acc"],
-        "test loss": record.final["test_loss"],
-    }
+    row |= {"seed": training.seed} | training.columns | _result(training, data, record.final)
     row |= {"train loss": record.final["train_loss"], "seconds": record.seconds}
     if settings.schedule == "constant":
         row["lr of the phase"] = settings.lr
@@ -142,6 +166,18 @@ def _trained(
         row |= _attention(model, trackers[0], data)
     course = {name: [row.get(name) for row in record.history] for name in SHOWN if name in record.history[-1]}
     return [row], {arm: {name: [_short(value) for value in values] for name, values in course.items()}}
+
+
+def _result(training: Training, data: Data, final: dict[str, Any]) -> dict[str, float]:
+    if data.task == "detection":
+        return {"mAP, %": 100 * final["test_map"], "mAP50, %": 100 * final["test_map50"]}
+    name = "accuracy, %" if training.source is None else "target, %"
+    return {name: 100 * final["test_acc"], "test loss": final["test_loss"]}
+
+
+def seconds(result: dict[str, Any]) -> float:
+    """What a training took, with its phases and what was trained first."""
+    return sum(row["seconds"] + row.get("source seconds", 0.0) for row in result["rows"])
 
 
 class _Start:

@@ -12,6 +12,9 @@ from typing import Any
 from lowbit.suite.study import plan, queue
 from lowbit.suite.study.plan import Training
 
+VALUES = ("accuracy, %", "target, %", "mAP, %")
+"""What a table's rows are compared by; each has one of them."""
+
 
 def work(deadline: float = math.inf, tables: Sequence[str] = ()) -> int:
     """Trains what waits, on one thread, until ``deadline`` (seconds since 1970); returns how many trainings ended.
@@ -54,11 +57,15 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
             if source not in data:
                 data[source] = training.config().load_data()
             result = trainer.run(training, folder, data[source], amp="bf16" if here == "bf16" else "none")
-            queue.note(training, result, sum(row["seconds"] for row in result["rows"]))
-            _say(f"ended  {training}: {result['rows'][0]['accuracy, %']:.2f} %")
+            queue.note(training, result, trainer.seconds(result))
+            _say(f"ended  {training}: {_shown(result['rows'][0])}")
             shutil.rmtree(folder, ignore_errors=True)
             return True
     return False
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return next(f"{row[name]:.2f} {name.partition(', ')[2]}" for name in VALUES if name in row)
 
 
 def _clear(training: Training) -> None:

@@ -4,55 +4,7 @@ import copy
 
 import pytest
 import yaml
-
-PLAN = {
-    "ofq": {
-        "title": "a vision transformer",
-        "claims": ["O1"],
-        "run": {
-            "model": {"name": "vit_nano", "depth": 1, "pretrained": "PATH"},
-            "teacher": {"name": "vit_nano", "depth": 1, "pretrained": "PATH"},
-            "data": {"name": "digits", "subset": {"train": 256, "test": 64}},
-            "train": {"batch_size": 64, "optimizer": "adamw", "lr": 5e-4, "augment": "shift", "crops": 2},
-        },
-        "epochs": [1, 2],
-        "seeds": [0, 1],
-        "arms": {
-            "full precision": {"bits": [32]},
-            "StatsQ + QKR": {
-                "bits": [2],
-                "quant": {
-                    "weight": {"method": "statsq"},
-                    "activation": {"method": "lsq", "bits": "same", "bias": True},
-                    "first_last": 8,
-                    "attention": True,
-                    "qkr": True,
-                },
-                "phases": [
-                    {"arm": "CGA", "epochs": 1, "lr": 1e-5, "boundary": 0.05},
-                    {"arm": "no mask", "epochs": 1, "lr": 1e-5},
-                ],
-            },
-        },
-    },
-    "shift": {
-        "title": "shift networks",
-        "claims": ["D1"],
-        "run": {
-            "model": {"name": "resnet8"},
-            "data": {"name": "digits", "subset": {"train": 256, "test": 64}},
-            "train": {"batch_size": 64, "optimizer": "sgd", "lr": 0.1, "augment": "shift"},
-        },
-        "epochs": [1, 2],
-        "seeds": [0, 1],
-        "grid": {"method": "pot", "bits": 3},
-        "arms": {
-            "full precision": {"bits": [32]},
-            "DenseShift": {"bits": [3, 2], "quant": {"weight": {"method": "denseshift"}}},
-            "S3": {"bits": [3], "quant": {"weight": {"method": "s3"}}, "epochs": [2], "rank": 1},
-        },
-    },
-}
+from study_plans import PLAN
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ def trainings(planned):
 
 
 def ended(training, kind="avx2", seconds=10.0, digest=None, accuracy=50.0):
-    line = {"commit": "c", "torch": "2", "epochs_by_arm": {training.arm: {"train_loss": [1.0] * training.length}}}
+    line = {"commit": "c", "torch": "2", "length": training.length}
     line["rows"] = [{"arm": training.arm, "seed": training.seed, "accuracy, %": accuracy}]
     return queue.Done(training.key, digest or training.digest, kind, seconds, line)
 
@@ -35,6 +35,7 @@ def test_a_line_of_an_earlier_plan_counts_for_nothing(trainings):
 def test_tables_take_turns_by_what_is_done(trainings):
     order = queue.waiting(trainings, [], "avx2")
     assert {t.table for t in order[:2]} == {"ofq", "shift"}
+    assert [t.rank for t in order] == sorted(t.rank for t in order)
     shift = [ended(t) for t in trainings if t.table == "shift" and t.seed == 0]
     assert {t.table for t in queue.waiting(trainings, shift, "avx2")[:3]} == {"ofq"}
 

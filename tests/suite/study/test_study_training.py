@@ -1,5 +1,6 @@
 """Trainings of the study: what they measure, and that being cut off changes nothing."""
 
+import copy
 import math
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 
 import pandas as pd
 import pytest
+from PIL import Image
+from study_plans import DETECTION, TRANSFER
 
 import lowbit
 from lowbit.suite.study import plan, queue, tables, training, worker
@@ -91,6 +94,36 @@ def test_the_same_training_gives_the_same_numbers_wherever_it_was_cut_off(planne
             if row[name] != other[name]
         }
         assert not differ, stop
+
+
+def test_a_source_task_goes_before_with_the_same_weights_and_another_head(planned, tmp_path):
+    held = planned(lambda tree: tree.update(transfer=copy.deepcopy(TRANSFER)))
+    one = pick(held, "transfer", "DenseShift", 3, 1, 1)
+    assert one.length == 2 and one.columns == {"seed": 9} and one.run["data"]["subset"]["seed"] == 9
+    (row,) = training.run(one, tmp_path / "one")["rows"]
+    assert {"target, %", "source, %", "source seconds"} <= set(row) and "accuracy, %" not in row
+    assert row["source, %"] > 25 and worker.epochs_done(tmp_path / "one") == 2
+    (again,) = training.run(one, tmp_path / "one")["rows"]  # all epochs are there
+    assert again == row
+
+
+def test_a_detector_grows_on_what_the_source_task_left(planned, project, tmp_path):
+    for split, count in (("train", 16), ("val", 4)):
+        for name in ("dark", "bright"):
+            folder = project.folder / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (15 * i if name == "bright" else 0,) * 3).save(folder / f"{i}.png")
+
+    def add(tree):
+        tree["detection"] = copy.deepcopy(DETECTION)
+        pictures = {"name": "image-folder", "path": str(project.folder / "pictures"), "img_size": 32}
+        tree["detection"]["source"]["data"] = pictures
+
+    one = pick(planned(add), "detection", "DenseShift", 3, 1, 0)
+    (row,) = training.run(one, tmp_path / "one")["rows"]
+    assert {"mAP, %", "mAP50, %", "source, %", "frozen, %"} <= set(row) and "accuracy, %" not in row
+    assert 0 <= row["mAP, %"] <= row["mAP50, %"] <= 100 and row["changed level, %"] < 100
 
 
 def test_the_queue_is_worked_off_and_becomes_tables(planned):
