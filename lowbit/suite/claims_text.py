@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit.suite import journal, verdicts
+from lowbit.suite import anchors, journal, verdicts
 from lowbit.suite.verdicts import Claim, Statement, effect, judgement, outcome
 
 if TYPE_CHECKING:
@@ -63,13 +63,19 @@ def markdown(claims: Sequence[Claim]) -> str:
         lines += _row(claim.id, claim.claim, judgement(claim) + where, effect(claim.first), *cells)
     for claim in judged.values():
         lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. At {claim.profile}: {judgement(claim)}."]
-        lines += ["", *statements(claim), *conditions(claim), *_evidence(claim)]
+        lines += ["", *statements(claim), *conditions(claim), *_evidence(claim), *_published(claim)]
         for look in verdicts.looks(claims, claim.id):
             lines += ["", f"### Look at {claim.id} at {look.profile}", ""]
             lines += [f"{look.dataset or 'No data'}: {judgement(look)}.", "", *statements(look), *_evidence(look)]
     for name in profiles:
         lines += costs(name)
     return "\n".join(lines) + "\n"
+
+
+def _published(claim: Claim) -> list[str]:
+    """What others have published on it; nothing in a project without the file."""
+    lines = anchors.markdown(claim.id) if (paths.notebooks() / anchors.FILE).is_file() else []
+    return ["", *lines] if lines else []
 
 
 def statements(claim: Claim) -> list[str]:
