@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[
     """
     from safetensors.torch import save as to_bytes
 
+    from lowbit.models.spec import check
     from lowbit.nn.deploy import description
 
     if dtype not in DTYPES:
@@ -46,6 +48,7 @@ def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[
             "this model does not say how to rebuild it: make it with lowbit.models.create(name, ...), or set "
             "model.spec = {'name': ..., ...} with the arguments of create"
         )
+    check(spec, LowbitError)
     tensors = {}
     for name, tensor in model.state_dict().items():
         stored = tensor.detach().cpu().contiguous()
@@ -81,16 +84,27 @@ def load(path: str | Path) -> nn.Module:
         CheckpointError: the file is missing, truncated, altered, not one of ours, or newer than this library.
     """
     from lowbit.models import create
+    from lowbit.models.spec import check, check_size
     from lowbit.nn.deploy import restore_
 
     header, tensors = read(path)
-    model = create(**header["model"])
-    _restore_quantization(model, header["quantization"], path)
-    if header.get("packed"):
-        try:
+    spec = header["model"]
+    check(spec, lambda message: CheckpointError(f"{path}: {message}"))
+    try:
+        check_size(partial(create, **spec), spec["name"], Path(path).stat().st_size)
+        model = create(**spec)
+    except CheckpointError:
+        raise
+    except (LowbitError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} describes a model that cannot be built ({error!s:.200})") from None
+    try:
+        _restore_quantization(model, header["quantization"], path)
+        if header.get("packed"):
             restore_(model, header["packed"], tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} does not fit the model {header['model']['name']!r}: {error!r}") from None
+    except CheckpointError:
+        raise
+    except (LowbitError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the model {spec['name']!r}: {error!r:.200}") from None
     _fill(model, tensors, path)
     return model.eval()
 
@@ -123,16 +137,30 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); get it anew") from None
     if raw is None:
         raise CheckpointError(f"{path} is a safetensors file that lowbit.save did not write: it has no header of ours")
-    try:
-        header = json.loads(raw)
-        version, expected, _ = int(header["format"]), header["sha256"], (header["model"], header["quantization"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} has a damaged header; get it anew") from None
-    if version > FORMAT:
+    header = _header(raw, path)
+    if header["format"] > FORMAT:
+        version = header["format"]
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
-    if _checksum(tensors, header) != expected:
+    if _checksum(tensors, header) != header["sha256"]:
         raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
     return header, tensors
+
+
+def _header(raw: str, path: Path) -> dict[str, Any]:
+    """The header as JSON holds it, with every entry of the kind that `save` writes."""
+    kinds = {"format": int, "sha256": str, "model": dict, "quantization": dict | None}
+    optional = {"packed": dict | None, "card": dict}
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        header = None
+    entries = header.items() if isinstance(header, dict) else ()
+    right = kinds.keys() <= {key for key, _ in entries} and all(
+        isinstance(value, (kinds | optional).get(key, object)) and not isinstance(value, bool) for key, value in entries
+    )
+    if not right:
+        raise CheckpointError(f"{path} has a damaged header; get it anew")
+    return header
 
 
 def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowbit import models
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.models import create
 from lowbit.nn import QuantConfig, quantize_
@@ -124,3 +125,113 @@ def test_unknown_storage_type_and_unnamed_model_are_refused(tmp_path):
 
 def test_the_file_is_plain_safetensors(saved):
     assert "layer1.0.conv1.parametrizations.weight.original" in load_file(saved)
+
+
+HOSTILE = [
+    {"name": "resnet18", "checkpoint_path": "weights.pth"},
+    {"name": "resnet18", "pretrained": True},
+    {"name": "resnet8", "pretrained": "weights.pth"},
+    {"name": "resnet18", "pretrained_cfg": {"file": "weights.pth"}},
+    {"name": "resnet18", "pretrained_cfg_overlay": {"url": "https://example.org/w.pth"}},
+    {"name": "resnet18", "cache_dir": "."},
+    {"name": "mobilenet_v2", "weights": "DEFAULT"},
+    {"name": "fasterrcnn_resnet50_fpn", "weights_backbone": "DEFAULT"},
+    {"name": "hf-hub:someone/something"},
+    {"name": "local-dir:."},
+    {"name": "../resnet8"},
+    {"name": 3},
+    {},
+    {"name": "detector", "backbone": {"name": "resnet18", "checkpoint_path": "weights.pth"}},
+    {"name": "detector", "backbone": "resnet18"},
+    {"name": "resnet8", "width": 10**9},
+    {"name": "resnet8", "width": -1},
+    {"name": "resnet8", "width": True},
+    {"name": "resnet8", "num_classes": 1.5},
+    {"name": "resnet8", "unheard_of": 1},
+    {"name": "vit_nano", "drop_rate": float("nan")},
+    {"name": "vit_nano", "global_pool": "__import__"},
+    {"name": "swin_tiny_patch4_window7_224", "depths": [1] * 1000},
+]
+
+
+def forge(path, spec, quantization=None, **other):
+    """A file without tensors whose checksum is right: anybody can make one."""
+    header = {"format": FORMAT, "model": spec, "quantization": quantization, "packed": None, "card": {}}
+    header["sha256"] = _checksum({}, header)
+    save_file({}, path, metadata={"lowbit": json.dumps(header | other)})
+    return path
+
+
+@pytest.mark.parametrize("spec", HOSTILE, ids=str)
+def test_a_file_names_sizes_and_nothing_that_is_opened_or_fetched(spec, tmp_path, monkeypatch):
+    for constructor in ("timm.create_model", "torchvision.models.get_model", "lowbit.models.create"):
+        monkeypatch.setattr(constructor, lambda *_, **__: pytest.fail("something was built"))
+    with pytest.raises(CheckpointError):
+        load(forge(tmp_path / "m.safetensors", spec))
+    model = torch.nn.Linear(1, 1)
+    model.spec = spec
+    with pytest.raises(LowbitError):  # save writes nothing that load refuses
+        save(model, tmp_path / "own.safetensors")
+    assert not (tmp_path / "own.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "deeplabv3_resnet50"])
+def test_torchvision_s_models_that_fetch_a_backbone_are_not_ours(name, tmp_path):
+    with pytest.raises(CheckpointError, match="no model"):
+        load(forge(tmp_path / "m.safetensors", {"name": name}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "2"},
+        {"format": True},
+        {"format": None},
+        {"sha256": 3},
+        {"model": [1]},
+        {"quantization": "x"},
+        {"packed": [1]},
+        {"card": None},
+    ],
+    ids=str,
+)
+def test_entries_of_another_kind_are_refused(changes, tmp_path):
+    with pytest.raises(CheckpointError, match="damaged header"):
+        load(forge(tmp_path / "m.safetensors", {"name": "resnet8"}, **changes))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {},
+        {"layers": 3},
+        {"layers": {"conv1": {"weight": {"method": "s4"}}}},
+        {"layers": {"conv1": {"weight": {"method": "lsq", "bits": 99}}}},
+        {"layers": {"bn1": {"weight": {"method": "lsq"}}}},
+        {"layers": {"conv1": {"weight": 7}}},
+        {"layers": {}, "attention": {"conv1": {}}},
+        {"layers": {}, "attention": [1]},
+    ],
+    ids=str,
+)
+def test_a_quantization_that_does_not_fit_is_refused(quantization, tmp_path):
+    with pytest.raises(CheckpointError):
+        load(forge(tmp_path / "m.safetensors", {"name": "resnet8"}, quantization))
+
+
+def test_a_small_file_of_a_large_model_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    path = forge(tmp_path / "m.safetensors", {"name": "vit_giant_patch14_224", "img_size": 224})
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(CheckpointError, match="does not hold its weights"):
+        load(path)
+
+
+def test_everything_that_the_project_builds_can_be_saved():
+    from lowbit.models.spec import check
+
+    for name in [*models.names(), *models.names("speech")]:
+        check(create(name).spec)
+    check(create("resnet18", zero_init_last=False).spec)
+    check(create("swin_tiny_patch4_window7_224", depths=[1, 1], num_heads=[1, 2], embed_dim=16, window_size=4).spec)
+    backbone = {"name": "resnet20", "num_classes": 10}
+    check({"name": "detector", "num_classes": 3, "backbone": backbone, "head": "retinanet", "min_size": None})

@@ -143,14 +143,14 @@ def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained
         )
     import torchvision
 
-    if name in torchvision.models.list_models():
+    if name in torchvision.models.list_models(module=torchvision.models):  # detectors and the like fetch a backbone
         if in_chans != 3:
             raise LowbitError(f"in_chans={in_chans} is not allowed for torchvision's {name!r}; 3 is")
         weights = "DEFAULT" if pretrained else None
         return torchvision.models.get_model(name, weights=weights, num_classes=num_classes, **options)
     import difflib
 
-    every = [*_small, *timm.list_models(), *torchvision.models.list_models()]
+    every = [*_small, *timm.list_models(), *torchvision.models.list_models(module=torchvision.models)]
     close = ", ".join(difflib.get_close_matches(name, every, n=3)) or ", ".join(names())
     raise LowbitError(f"there is no model {name!r} here, in timm or in torchvision; closest: {close}")
 
