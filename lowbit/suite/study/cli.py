@@ -44,7 +44,7 @@ def run(
     pids = queue.scratch() / "pids.json"
     pids.parent.mkdir(parents=True, exist_ok=True)
     pids.write_text(json.dumps([worker.pid for worker in workers]))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         codes = [worker.wait() for worker in workers]
     finally:
@@ -53,6 +53,7 @@ def run(
                 worker.terminate()
                 worker.send_signal(signal.SIGCONT)  # one that is paused would not end
         pids.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, before)  # what comes during the exit is no stop of the study
     if any(codes):
         raise typer.Exit(1)
 

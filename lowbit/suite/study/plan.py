@@ -240,7 +240,8 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         table.rank + arm.rank,
     )
     try:
-        made.config(), made.source_config()
+        made.config()
+        made.source_config()
     except LowbitError as error:
         raise LowbitError(f"{FILE}: {made}: {error}") from None
     return made
