@@ -57,7 +57,7 @@ bench: setup
 
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: setup
-	$(BIN)/python -m lowbit.suite.tidy notebooks/*.ipynb
+	$(BIN)/python -m tools.tidy notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) results/runs results/scratch build ./*.egg-info

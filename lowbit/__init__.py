@@ -1,15 +1,16 @@
-"""Low-bit training: quantisers, training utilities and executable experiments for DenseShift and OFQ.
+"""Low-bit training: quantizers, packed kernels, metrics and a training loop for DenseShift and OFQ.
 
-The names below are loaded when first used, so that ``import lowbit`` and ``lowbit --help`` stay quick.
+The names below are loaded when first used, so that ``import lowbit`` stays quick.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+_lazy, _dir, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "data",
@@ -20,9 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "models",
         "nn",
         "paths",
-        "plotting",
         "quantizers",
-        "suite",
         "training",
     ],
     submod_attrs={
@@ -31,32 +30,28 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "nn.deploy": ["pack"],
         "nn.fuse": ["fuse"],
         "serialization": ["load", "save"],
-        "suite.record": ["record", "skip"],
-        "suite.tables": ["save_table"],
         "training": ["RunRecord", "TrainConfig", "train"],
     },
 )
+_OF_NOTEBOOKS = {"record": "record", "skip": "record", "save_table": "tables"}
+"""What notebooks write by: functions of `lowbit_suite.records`, which the library itself does not use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_NOTEBOOKS:
+        return getattr(importlib.import_module(f"lowbit_suite.records.{_OF_NOTEBOOKS[name]}"), name)
+    return _lazy(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*_dir(), *_OF_NOTEBOOKS})
+
 
 if TYPE_CHECKING:
-    from lowbit import (
-        data,
-        environment,
-        functional,
-        kernels,
-        metrics,
-        models,
-        nn,
-        paths,
-        plotting,
-        quantizers,
-        suite,
-        training,
-    )
+    from lowbit import data, environment, functional, kernels, metrics, models, nn, paths, quantizers, training
     from lowbit.errors import LowbitError
     from lowbit.nn import QuantConfig, calibrate, quantize_
     from lowbit.nn.deploy import pack
     from lowbit.nn.fuse import fuse
     from lowbit.serialization import load, save
-    from lowbit.suite.record import record, skip
-    from lowbit.suite.tables import save_table
     from lowbit.training import RunRecord, TrainConfig, train

@@ -7,18 +7,38 @@ import pytest
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.cli import app
+import lowbit_suite
 from lowbit.errors import LowbitError
 from lowbit.settings import settings
+from lowbit_suite.app import app
 
 
 def test_importing_the_package_or_the_command_line_loads_no_heavy_library():
     script = (
-        "import sys, lowbit, lowbit.cli\n"
+        "import sys, lowbit, lowbit_suite.app\n"
         "heavy = {'torch', 'torchvision', 'timm', 'pandas', 'matplotlib', 'papermill', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_library_does_without_the_suite_and_what_only_the_course_needs():
+    script = (
+        "import importlib, pkgutil, sys, lowbit\n"
+        "names = {m.name for m in pkgutil.walk_packages(lowbit.__path__, 'lowbit.')} - {'lowbit.kernels._native'}\n"
+        "assert len(names) > 80, names\n"
+        "for name in names: importlib.import_module(name)\n"
+        "course = ('lowbit_suite', 'tools', 'benchmarks', 'jupyterlab', 'IPython', 'ipykernel', 'papermill', "
+        "'nbclient', 'nbconvert', 'nbformat', 'matplotlib', 'seaborn', 'jinja2', 'distributed')\n"
+        "found = [name for name in course if name in sys.modules]\n"
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_notebooks_write_by_is_there_too():
+    assert lowbit.record is lowbit_suite.record and lowbit.save_table is lowbit_suite.save_table
+    assert {"record", "save_table", "skip"} <= set(dir(lowbit))
 
 
 @pytest.mark.parametrize("name", lowbit.__all__)

@@ -18,10 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "iterative_freezing": ["IterativeFreezing"],
         "loop": ["State", "train"],
         "moments": ["Moments"],
-        "record": ["RunRecord"],
+        "run_card": ["RunRecord"],
         "runfile": ["RunConfig"],
-        "selection": ["best_rates", "choose_rates"],
-        "sweeps": ["sweep"],
     },
 )
 
@@ -34,7 +32,5 @@ if TYPE_CHECKING:
     from lowbit.training.iterative_freezing import IterativeFreezing
     from lowbit.training.loop import State, train
     from lowbit.training.moments import Moments
-    from lowbit.training.record import RunRecord
+    from lowbit.training.run_card import RunRecord
     from lowbit.training.runfile import RunConfig
-    from lowbit.training.selection import best_rates, choose_rates
-    from lowbit.training.sweeps import sweep

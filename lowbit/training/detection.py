@@ -21,7 +21,7 @@ from lowbit.training import augment, seeds
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig
 from lowbit.training.distributed import Processes, processes
-from lowbit.training.record import RunRecord
+from lowbit.training.run_card import RunRecord
 
 Target = dict[str, Tensor]  # boxes float32 [n, 4] (x1, y1, x2, y2 in pixels), labels int64 [n]
 MOST = 100  # detections of an image that count, as in COCO

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import DivergedError, LowbitError
-from lowbit.training import checkpoint, distillation, optim, record, seeds
+from lowbit.training import checkpoint, distillation, optim, run_card, seeds
 from lowbit.training.annealing import ConfidenceGuidedAnnealing, adam_like
 from lowbit.training.answers import stored_answers
 from lowbit.training.batches import Batches
@@ -56,7 +56,7 @@ def train(
     device: str | torch.device | None = None,
     *,
     fresh: bool = False,
-) -> record.RunRecord:
+) -> run_card.RunRecord:
     """Train ``model`` in place on ``data`` and return the record; the model is left in evaluation mode.
 
     With ``config.out`` the run is resumable: the same call goes on after the last checkpoint (and returns at once if
@@ -118,7 +118,7 @@ class Classification:
     """
 
     batches = Batches
-    record = record.RunRecord
+    record = run_card.RunRecord
     metrics = ("test_loss", "test_acc")
 
     def __init__(self, config: TrainConfig, teacher: nn.Module | None = None):
@@ -152,7 +152,7 @@ def _task(model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module |
     return Detection(model, data, config, teacher)
 
 
-def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> record.RunRecord:
+def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> run_card.RunRecord:
     import lowbit.nn
     from lowbit import environment
 
@@ -368,7 +368,7 @@ def _save(out: Path, state: State, identity, callbacks, history, here: Processes
                 history=history,
             )
     if here.first:
-        record.append_history(out / "history.jsonl", history[-1])
+        run_card.append_history(out / "history.jsonl", history[-1])
     here.wait()
 
 
@@ -400,7 +400,7 @@ def _resume(out: Path | None, state: State, identity, callbacks, here: Processes
                 callback.load_state_dict(own)
         history = saved["history"]
     if here.first:
-        record.write_history(out / "history.jsonl", history)
+        run_card.write_history(out / "history.jsonl", history)
     return history
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from lowbit.benchmarks import training
-from lowbit.benchmarks.report import summarize
-from lowbit.cli import app
+from benchmarks import training
+from benchmarks.report import summarize
+from lowbit_suite.app import app
 
 
 def test_ratio_is_the_median_of_each_rounds_ratio():

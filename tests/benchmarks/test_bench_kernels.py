@@ -8,11 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import cases, kernels, models, report, roofline, runtimes
 from lowbit import environment
-from lowbit.benchmarks import cases, kernels, models, report, roofline, runtimes
-from lowbit.cli import app
 from lowbit.errors import LowbitError
 from lowbit.kernels import reference
+from lowbit_suite.app import app
 
 PRODUCT = cases.Case(5, 64, 48)
 CONVOLUTION = cases.Case(36, 32, 16, image=6)
@@ -106,8 +106,8 @@ def test_peers_compute_the_product(name, small_copies):
 SIGNAL_STACK = """
 import ctypes, gc
 import torch
-from lowbit.benchmarks import runtimes
-from lowbit.benchmarks.cases import Case
+from benchmarks import runtimes
+from benchmarks.cases import Case
 
 class Stack(ctypes.Structure):
     _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.benchmarks.processes import Worker, Workers, reason
+from benchmarks.processes import Worker, Workers, reason
 from lowbit.errors import LowbitError
 
 
@@ -45,7 +45,7 @@ def test_engines_that_cannot_be_built_or_die_are_reported_and_the_others_go_on()
 def test_a_worker_tells_what_went_wrong_and_can_be_used_again():
     import trivial_engines as engines
 
-    from lowbit.benchmarks.processes import EngineError
+    from benchmarks.processes import EngineError
 
     worker = Worker()
     try:

@@ -3,7 +3,7 @@
 import os
 import time
 
-from lowbit.benchmarks.processes import Built
+from benchmarks.processes import Built
 
 
 def working(seconds=0.001):

@@ -14,9 +14,9 @@ from torchvision.datasets import CIFAR10
 from typer.testing import CliRunner
 
 from lowbit import paths
-from lowbit.cli import app
 from lowbit.data import load, names, spoken_words, torchvision_sets
 from lowbit.errors import DataError
+from lowbit_suite.app import app
 
 
 def test_digits_are_what_the_card_says():

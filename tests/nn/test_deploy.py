@@ -354,7 +354,7 @@ def test_packed_linear_takes_any_batch_shape():
 def test_the_pack_command(tmp_path):
     from typer.testing import CliRunner
 
-    from lowbit.cli import app
+    from lowbit_suite.app import app
 
     model = quantized("resnet8", weight=DenseShift(bits=3), activation=LSQ(bits=4), first_last=8)
     path, out = lowbit.save(model, tmp_path / "model.safetensors"), tmp_path / "packed.safetensors"

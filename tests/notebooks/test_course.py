@@ -7,7 +7,8 @@ import nbformat
 import pytest
 
 from lowbit import paths
-from lowbit.suite import claims, shown
+from lowbit_suite import claims
+from tools import shown
 
 NOTEBOOKS = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
 
@@ -78,7 +79,7 @@ def seen_at_desk(id, everything):
 
 
 def test_what_it_shows_of_its_claims_is_what_is_recorded(notebook):
-    assert not shown.refresh(notebook), "bring it up to date: python -m lowbit.suite.shown notebooks/*.ipynb"
+    assert not shown.refresh(notebook), "bring it up to date: python -m tools.shown notebooks/*.ipynb"
 
 
 def test_a_changed_output_is_noticed_and_mended():

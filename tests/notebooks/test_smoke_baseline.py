@@ -2,7 +2,8 @@
 
 import pytest
 
-from lowbit.suite import baselines, notebooks, profiles
+from lowbit_suite.accepted import baselines
+from lowbit_suite import notebooks, profiles
 
 SELECTED = notebooks.select([])
 ACCEPTED = baselines.load("smoke", "cpu").notebooks

@@ -1,12 +1,15 @@
 """Small projects with small notebooks, made for each test."""
 
+import shutil
 import textwrap
+from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+CLAIMS = Path(__file__).parents[2] / "notebooks" / "claims.yaml"
 PROFILES = """
 smoke: {description: small, timeout_minutes: 2, threads: 1}
 desk: {description: real, timeout_minutes: 2, threads: 1, notebooks: {}}
@@ -21,6 +24,7 @@ class Project:
         self.results = folder / "results"
         self.notebooks.mkdir()
         self.profiles(PROFILES)
+        shutil.copy(CLAIMS, self.notebooks)
 
     def profiles(self, text):
         (self.notebooks / "profiles.yaml").write_text(textwrap.dedent(text))

@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.suite import mutation, new
+from lowbit_suite import new
+from tools import mutation
 
 SOURCES = Path(__file__).parents[2]
 METHOD, NOTEBOOK = "a_method_of_twenty4_chars", "99_a_topic_of_24_characters_"

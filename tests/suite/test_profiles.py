@@ -4,7 +4,7 @@ import pytest
 
 from lowbit import data
 from lowbit.errors import LowbitError
-from lowbit.suite import notebooks, profiles
+from lowbit_suite import notebooks, profiles
 
 
 def test_the_projects_own_file_has_all():

@@ -8,9 +8,10 @@ import sys
 import pytest
 from bs4 import BeautifulSoup
 
-from lowbit.suite import baselines, report
-from lowbit.suite.baselines import Accepted, AcceptedNotebook, Baseline
-from lowbit.suite.runfile import Entry, Metric, Run
+from lowbit_suite import report
+from lowbit_suite.accepted import baselines
+from lowbit_suite.accepted.baselines import Accepted, AcceptedNotebook, Baseline
+from lowbit_suite.running.run_json import Entry, Metric, Run
 
 CLAIM = {
     "id": "X1",
@@ -202,7 +203,7 @@ def test_without_claims_the_page_does_not_mention_them(page):
 
 
 def test_nbformat_is_loaded_without_the_grammars_it_does_not_need():
-    code = "from lowbit.suite import skip_grammars; skip_grammars(); import sys, nbconvert, papermill, nbformat; "
+    code = "from lowbit_suite import skip_grammars; skip_grammars(); import sys, nbconvert, papermill, nbformat; "
     code += "nbformat.validate(nbformat.v4.new_notebook()); print('lark' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

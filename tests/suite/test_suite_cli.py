@@ -7,7 +7,9 @@ import typer
 from typer.testing import CliRunner
 
 from lowbit.errors import LowbitError
-from lowbit.suite import baselines, cli, runfile
+from lowbit_suite import cli
+from lowbit_suite.accepted import baselines
+from lowbit_suite.running import run_json as runfile
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit.suite import notebooks, runner
+from lowbit_suite import notebooks
+from lowbit_suite.running import runner
 
 PARAMETERS = """
 "The parameters."

@@ -12,7 +12,7 @@ from study_plans import PLAN
 def planned(project, monkeypatch):
     """Writes a plan into the project of the test, changed by a function; returns its tables."""
     import lowbit
-    from lowbit.suite.study import plan
+    from lowbit_suite.study import plan
 
     def write(change=lambda tree: None):
         tree = copy.deepcopy(PLAN)

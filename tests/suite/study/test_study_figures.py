@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lowbit.suite import claims
-from lowbit.suite.study import figures, tables
+from lowbit_suite import claims
+from lowbit_suite.study import figures, tables
 
 
 def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5))):

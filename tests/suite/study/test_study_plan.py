@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lowbit import LowbitError
-from lowbit.suite.study import plan
+from lowbit_suite.study import plan
 
 
 def test_every_arm_width_budget_and_seed_is_one_training(planned):

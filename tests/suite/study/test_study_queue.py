@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowbit.suite.study import plan, queue, tables
+from lowbit_suite.study import plan, queue, tables
 
 
 @pytest.fixture

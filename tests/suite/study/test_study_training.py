@@ -16,8 +16,8 @@ from study_plans import DETECTION, TRANSFER
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.cli import app
-from lowbit.suite.study import plan, queue, tables, training, worker
+from lowbit_suite.app import app
+from lowbit_suite.study import plan, queue, tables, training, worker
 
 SHARED = {"arm", "bits", "epochs", "steps", "seed", "accuracy, %", "test loss", "train loss", "seconds"}
 MOTION = {"oscillating, %", "frequency", "memory", "frozen, %", "sign frozen, %", "flip rate, %", "changed level, %"}

@@ -1,0 +1,340 @@
+"""Whole models, one image or sound at a time: packed models against torch, ONNX Runtime and OpenVINO.
+
+Weights are random and statistics those of random inputs: times hardly depend on either, accuracy is not looked at. But
+no engine is timed while it computes something else: packed models are compared with the quantised ones they are made
+of, the others with the model in float32. Files of peers are made once a model, in a folder that goes with the run.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import runtimes
+from benchmarks.cases import check_close
+from benchmarks.kernels import Outcome, select
+from benchmarks.processes import BURST, Built, Workers
+from benchmarks.report import Result
+
+BASELINE = "torch fp32"
+CALIBRATION = 8  # inputs
+# These bounds only tell roundings from nonsense. Packed layers equal theirs to the last bits of float32, but where such
+# a bit makes one activation round the other way, a dozen layers of random weights make up to a tenth of it.
+BF16, INT8, PACKED = 0.1, 0.5, 0.25
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of `lowbit.models.create` and what it is timed with.
+
+    Args:
+        name: as ``create`` knows it.
+        pixels: height and width of the images; None for models of sound, which get a second of it.
+        classes: outputs.
+    """
+
+    name: str
+    pixels: int | None = 224
+    classes: int = 1000
+
+    @property
+    def title(self) -> str:
+        """The case's name in results."""
+        return f"{self.name}, {'1 s of sound' if self.pixels is None else f'{self.pixels} px'}, batch 1"
+
+    def create(self) -> nn.Module:
+        """The model, always with the same random weights, in evaluation mode."""
+        from lowbit.models import create
+
+        torch.manual_seed(0)
+        shape = {} if self.pixels is None else {"img_size": self.pixels}
+        model = create(self.name, num_classes=self.classes, **shape)
+        return gather_statistics(model, self.inputs(CALIBRATION))
+
+    def inputs(self, count: int = 1) -> Tensor:
+        """Random inputs of that number, always the same."""
+        shape = (8000,) if self.pixels is None else (3, self.pixels, self.pixels)
+        return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+
+
+MODELS = {
+    "resnet18": Model("resnet18"),
+    "deit-tiny": Model("deit_tiny_patch16_224"),
+    "deit-small": Model("deit_small_patch16_224"),
+    "resnet20": Model("resnet20", 32, 10),
+    "vit_nano": Model("vit_nano", 32, 10),
+    "kws_resnet": Model("kws_resnet", None, 10),
+}
+"""By the names that ``--model`` takes."""
+OPTIONAL = frozenset({"deit-small"})
+
+
+def gather_statistics(model: nn.Module, x: Tensor) -> nn.Module:
+    """Gives BatchNorm layers the statistics of ``x``, without which a random network's numbers run away."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()
+        with torch.no_grad():
+            model(x)
+    return model.eval()
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+
+
+def _megabytes(path: Path) -> float:
+    return path.stat().st_size / 1e6
+
+
+def _saved(model: nn.Module, folder: Path, **options: Any) -> float:
+    """MB of the model as `lowbit.save` writes it."""
+    import lowbit
+
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        return _megabytes(lowbit.save(model, Path(inside) / "model.safetensors", **options))
+
+
+def _layout(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
+    """Channels last, where there are convolutions of images."""
+    if x.ndim == 4 and any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+# ---- engines ----
+
+
+def torch_fp32(model: Model, threads: int, folder: Path) -> Built:
+    """Eager, as `create` gives it."""
+    _begin(threads)
+    made, x = model.create(), model.inputs()
+    return Built(partial(made, x), facts={"mb": _saved(made, folder)})
+
+
+def torch_compiled(model: Model, threads: int, folder: Path, dtype: torch.dtype = torch.float32) -> Built:
+    """Under torch.compile with weights frozen, channels last; in bf16 everything is, but for a sound's spectrogram."""
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True  # packs the weights beforehand, as ready-made runtimes do
+    _begin(threads)
+    made, x = model.create(), model.inputs()
+    expected = made(x)
+    half = dtype == torch.bfloat16
+    facts = {"mb": _saved(made, folder, dtype="bfloat16" if half else "float32")}
+    if half and model.pixels is None:
+        made, front = made.to(dtype), made.front.float()
+        made.front = nn.Sequential(front, _Cast(dtype))
+    elif half:
+        made, x = made.to(dtype), x.to(dtype)
+    made, x = _layout(made, x)
+    run = torch.compile(made)
+    facts["error"] = check_close(run(x), expected, BF16 if half else 1e-3)
+    return Built(partial(run, x), facts=facts)
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def quantized(model: Model, bits: int) -> nn.Module:
+    """DenseShift weights with a scale by channel, 8-bit LSQ inputs, 8 bits in first and last layers; calibrated."""
+    import lowbit
+    from lowbit.quantizers import LSQ, DenseShift
+
+    config = lowbit.QuantConfig(
+        weight=DenseShift(bits=bits, scale="statistical", init="project"), activation=LSQ(bits=8), first_last=8
+    )
+    made, x = model.create(), model.inputs(CALIBRATION)
+    lowbit.calibrate(lowbit.quantize_(made, config), x)
+    return gather_statistics(made, x)
+
+
+def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = False, fuse: bool = False) -> Built:
+    """What `lowbit.pack` makes of it, channels last.
+
+    ``compile``: the rest of the model under torch.compile; ``fuse``: by `lowbit.fuse`.
+    """
+    import lowbit
+
+    _begin(threads)
+    made, x = quantized(model, bits), model.inputs()
+    expected = made(x)
+    made = lowbit.pack(made, x)
+    facts = {"mb": _saved(made, folder)}
+    made, x = _layout(made, x)
+    run = torch.compile(made) if compile else lowbit.fuse(made, x) if fuse else made
+    facts["error"] = check_close(run(x), expected, PACKED)
+    return Built(partial(run, x), facts=facts)
+
+
+def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
+    """The model's ONNX file, made if it is not there yet.
+
+    ``kind`` is "fp32"; "ready", the same optimised for quantisation; or made of that by ONNX Runtime's tools, "static"
+    (8-bit quantise and dequantise nodes, calibrated) or "dynamic".
+    """
+    path = folder / f"{model.name}.{kind}.onnx"
+    if path.exists():
+        return path
+    unfinished = path.with_suffix(".part")
+    if kind == "fp32":
+        import onnxscript  # noqa: F401  (torch needs it and would say so in many more words)
+
+        made, x = model.create(), model.inputs()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(made, (x,), str(unfinished), dynamo=True, external_data=False, verbose=False)
+        return unfinished.rename(path)
+    import onnxruntime.quantization as tools
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if kind == "ready":  # all shapes are fixed, so that symbolic ones, which fail on spectrograms, are not needed
+        quant_pre_process(str(_onnx(model, folder)), str(unfinished), skip_symbolic_shape=True)
+        return unfinished.rename(path)
+    ready = _onnx(model, folder, "ready")
+    front = {"nodes_to_exclude": _front(ready)} if model.pixels is None else {}
+    if kind == "dynamic":
+        tools.quantize_dynamic(ready, unfinished, weight_type=tools.QuantType.QInt8, per_channel=True, **front)
+    else:
+        reader = _Calibration(ready, model.inputs(CALIBRATION))
+        # The operators that hold the work, and those between them; the others stay in float32.
+        types = ["Conv", "MatMul", "Gemm", "Add", "GlobalAveragePool", "MaxPool"]
+        options = {"per_channel": True, "quant_format": tools.QuantFormat.QDQ, "op_types_to_quantize": types}
+        tools.quantize_static(ready, unfinished, reader, **options, **front)
+    return unfinished.rename(path)
+
+
+def _front(path: Path) -> list[str]:
+    """The spectrogram of a model of sound, which stays in float32: the nodes before its first 2-d convolution."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    first = next(
+        i for i, node in enumerate(graph.node) if node.op_type == "Conv" and len(shapes.get(node.input[1], ())) == 4
+    )
+    return [node.name for node in graph.node[:first]]
+
+
+class _Calibration:
+    """What onnxruntime.quantization reads inputs from: ``get_next`` until it gives None."""
+
+    def __init__(self, path: Path, inputs: Tensor):
+        import onnx
+
+        name = onnx.load(path, load_external_data=False).graph.input[0].name
+        self._feeds = iter([{name: x.numpy()} for x in inputs.split(1)])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._feeds, None)
+
+
+def onnxruntime_model(model: Model, threads: int, folder: Path, kind: str = "fp32") -> Built:
+    """ONNX Runtime with the float32 file or a quantised one."""
+    _begin(threads)
+    path, x = _onnx(model, folder, kind), model.inputs()
+    step, result = runtimes.onnxruntime_step(runtimes.onnxruntime_session(path, threads), x)
+    error = check_close(result(), model.create()(x), 1e-3 if kind == "fp32" else INT8)
+    return Built(step, facts={"mb": _megabytes(path), "error": error})
+
+
+def openvino_model(model: Model, threads: int, folder: Path, kind: str = "fp32", precision: str = "f32") -> Built:
+    """OpenVINO with the same files; ``precision="bf16"`` lets it calculate so, and its file holds 16-bit weights."""
+    import openvino
+
+    _begin(threads)
+    path, x = _onnx(model, folder, kind), model.inputs()
+    half = precision == "bf16"
+    if half and "BF16" not in runtimes.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RuntimeError("OpenVINO does not offer bf16 on this processor")
+    read = runtimes.openvino_core().read_model(str(path))
+    stored = folder / f"{model.name}.{kind}.{precision}.xml"
+    openvino.save_model(read, str(stored), compress_to_fp16=half)
+    step, result = runtimes.openvino_step(stored, x, threads, precision)
+    error = check_close(result(), model.create()(x), INT8 if kind != "fp32" else BF16 if half else 1e-3)
+    return Built(step, facts={"mb": _megabytes(stored) + _megabytes(stored.with_suffix(".bin")), "error": error})
+
+
+ENGINES = {
+    BASELINE: torch_fp32,
+    "torch fp32 compiled": torch_compiled,
+    "torch bf16 compiled": partial(torch_compiled, dtype=torch.bfloat16),
+    **{f"lowbit {bits}-bit": partial(packed, bits=bits) for bits in (2, 3, 4)},
+    **{f"lowbit {bits}-bit fused": partial(packed, bits=bits, fuse=True) for bits in (2, 3, 4)},
+    **{f"lowbit {bits}-bit compiled": partial(packed, bits=bits, compile=True) for bits in (2, 3, 4)},
+    "onnxruntime fp32": onnxruntime_model,
+    "onnxruntime int8 static": partial(onnxruntime_model, kind="static"),
+    "onnxruntime int8 dynamic": partial(onnxruntime_model, kind="dynamic"),
+    "openvino fp32": openvino_model,
+    "openvino bf16": partial(openvino_model, precision="bf16"),
+    "openvino int8": partial(openvino_model, kind="static"),
+}
+
+
+def run(
+    models: Sequence[str] | None = None,
+    engines: Sequence[str] | None = None,
+    threads: Sequence[int] = (1,),
+    repeats: int = 15,
+    burst: float = BURST,
+    known: dict[str, Model] = MODELS,
+) -> Outcome:
+    """Times every engine on every model; sizes of files follow as results of their own, in MB.
+
+    Args:
+        models: names or patterns of `MODELS`; None takes all but `OPTIONAL`.
+        engines: names or patterns of `ENGINES`; None takes all. The baseline always takes part.
+        threads: numbers of threads.
+        repeats: rounds counted.
+        burst: seconds an engine calculates in each round.
+        known: what ``models`` names.
+
+    Raises:
+        LowbitError: an unknown name.
+    """
+    chosen = select(models, list(known), "--model", OPTIONAL)
+    names = [BASELINE, *(name for name in select(engines, list(ENGINES), "--engine") if name != BASELINE)]
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as folder:
+        for count in threads:
+            with Workers(count, burst) as workers:
+                for model in (known[name] for name in chosen):
+                    makes = {name: partial(ENGINES[name], model, count, Path(folder)) for name in names}
+                    race = workers.race(model.title, makes, BASELINE, repeats)
+                    outcome.add(race, model.title, count)
+                    if count == threads[0]:
+                        sizes = {result["engine"]: race.facts[result["engine"]]["mb"] for result in race.results}
+                        outcome.results += file_sizes(model, sizes, count)
+    return outcome
+
+
+def file_sizes(model: Model, sizes: dict[str, float], threads: int) -> list[Result]:
+    """Results that say how large the files are that engines load, MB; ``ratio`` is to the baseline's."""
+    return [
+        Result(
+            case=f"{model.title}: file",
+            engine=engine,
+            threads=threads,
+            median=size,
+            unit="MB",
+            ratio=size / sizes[BASELINE],
+            baseline=BASELINE,
+            repeats=1,
+        )
+        for engine, size in sizes.items()
+    ]

@@ -1,0 +1,63 @@
+"""The ``lowbit`` command: the library, the suite and the developers' tools bring their commands, this file joins them.
+
+Exit status: 0 all is well, 1 something asked for did not pass, 2 a mistake in what was given (one line on stderr).
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from lowbit.data import cli as data
+from lowbit.errors import LowbitError
+from lowbit.kernels import cli as kernels
+from lowbit.training import cli as training
+from lowbit_suite import cli as suite
+from lowbit_suite.study import cli as study
+
+app = typer.Typer(
+    help="Low-bit training, taught and checked: notebooks, runs, data and benchmarks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _plain_errors(command: Callable) -> Callable:
+    """Turns a `LowbitError` into its message and exit status 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except LowbitError as error:
+            print(f"lowbit: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+COMMANDS = (suite.run, suite.check, suite.accept, suite.claims, suite.again, suite.doctor, training.train, kernels.pack)
+GROUPS = {
+    "data": (data.app, "The data sets: what is there, where it comes from, is it whole."),
+    "study": (study.app, "The long trainings by which the claims are judged."),
+    "new": (suite.new, "A notebook or a quantizer to start from."),
+}
+SOURCES = Path(__file__).resolve().parent.parent
+
+if (SOURCES / "pyproject.toml").exists():  # a source tree: the developers' tools are not part of a wheel
+    sys.path.append(str(SOURCES))
+    from benchmarks import cli as benchmarks
+    from tools import cli as tools
+
+    COMMANDS += (tools.mutate,)
+    GROUPS["bench"] = (benchmarks.app, "Benchmarks: ratios measured in one run.")
+
+for command in COMMANDS:
+    app.command()(_plain_errors(command))
+for name, (group, about) in GROUPS.items():
+    app.add_typer(group, name=name, help=about)
+    for info in group.registered_commands:
+        info.callback = _plain_errors(info.callback)

@@ -1,0 +1,204 @@
+"""The judged claims for people: ``results/claims.md``, and the cells of the notebooks that show them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+from lowbit_suite.claims import anchors, verdicts
+from lowbit_suite.claims.verdicts import Claim, Statement, effect, judgement, outcome
+from lowbit_suite.records import journal
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+INTRODUCTION = """\
+# The claims, judged
+
+Made by `lowbit claims` from the tables of the study, which are long trainings of networks that have learned, and by
+nothing else. {method}.
+
+- **Conditions.** Each claim names conditions that its trainings have to meet, written down before they ran: the
+  full-precision twin has learned, and the weights had time to move. A statement is *not tested* while its trainings
+  have not been run or a condition fails, whatever its numbers say. *Not tested* is no verdict on the paper.
+- **Verdicts.** The *primary* statements, in bold, decide. A claim is reproduced if all of them are, and not reproduced
+  if one is not. Secondary and descriptive statements stand beside them and change no verdict; those marked *ours* are
+  controls and caveats that the paper does not have. Of many statements one fails by chance more easily than one alone,
+  so those that fail are corrected by Holm's test over the primary statements of the claim; where that changes the
+  verdict, the corrected one is in brackets.
+- **Detectable.** The smallest true effect that the design would have detected in four of five repetitions (two-sided
+  test of 5 %). An effect that is smaller may exist and stay unseen.
+- **Looks.** The notebooks' own trainings are short: tens to hundreds of steps. They show effects with intervals and
+  where these point, for readers with an hour. A look tests the regime of short training, not the paper, and passes no
+  verdict. It is open where the interval allows both, or with fewer than five seeds, and mixed where its statements
+  point both ways.
+- **{untrained_claims}.** This claim trains no network, so the tables of `desk` judge it.
+"""
+
+
+def write(claims: Sequence[Claim], folder: Path) -> tuple[Path, Path]:
+    """Writes ``claims.json`` and ``claims.md`` to ``folder``; returns both paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    as_json, as_text = folder / "claims.json", folder / "claims.md"
+    verdicts.save(claims, as_json)
+    as_text.write_text(markdown(claims), encoding="utf-8")
+    return as_json, as_text
+
+
+def markdown(claims: Sequence[Claim]) -> str:
+    """The claims for people: a table, then for each claim its statements, conditions, rows and looks."""
+    judged = verdicts.judged(claims)
+    profiles = list(dict.fromkeys(claim.profile for claim in claims if claim.look))
+    main = next(iter(judged.values())).profile
+    method = next(iter(judged.values())).method
+    elsewhere = [claim.id for claim in judged.values() if claim.profile != main]
+    text = INTRODUCTION.format(method=method[:1].upper() + method[1:], untrained_claims=", ".join(elsewhere))
+    lines = text.splitlines() if elsewhere else text.splitlines()[:-1]
+    head = ["", "says", f"verdict at {main}", "first primary statement", *(f"look at {name}" for name in profiles)]
+    lines += ["", *_row(*head), "|" + "---|" * len(head)]
+    for claim in judged.values():
+        looks = {look.profile: look for look in verdicts.looks(claims, claim.id)}
+        cells = [_cell(looks.get(name)) for name in profiles]
+        where = "" if claim.profile == main else f" (at {claim.profile})"
+        lines += _row(claim.id, claim.claim, judgement(claim) + where, effect(claim.first), *cells)
+    for claim in judged.values():
+        lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. At {claim.profile}: {judgement(claim)}."]
+        lines += ["", *statements(claim), *conditions(claim), *_evidence(claim), *_published(claim)]
+        for look in verdicts.looks(claims, claim.id):
+            lines += ["", f"### Look at {claim.id} at {look.profile}", ""]
+            lines += [f"{look.dataset or 'No data'}: {judgement(look)}.", "", *statements(look), *_evidence(look)]
+    for name in profiles:
+        lines += costs(name)
+    return "\n".join(lines) + "\n"
+
+
+def _published(claim: Claim) -> list[str]:
+    """What others have published on it; nothing in a project without the file."""
+    lines = anchors.markdown(claim.id) if (paths.notebooks() / anchors.FILE).is_file() else []
+    return ["", *lines] if lines else []
+
+
+def statements(claim: Claim) -> list[str]:
+    """The statements of a claim as the lines of a table."""
+    head = ["statement", "effect", "points to" if claim.look else "verdict", "detectable", "test"]
+    lines = [*_row(*head), "|" + "---|" * len(head)]
+    for one in claim.statements:
+        says = f"**{one.says}**" if one.role == "primary" else one.says
+        says += " (ours)" if one.ours else ""
+        lines += _row(says, effect(one), outcome(one), detectable(one), one.note)
+    return lines
+
+
+def detectable(judged: Statement) -> str:
+    """The smallest effect that the design detects, in words; empty where nothing was measured."""
+    return "" if judged.detectable is None else f"{judged.detectable:.2g} {judged.unit}".strip()
+
+
+def conditions(claim: Claim) -> list[str]:
+    """The conditions of a claim with what was found, as the lines of a list; none without conditions."""
+    met = {True: "met", False: "**not met**"}
+    lines = [f"- {met[check.met]}: {check.says}" for check in claim.conditions]
+    return ["", "Conditions, written down before the runs:", "", *lines] if lines else []
+
+
+def _row(*cells: object) -> list[str]:
+    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
+
+
+def _cell(look: Claim | None) -> str:
+    return f"{judgement(look)} ({look.tally})" if look else ""
+
+
+def _evidence(claim: Claim) -> list[str]:
+    lines = []
+    for table in claim.runs:
+        card = (link := _link(table)).with_suffix(".json")
+        lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
+    if pictures := _pictures(claim):
+        lines += ["", "Pictures: " + ", ".join(f"[{path.name}]({path.as_posix()})" for path in pictures)]
+    if claim.command:
+        lines += ["", f"Again: `{claim.command}`"]
+    for path, command in claim.again.items():
+        lines += [
+            "",
+            f"Each training, with its result and its seconds: [{path}]({_link(path)}). One again: `{command}`",
+        ]
+    return lines
+
+
+def _pictures(claim: Claim) -> list[Path]:
+    """The claim's own figure at the study, else those of the notebooks that made its tables; from ``results/``."""
+    own = paths.results() / "figures" / claim.profile / f"{claim.id}.png"
+    if own.exists():
+        return [own.relative_to(paths.results())]
+    numbers = dict.fromkeys(Path(table).name[:3] for table in claim.runs)  # "02_"
+    folder = paths.results() / "figures" / claim.profile
+    return [path.relative_to(paths.results()) for number in numbers for path in sorted(folder.glob(f"{number}*.png"))]
+
+
+def costs(profile: str) -> list[str]:
+    """What the trainings in the journals of a profile took, as the lines of a section; none without journals."""
+    rows = []
+    for path in sorted(journal.kept(profile, "any").parent.glob("*.jsonl")):
+        lines = journal.read(path)[1:]
+        trials = [line for line in lines if journal.is_trial(line)]
+        minutes = sum(line["seconds"] for line in lines) / 60
+        rows.append(f"| {path.stem} | {len(trials)} | {len(lines) - len(trials)} | {minutes:.0f} |")
+    if not rows:
+        return []
+    return [
+        "",
+        f"## What the trainings at {profile} cost",
+        "",
+        "Where trials are listed, each arm's learning rate was chosen first: at the same multiples of its own rate, on",
+        "a validation part of the training split, with a seed that is not judged; the test split was not looked at.",
+        "Every training ran on one core.",
+        "",
+        "| notebook | trials | judged trainings | core minutes |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _link(path: str) -> Path:
+    """From ``results/claims.md``."""
+    return Path(path).relative_to("results") if path.startswith("results/") else Path(path)
+
+
+def show(*ids: str, folder: Path | None = None) -> "Markdown":
+    """What ``lowbit claims`` last wrote about these claims, for a notebook: verdict, conditions and looks.
+
+    Args:
+        ids: such as ``"D1"``.
+        folder: with ``claims.json``; the results, or the project's own where ``LOWBIT_RESULTS`` has none.
+
+    Raises:
+        LowbitError: a claim that is not judged there.
+    """
+    from IPython.display import Markdown
+
+    everything = verdicts.read(folder or paths.recorded("claims.json").parent)
+    judged = verdicts.judged(everything)
+    lines = []
+    for id in ids:
+        if id not in judged:
+            there = ", ".join(judged) or "none"
+            raise LowbitError(f"results/claims.json has no claim {id!r} (it has {there}); 'lowbit claims' writes it")
+        claim, (first, *others) = judged[id], verdicts.looks(everything, id) or [None]
+        lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: {judgement(claim)}.", ""]
+        if claim.runs:
+            lines += [*statements(claim), *conditions(claim), *_source(claim)]
+        else:
+            lines += [f"None of its {len(claim.statements)} statements is tested yet: the study has not trained them."]
+        if first:
+            lines += ["", f"*A look at {first.profile} ({first.dataset}):* {judgement(first)}.", "", *statements(first)]
+            lines += _source(first)
+        lines += [
+            line for look in others for line in ("", f"*A look at {look.profile} ({look.dataset}):* {_cell(look)}.")
+        ]
+    return Markdown("\n".join(lines).lstrip())
+
+
+def _source(claim: Claim) -> list[str]:
+    return ["", f"From {', '.join(f'`{table}`' for table in claim.runs)}; again: `{claim.command}`"]

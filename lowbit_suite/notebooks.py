@@ -1,0 +1,235 @@
+"""Which notebooks there are, what parameters they have, what runs after what. Nothing here executes one."""
+
+import ast
+import fnmatch
+import graphlib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowbit import paths
+from lowbit.errors import LowbitError
+from lowbit_suite.profiles import Profile, close
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook as it lies in its file: ``defaults`` are the literals of its parameters cell, ``code`` is all code."""
+
+    name: str
+    path: Path
+    defaults: dict[str, Any]
+    after: tuple[str, ...]
+    code_hash: str
+    code: str
+
+
+def read(path: Path) -> Notebook:
+    """Reads one notebook; a broken file or parameters cell is a `LowbitError`."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        code = [cell for cell in tree["cells"] if cell["cell_type"] == "code"]
+        sources = ["".join(cell["source"]) for cell in code]
+        tagged = [s for s, cell in zip(sources, code, strict=True) if "parameters" in cell["metadata"].get("tags", [])]
+        after = tree["metadata"].get("lowbit", {}).get("after", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LowbitError(f"{path.name} cannot be read as a notebook: {type(error).__name__} {error}") from None
+    if not isinstance(after, list) or not all(isinstance(item, str) for item in after):
+        raise LowbitError(f"{path.name}: metadata lowbit.after={after!r} is not a list of notebook names")
+    digest = hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+    defaults = _literals(path.name, tagged[0]) if tagged else {}
+    after = tuple(item.removesuffix(".ipynb") for item in after)
+    return Notebook(path.stem, path, defaults, after, digest, "\n".join(sources))
+
+
+def _literals(name: str, source: str) -> dict[str, Any]:
+    """The names and values that a parameters cell assigns; it may hold nothing but literals, because papermill
+    puts its own values after this cell and would not recompute anything derived in it."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise LowbitError(
+            f"{name}: the parameters cell is not plain Python (line {error.lineno}: {error.msg})"
+        ) from None
+    found: dict[str, Any] = {}
+    for item in statements:
+        if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant):
+            continue  # a docstring
+        targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+        try:
+            (target,) = targets
+            if not isinstance(item, ast.Assign | ast.AnnAssign) or not isinstance(target, ast.Name):
+                raise ValueError
+            found[target.id] = ast.literal_eval(item.value)
+        except (ValueError, TypeError):
+            raise LowbitError(
+                f"{name}: line {item.lineno} of the parameters cell is not 'name = literal'; "
+                "derive other values in the next cell"
+            ) from None
+    return found
+
+
+def available(folder: Path | None = None) -> dict[str, Path]:
+    """The course's notebooks by name, in the order of their numbers."""
+    folder = folder or paths.notebooks()
+    return {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+
+
+def select(patterns: Sequence[str], folder: Path | None = None) -> list[Notebook]:
+    """The notebooks that names (with or without .ipynb), globs and paths ask for; none given means all.
+
+    They come in the order to run them: by number, and each after those in its metadata ``lowbit.after``.
+    """
+    known = available(folder)
+    if not known:
+        raise LowbitError(f"there are no notebooks in {folder or paths.notebooks()}: LOWBIT_PROJECT names the project")
+    chosen: dict[str, Path] = {}
+    for pattern in patterns or ["*"]:
+        stem = pattern.removesuffix(".ipynb")
+        path = Path(pattern)
+        if matches := fnmatch.filter(known, stem):
+            chosen |= {name: known[name] for name in matches}
+        elif path.suffix == ".ipynb" and path.is_file():
+            if path.stem in known and known[path.stem].resolve() != path.resolve():
+                raise LowbitError(f"{pattern}: the course already has another notebook called {path.stem!r}; rename it")
+            chosen[path.stem] = path.resolve()
+        else:
+            raise LowbitError(f"no notebook is called {pattern!r}; there are {', '.join(known)}{close(stem, known)}")
+    return order([read(path) for _, path in sorted(chosen.items())], known)
+
+
+def order(notebooks: Sequence[Notebook], known: Iterable[str]) -> list[Notebook]:
+    """Sorts by name, then moves each after the ones it names; unknown names and circles are `LowbitError`s."""
+    by_name = {notebook.name: notebook for notebook in notebooks}
+    known = set(known) | set(by_name)
+    graph = graphlib.TopologicalSorter()
+    for notebook in notebooks:
+        for name in notebook.after:
+            if name not in known:
+                raise LowbitError(f"{notebook.name} comes after {name!r}, which is no notebook{close(name, known)}")
+        graph.add(notebook.name, *(name for name in notebook.after if name in by_name))
+    try:
+        graph.prepare()
+    except graphlib.CycleError as error:
+        raise LowbitError(f"these notebooks wait for each other: {' -> '.join(error.args[1])}") from None
+    done: list[Notebook] = []
+    ready: list[str] = []
+    while graph.is_active():
+        ready = sorted([*ready, *graph.get_ready()])
+        name, *ready = ready
+        done.append(by_name[name])
+        graph.done(name)
+    return done
+
+
+def parse_assignments(assignments: Sequence[str], notebooks: Sequence[Notebook]) -> dict[str, dict[str, Any]]:
+    """What ``-p name=value`` and ``-p notebook:name=value`` set, for each notebook.
+
+    Values are YAML scalars or lists. An unqualified name has to be a parameter of every selected notebook.
+    """
+    found: dict[str, dict[str, Any]] = {notebook.name: {} for notebook in notebooks}
+    for text in assignments:
+        left, equals, right = text.partition("=")
+        owner, colon, name = left.rpartition(":")
+        if not equals or not name.strip() or (colon and not owner.strip()):
+            raise LowbitError(f"-p {text!r} is not of the form name=value or notebook:name=value")
+        owner, name = owner.strip().removesuffix(".ipynb"), name.strip()
+        if colon and owner not in found:
+            raise LowbitError(
+                f"-p {text!r}: {owner!r} is not among the notebooks to run: {', '.join(found)}{close(owner, found)}"
+            )
+        for notebook in notebooks:
+            if not colon or notebook.name == owner:
+                found[notebook.name][name] = parse_value(text, right)
+    return found
+
+
+def parse_value(text: str, value: str) -> Any:
+    """A YAML scalar or list. YAML 1.1 reads ``1e-3`` as a text; here it is the number that it looks like."""
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise LowbitError(f"-p {text!r}: the value is not a YAML scalar or list") from None
+    items = parsed if isinstance(parsed, list) else [parsed]
+    if any(isinstance(item, dict) or not isinstance(item, str | int | float | bool | list | None) for item in items):
+        raise LowbitError(f"-p {text!r}: the value has to be a number, a text, true/false or a list of these")
+    return _numbers(parsed)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) and "e" in value.lower() else value
+    return value
+
+
+def resolve(
+    notebooks: Sequence[Notebook], profile_name: str, profile: Profile, given: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The parameters to hand to each notebook: the profile's, then those given; ``profile`` itself where declared.
+
+    Every name has to be declared in the notebook's parameters cell, with a value of the same kind, and a profile that
+    runs only what it lists has to list the notebook.
+    """
+    known = available()
+    for name in profile.notebooks:
+        if name not in known and name not in given:
+            raise LowbitError(f"profiles.yaml, {profile_name}: no notebook is called {name!r}{close(name, known)}")
+    resolved = {}
+    for notebook in notebooks:
+        if profile.listed_only and notebook.name not in profile.notebooks:
+            raise LowbitError(
+                f"profile {profile_name} has no settings for {notebook.name}, which would run with its smoke values "
+                f"under that name: add '{notebook.name}: {{...}}' to it in profiles.yaml, or choose another profile "
+                f"({profile_name}: {profile.description})"
+            )
+        overrides: dict[str, Any] = {}
+        sources = (
+            (f"profiles.yaml, {profile_name}", profile.notebooks.get(notebook.name, {})),
+            ("-p", given.get(notebook.name, {})),
+        )
+        for source, values in sources:
+            for name, value in values.items():
+                _allow(f"{source}: ", notebook, name, value)
+                overrides[name] = value
+        if "profile" in notebook.defaults:
+            if overrides.get("profile", profile_name) != profile_name:
+                raise LowbitError(f"{notebook.name}: the profile is chosen by --profile, not by a parameter")
+            overrides["profile"] = profile_name
+        resolved[notebook.name] = overrides
+    return resolved
+
+
+def _allow(source: str, notebook: Notebook, name: str, value: Any) -> None:
+    if name not in notebook.defaults:
+        there = ", ".join(notebook.defaults) or "none"
+        raise LowbitError(
+            f"{source}{notebook.name} has no parameter {name!r}; it has {there}{close(name, notebook.defaults)}"
+        )
+    default = notebook.defaults[name]
+    kinds = {
+        bool: (bool,),
+        int: (int,),
+        float: (float, int),
+        str: (str,),
+        list: (list, tuple),
+        tuple: (list, tuple),
+    }.get(type(default))
+    if kinds is None or value is None:
+        return
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise LowbitError(
+            f"{source}{notebook.name}: {name}={value!r} is of kind {type(value).__name__}; "
+            f"it has to be {type(default).__name__}, as the default {default!r}"
+        )

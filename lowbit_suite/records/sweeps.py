@@ -1,0 +1,104 @@
+"""The same experiment for every arm and seed, several at once: :func:`sweep`."""
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit_suite.records.journal import Journal, plain
+from lowbit_suite.records.tables import save_table, tables
+
+_NUMBERS = itertools.count(1)  # of the sweeps in this process: in a notebook that is run from the top, their names
+
+
+def sweep(
+    run: Callable[..., Mapping[str, Any] | Sequence[Mapping[str, Any]]],
+    arms: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    workers: int | None = None,
+    description: str = "runs",
+):
+    """Calls ``run(**arm, seed=seed)`` for every arm and every seed and returns the results as one table.
+
+    Under ``lowbit run`` each result is written to the notebook's journal as it comes, and an interrupted notebook goes
+    on from there (`lowbit_suite.records.journal`).
+
+    Args:
+        run: trains and returns what it measured: a mapping of plain values, or several (one for each epoch, say).
+            It may be defined in a notebook; what it uses from there is copied to the workers, so it should load data
+            itself.
+        arms: keyword arguments of ``run``, one mapping an arm.
+        seeds: each arm runs with each of them.
+        workers: processes, each with one thread; 1 runs everything in this process. None: as many as torch has
+            threads here, but one where there is a GPU. Results do not depend on it.
+        description: what the progress bar says.
+
+    Returns:
+        A pandas frame in order of arms and seeds: the arm's arguments, ``seed``, and what was returned.
+
+    Raises:
+        LowbitError: nothing to run; or a run failed: which one, and why. What had been measured until then is kept
+            by `lowbit.save_table`, and the message says where.
+    """
+    from joblib import Parallel, delayed, parallel_config
+    from tqdm.auto import tqdm
+
+    jobs = [(dict(arm), seed) for arm in arms for seed in seeds]
+    if not jobs:
+        raise LowbitError(f"there is nothing to run: {len(arms)} arms, {len(seeds)} seeds")
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    if workers < 1:
+        raise LowbitError(f"workers={workers} is not allowed; it takes 1 or more")
+    journal, name = Journal(), f"{next(_NUMBERS)} {description}"
+    found = {job: result for job in range(len(jobs)) if (result := journal.get(name, *jobs[job])) is not None}
+    left = [job for job in range(len(jobs)) if job not in found]
+    workers = min(workers, max(len(left), 1))
+    # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
+    bar = tqdm(total=len(jobs), initial=len(found), desc=description, unit="run")
+    with bar, parallel_config("loky", inner_max_num_threads=1):
+        # One worker is this process (joblib's sequential form): no start-up, no copies, a debugger works.
+        parallel = Parallel(workers, return_as="generator_unordered")
+        done = parallel(delayed(_one)(run, job, *jobs[job]) for job in left)
+        try:
+            for job, seconds, result in done:
+                found[job] = result
+                journal.add(name, *jobs[job], seconds, result)
+                bar.update()
+        except LowbitError as error:
+            if not found:
+                raise
+            unfinished = "unfinished_" + "_".join(description.split())
+            kept = save_table(_table(jobs, found), unfinished)
+            where = tables() / f"{unfinished}.csv"
+            raise LowbitError(f"{error}; the {len(kept)} rows measured before it are in {where}") from None
+    return _table(jobs, found)
+
+
+def _table(jobs: Sequence[tuple[dict[str, Any], int]], found: Mapping[int, Any]):
+    import pandas as pd
+
+    rows = []
+    for job in sorted(found):
+        (arm, seed), result = jobs[job], found[job]
+        rows += [{**arm, "seed": seed, **row} for row in ([result] if isinstance(result, Mapping) else result)]
+    return pd.DataFrame(rows)
+
+
+def _one(run: Callable, job: int, arm: dict[str, Any], seed: int) -> tuple[int, float, Any]:
+    start, threads = time.monotonic(), torch.get_num_threads()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # the number of threads changes the last bits of a sum
+    try:
+        result = plain(run(**arm, seed=seed))
+        return job, time.monotonic() - start, result
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in {**arm, "seed": seed}.items())
+        raise LowbitError(f"the run {given} failed: {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_num_threads(threads)

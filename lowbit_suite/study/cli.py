@@ -1,0 +1,130 @@
+"""``lowbit study``: run, pause and show the long trainings by which the claims are judged."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from lowbit.errors import LowbitError
+
+app = typer.Typer(no_args_is_help=True)
+
+TableOption = Annotated[list[str] | None, typer.Option("--table", help="Only this table of the plan; may be repeated.")]
+
+
+@app.command()
+def run(
+    jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Processes, each with one thread.")] = 2,
+    hours: Annotated[float | None, typer.Option(help="Begin no training that would not end within them.")] = None,
+    nice: Annotated[int, typer.Option(min=0, max=19, help="How far the processes give way to others.")] = 19,
+    table: TableOption = None,
+) -> None:
+    """Work the study off until nothing is left or the hours are over; stop it at any time, a later call goes on.
+
+    A training that is cut off goes on after its last whole epoch. Finished ones are lines in results/journals/study.
+    """
+    from lowbit_suite.study import plan, queue
+
+    held = plan.load()
+    if unknown := sorted(set(table or ()) - set(held)):
+        raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(held)}")
+    list(plan.trainings(held))  # refuses a plan that is not valid before anything starts
+    deadline = math.inf if hours is None else time.time() + 3600 * hours
+    command = [sys.executable, "-m", "lowbit_suite.study.worker", "--deadline", str(deadline)]
+    command += [word for name in table or () for word in ("--table", name)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    workers = [subprocess.Popen(command, env=environment, preexec_fn=partial(os.nice, nice)) for _ in range(jobs)]
+    pids = queue.scratch() / "pids.json"
+    pids.parent.mkdir(parents=True, exist_ok=True)
+    pids.write_text(json.dumps([worker.pid for worker in workers]))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        codes = [worker.wait() for worker in workers]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+                worker.send_signal(signal.SIGCONT)  # one that is paused would not end
+        pids.unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, before)  # what comes during the exit is no stop of the study
+    if any(codes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def pause() -> None:
+    """Hold the running processes where they are, in the middle of a step."""
+    _signal(signal.SIGSTOP)
+
+
+@app.command()
+def resume() -> None:
+    """Let paused processes go on."""
+    _signal(signal.SIGCONT)
+
+
+def _signal(number: signal.Signals) -> None:
+    from lowbit_suite.study import queue
+
+    path = queue.scratch() / "pids.json"
+    try:
+        pids = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise LowbitError("no study runs here; 'lowbit study run' starts it") from None
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue  # it has ended
+
+
+@app.command()
+def status() -> None:
+    """Say how much of the study is done, what runs here, and how long the rest would take on this kind of processor."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowbit_suite.study import plan, queue, worker
+
+    held, here = plan.load(), queue.kind()
+    everything, lines = list(plan.trainings(held)), queue.done(held)
+    ended = queue.current(everything, lines)
+    shown = Table(title=f"the study, on this kind of processor ({here})", title_justify="left")
+    for column in ("table", "claims", "trainings", "epochs", "core hours spent", "core hours left here"):
+        shown.add_column(column, justify="left" if column in ("table", "claims") else "right")
+    for name, table in held.items():
+        own = [training for training in everything if training.table == name]
+        finished = [training for training in own if training.key in ended]
+        spent = sum(line.seconds for training in finished for line in ended[training.key]) / 3600
+        times = [(queue.seconds_an_epoch(t, lines, here), t.length) for t in own if t.key not in ended]
+        left = "unknown" if any(each is None for each, _ in times) else f"{sum(e * n for e, n in times) / 3600:.1f}"
+        epochs = f"{sum(t.length for t in finished)} of {sum(t.length for t in own)}"
+        shown.add_row(name, ", ".join(table.claims), f"{len(finished)} of {len(own)}", epochs, f"{spent:.1f}", left)
+    console = Console()
+    console.print(shown)
+    for training in everything:
+        folder = queue.folder(training)
+        if folder.is_dir() and training.key not in ended:
+            console.print(
+                f"begun here: {training}: {worker.epochs_done(folder)} of {training.length} epochs", highlight=False
+            )
+    if stale := len({line.key for line in lines} - set(ended)):
+        console.print(f"{stale} trainings in the journals are of an earlier plan; they are not used", highlight=False)
+
+
+@app.command()
+def tables() -> None:
+    """Write results/tables/study from the journals, for 'lowbit claims', and draw each claim's effects over time."""
+    from lowbit_suite.running.run_json import show_path
+    from lowbit_suite.study import figures
+    from lowbit_suite.study import tables as made
+
+    for path in [*made.write(), *figures.write()]:
+        print(show_path(path))

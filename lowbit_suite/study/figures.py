@@ -1,0 +1,109 @@
+"""One picture a claim: its effects against the length of training, with intervals and the line of no effect."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lowbit import paths
+from lowbit_suite import claims, plotting
+from lowbit_suite.claims import measuring
+from lowbit_suite.study import tables
+
+MARKERS = "osD^vP*X"
+
+
+def folder() -> Path:
+    """Where the pictures are."""
+    return paths.results() / "figures" / "study"
+
+
+def picture(id: str) -> Path:
+    """The file of a claim's picture, whether there is one or not."""
+    return folder() / f"{id}.png"
+
+
+def write() -> list[Path]:
+    """Draws every claim that the study's tables have effects for; returns the files."""
+    written = []
+    for claim in claims.load():
+        figure = draw(claim, tables.folder())
+        if figure is not None:
+            folder().mkdir(parents=True, exist_ok=True)
+            figure.savefig(picture(claim["id"]), metadata={"Software": None})  # the same bytes with any version
+            plt.close(figure)
+            written.append(picture(claim["id"]))
+    return written
+
+
+def draw(claim: dict[str, Any], where: Path) -> Figure | None:
+    """The effects of the primary statements, a panel for each unit; None where the tables have none.
+
+    Args:
+        claim: as `lowbit_suite.claims.load` returns it.
+        where: the folder of the study's tables.
+    """
+    primary = [item for item in claim["statements"] if item.get("role") == "primary" and "at" in item]
+    found = [(item, frame) for item in primary if len(frame := effects(item, where))]
+    if not found:
+        return None
+    plotting.use_style()
+    units = list(dict.fromkeys((item["value"], item["unit"]) for item, _ in found))
+    figure, axes = plt.subplots(1, len(units), figsize=(6.5 * len(units), 4.2), squeeze=False)
+    for ax, (value, unit) in zip(axes[0], units, strict=True):
+        own = [(item, frame) for item, frame in found if (item["value"], item["unit"]) == (value, unit)]
+        for place, (item, frame) in enumerate(own):
+            _line(ax, place, f"{item['says']}{_trend(item, where)}", frame)
+        ax.axhline(0, color="black", linewidth=1)
+        for margin in {item.get("margin", 0) for item, _ in own} - {0}:
+            ax.axhline(-margin, color=plotting.GREY, linewidth=1, linestyle=":")
+        ax.set_xscale("log", base=2)
+        ticks = sorted({steps for _, frame in own for steps in frame.steps})
+        ax.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
+        ax.minorticks_off()
+        ax.margins(x=0.12)
+        ax.set(xlabel="training steps", ylabel=f"difference in {value.partition(',')[0]}, {unit or 'no unit'}")
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize="small", frameon=False)
+    figure.suptitle(f"{claim['id']}: {claim['claim']}", fontsize="medium")
+    return figure
+
+
+def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
+    """The effect of a statement at each length of training: steps, mean, low, high, seeds; NaN bounds for one seed.
+
+    Args:
+        item: a statement with ``at``, whose budget is replaced by each that its table has.
+        where: the folder of the study's tables.
+    """
+    frame = measuring.read(where, item["table"])
+    budgets = [] if frame is None or "steps" not in frame else sorted(frame.steps.dropna().unique())
+    rows = []
+    for steps in budgets:
+        measured = measuring.measure({**item, "at": f"steps == {steps}"}, where, growing=True)
+        if measured.effect is not None:
+            effect = measured.effect
+            rows.append(
+                {"steps": int(steps), "mean": effect.mean, "low": effect.low, "high": effect.high, "n": effect.n}
+            )
+    return pd.DataFrame(rows, columns=["steps", "mean", "low", "high", "n"])
+
+
+def _trend(item: dict[str, Any], where: Path) -> str:
+    """The slope over all lengths, in words; empty for fewer than three."""
+    without = {key: value for key, value in item.items() if key != "at"}
+    effect = measuring.measure({**without, "slope": "steps", "unit": ""}, where, growing=True).effect
+    return "" if effect is None else f"\nslope for each doubling: {effect}"
+
+
+def _line(ax: plt.Axes, place: int, label: str, frame: pd.DataFrame) -> None:
+    """One statement; several are moved apart a little, and lengths with fewer than five seeds have hollow markers."""
+    color = plotting.PALETTE[place % len(plotting.PALETTE)]
+    steps = frame.steps * 2 ** (0.06 * place)
+    bars = [frame["mean"] - frame.low, frame.high - frame["mean"]]
+    ax.errorbar(steps, frame["mean"], bars, color=color, capsize=3, linewidth=1.2, label=label)
+    for few in (False, True):
+        chosen = frame[(frame.n < 5) == few]
+        face = "white" if few else color
+        ax.plot(steps[chosen.index], chosen["mean"], MARKERS[place % len(MARKERS)], color=color, markerfacecolor=face)

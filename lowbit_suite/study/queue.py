@@ -1,0 +1,178 @@
+"""Which trainings of the study are done, which come next, and how long the rest takes."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lowbit import environment, paths
+from lowbit_suite.records import journal
+from lowbit_suite.study.plan import Training
+
+Key = tuple[str, str, int, int, int]
+
+
+def journals() -> Path:
+    """The folder of the study's journals, one file a table; it is committed."""
+    return paths.results() / "journals" / "study"
+
+
+def scratch() -> Path:
+    """The folder of unfinished trainings on this machine; it is not committed."""
+    return paths.results() / "scratch" / "study"
+
+
+def kind(machine: dict[str, Any] | None = None) -> str:
+    """The kind of processor: trainings that are compared with each other run on one kind.
+
+    ``"bf16"`` where bfloat16 is fast (the study then uses it), else ``"avx512"``, ``"avx2"`` or ``"other"``, with
+    float32; ``"cuda"`` on a GPU.
+
+    Args:
+        machine: as a journal's line has it; None is this machine.
+    """
+    machine = machine or environment.processor()
+    isa = machine["isa"]
+    if machine.get("device") == "cuda":
+        return "cuda"
+    return next((name for flag, name in KINDS.items() if flag in isa), "other")
+
+
+KINDS = {"avx512_bf16": "bf16", "avx512f": "avx512", "avx2": "avx2"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """One line of a journal: a training that has ended.
+
+    Attributes:
+        key: of the training.
+        digest: of what was trained; another one than the plan's means that the plan has changed since.
+        kind: of the processor.
+        seconds: that it took.
+        line: the whole of it.
+    """
+
+    key: Key
+    digest: str
+    kind: str
+    seconds: float
+    line: dict[str, Any] = field(repr=False, compare=False)
+
+
+def done(tables: Iterable[str]) -> list[Done]:
+    """What the journals of ``tables`` hold, in the order in which it ended."""
+    found = []
+    for table in tables:
+        for line in journal.read(journals() / f"{table}.jsonl"):
+            key = (table, line["arm"], line["bits"], line["epochs"], line["seed"])
+            found.append(Done(key, line["digest"], line["kind"], line["seconds"], line))
+    return found
+
+
+def note(training: Training, result: dict[str, Any], seconds: float) -> None:
+    """Writes one training down in its table's journal: one line, at once."""
+    environment_ = environment.describe()
+    line = {"arm": training.arm, "bits": training.bits, "epochs": training.epochs, "seed": training.seed}
+    line |= {"digest": training.digest, "kind": kind(), "seconds": round(seconds, 1), "length": training.length}
+    line |= {"ended": datetime.now(UTC).isoformat(timespec="seconds")}
+    line |= {name: environment_[name] for name in ("cpu", "isa", "torch", "commit", "dirty")} | result
+    path = journals() / f"{training.table}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(scratch() / f"{training.table}.lock"), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def current(trainings: Iterable[Training], lines: Iterable[Done]) -> dict[Key, list[Done]]:
+    """The lines that belong to the plan as it is, by training; one may have been run on several kinds."""
+    digests = {training.key: training.digest for training in trainings}
+    found: dict[Key, list[Done]] = {}
+    for line in lines:
+        if digests.get(line.key) == line.digest:
+            found.setdefault(line.key, []).append(line)
+    return found
+
+
+def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Training]:
+    """What is left to train on a machine of the kind ``here``, first things first.
+
+    A block (same table, budget and seed) stays on the kind of processor on which it began: a block of another kind is
+    left to such machines until nothing else is left. Lower ranks come first. Then tables take turns: the one of which
+    the smallest share is done comes first, so that the longest-waiting claims come first. Within a table lower seeds
+    come first, then short budgets.
+    """
+    ended = current(trainings, lines)
+    begun: dict[tuple, set[str]] = {}
+    for training in trainings:
+        for line in ended.get(training.key, []):
+            begun.setdefault(training.block, set()).add(line.kind)
+    left = [t for t in trainings if not any(line.kind == here for line in ended.get(t.key, []))]
+    own = [t for t in left if here in begun.get(t.block, {here})]
+    others = [t for t in left if here not in begun.get(t.block, {here}) and t.key not in ended]
+    return _in_turns(own, trainings, ended) or _in_turns(others, trainings, ended)
+
+
+def _in_turns(left: list[Training], trainings: list[Training], ended: dict[Key, Any]) -> list[Training]:
+    """``left`` by rank; within one tables take turns by the share of epochs done, what is taken counted as done."""
+    total: dict[str, float] = {}
+    finished: dict[str, float] = {}
+    for training in trainings:
+        total[training.table] = total.get(training.table, 0) + training.length
+        finished[training.table] = finished.get(training.table, 0) + training.length * (training.key in ended)
+    queues: dict[str, list[Training]] = {}
+    ordered: list[Training] = []
+    for rank in sorted({training.rank for training in left}):
+        for training in sorted(left, key=lambda t: (t.seed, t.epochs)):
+            if training.rank == rank:
+                queues.setdefault(training.table, []).append(training)
+        while queues:
+            table = min(queues, key=lambda name: finished[name] / total[name])
+            ordered.append(queues[table].pop(0))
+            finished[table] += ordered[-1].length
+            if not queues[table]:
+                del queues[table]
+    return ordered
+
+
+def seconds_an_epoch(training: Training, lines: list[Done], here: str) -> float | None:
+    """What an epoch of ``training`` takes on a machine of the kind ``here``: the median of what is written down.
+
+    From the same arm, else from the same table; None where nothing of that kind is.
+    """
+    for same in (lambda d: d.key[:3] == training.key[:3], lambda d: d.key[0] == training.table):
+        known = [d.seconds / d.line["length"] for d in lines if d.kind == here and same(d)]
+        if known:
+            return median(known[-5:])
+    return None
+
+
+def folder(training: Training) -> Path:
+    """Where the checkpoints of an unfinished training are."""
+    name = "".join(c if c.isalnum() else "-" for c in str(training))
+    return scratch() / f"{name}-{training.digest}"
+
+
+@contextmanager
+def claimed(training: Training) -> Iterator[Path | None]:
+    """The folder of a training that no other process has; None where one has it. It ends with the process."""
+    path = folder(training)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield None
+        return
+    try:
+        yield path
+    finally:
+        lock.release()

@@ -1,0 +1,80 @@
+"""The study's tables: ``results/tables/study/<table>.csv``, made from the journals and from nothing else."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+
+from lowbit import paths
+from lowbit_suite.study import plan, queue
+from lowbit_suite.study.plan import Table, Training
+from lowbit_suite.study.queue import Done
+
+
+def folder() -> Path:
+    """Where the tables are."""
+    return paths.results() / "tables" / "study"
+
+
+def write() -> list[Path]:
+    """Writes the table of every part of the plan that has a finished training; returns the files.
+
+    Beside each is a run card: the plan of the table, the number of trainings of each kind of processor, commits and
+    versions, and the command.
+    """
+    held = plan.load()
+    written = []
+    for name, table in held.items():
+        trainings = list(plan.trainings({name: table}))
+        chosen = choose(trainings, queue.current(trainings, queue.done([name])))
+        if not chosen:
+            continue
+        folder().mkdir(parents=True, exist_ok=True)
+        path = folder() / f"{name}.csv"
+        frame(chosen).to_csv(path, index=False, float_format="%.6g")
+        path.with_suffix(".json").write_text(
+            json.dumps(_card(name, table, trainings, chosen), indent=1) + "\n", encoding="utf-8"
+        )
+        written += [path, path.with_suffix(".json")]
+    return written
+
+
+def choose(trainings: list[Training], ended: dict[queue.Key, list[Done]]) -> list[Done]:
+    """One line a training, all those of a block from one kind of processor: that which has most of them.
+
+    Between equals the kind whose first line is older.
+    """
+    blocks: dict[tuple, list[Done]] = {}
+    for training in trainings:
+        blocks.setdefault(training.block, []).extend(ended.get(training.key, []))
+    chosen = []
+    for lines in blocks.values():
+        counts = Counter(line.kind for line in lines)
+        if counts:
+            most = max(counts, key=lambda name: counts[name])
+            chosen += {line.key: line for line in reversed(lines) if line.kind == most}.values()
+    order = {training.key: place for place, training in enumerate(trainings)}
+    return sorted(chosen, key=lambda line: order[line.key])
+
+
+def frame(lines: list[Done]) -> pd.DataFrame:
+    """One row a training, and one for each phase after it."""
+    return pd.DataFrame([{**row, "kind": line.kind} for line in lines for row in line.line["rows"]])
+
+
+def _card(name: str, table: Table, trainings: list[Training], chosen: list[Done]) -> dict:
+    return {
+        "table": name,
+        "rows": sum(len(line.line["rows"]) for line in chosen),
+        "settings": {
+            "profile": "study",
+            "dataset": table.run["data"]["name"],
+            "trainings": f"{len(chosen)} of {len(trainings)}",
+            **table.model_dump(exclude={"arms"}),
+        },
+        "command": f"lowbit study run --table {name}",
+        "kinds": dict(Counter(line.kind for line in chosen)),
+        "commits": sorted({str(line.line["commit"]) for line in chosen}),
+        "torch": sorted({str(line.line["torch"]) for line in chosen}),
+    }

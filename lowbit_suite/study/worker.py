@@ -1,0 +1,103 @@
+"""A process that works the study off, one training after the other: ``python -m lowbit_suite.study.worker``."""
+
+import argparse
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit_suite.study import plan, queue
+from lowbit_suite.study.plan import Training
+
+VALUES = ("accuracy, %", "target, %", "mAP, %")
+"""What a table's rows are compared by; each has one of them."""
+
+
+def work(deadline: float = math.inf, tables: Sequence[str] = ()) -> int:
+    """Trains what waits, on one thread, until ``deadline`` (seconds since 1970); returns how many trainings ended.
+
+    No training begins that would not end in time, by what others like it have taken on this kind of processor. Where
+    nothing is known yet it begins.
+
+    Args:
+        deadline: see above.
+        tables: work on these only; none is all.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    data: dict[str, Any] = {}
+    count = 0
+    while time.time() < deadline and _one(deadline, tables, data):
+        count += 1
+    return count
+
+
+def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
+    """Runs the first training that fits and that nobody has; False where there is none."""
+    from lowbit_suite.study import training as trainer
+
+    held = plan.load()
+    everything, here = list(plan.trainings(held)), queue.kind()
+    lines = queue.done(held)
+    for training in everything:
+        if queue.folder(training).is_dir() and not missing(training):
+            _clear(training)  # its process ended between writing the result down and removing the checkpoints
+    for training in queue.waiting(everything, lines, here):
+        if tables and training.table not in tables:
+            continue
+        with queue.claimed(training) as folder:
+            if folder is None or not _fits(training, folder, lines, here, deadline) or not missing(training):
+                continue
+            _say(f"begins {training}" + (" again" * bool(epochs_done(folder))))
+            source = str(training.run["data"])
+            if source not in data:
+                data[source] = training.config().load_data()
+            result = trainer.run(training, folder, data[source], amp="bf16" if here == "bf16" else "none")
+            queue.note(training, result, trainer.seconds(result))
+            _say(f"ended  {training}: {_shown(result['rows'][0])}")
+            shutil.rmtree(folder, ignore_errors=True)
+            return True
+    return False
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return next(f"{row[name]:.2f} {name.partition(', ')[2]}" for name in VALUES if name in row)
+
+
+def _clear(training: Training) -> None:
+    with queue.claimed(training) as folder:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def missing(training: Training) -> bool:
+    """Whether nobody on this kind of processor has ended the training in the meantime."""
+    lines = queue.current([training], queue.done([training.table])).get(training.key, [])
+    return all(line.kind != queue.kind() for line in lines)
+
+
+def epochs_done(folder: Path) -> int:
+    """How many epochs an unfinished training has behind it."""
+    return sum(len(path.read_text().splitlines()) for path in folder.glob("*/history.jsonl"))
+
+
+def _fits(training: Training, folder: Path, lines: list[queue.Done], here: str, deadline: float) -> bool:
+    each = queue.seconds_an_epoch(training, lines, here)
+    return each is None or time.time() + each * (training.length - epochs_done(folder)) <= deadline
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--deadline", type=float, default=math.inf)
+    parser.add_argument("--table", action="append", default=[])
+    given = parser.parse_args()
+    work(given.deadline, given.table)
+    sys.exit(0)

@@ -1,0 +1,43 @@
+"""Brings the claims that notebooks show up to date without executing them: ``python -m tools.shown NB...``.
+
+A cell that ends with ``claims.show("D1")`` prints what ``lowbit claims`` wrote, so its output can be replaced alone.
+A test fails while a stored output differs from the record.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+
+from lowbit_suite import claims
+
+SHOW = re.compile(r"^claims\.show\((.+)\)$", re.MULTILINE)
+
+
+def cells(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, list[str]]]:
+    """The places of the cells that show claims, with the claims' ids."""
+    for place, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code" and (found := SHOW.search(cell.source)):
+            yield place, ast.literal_eval(f"[{found[1]}]")
+
+
+def refresh(notebook: nbformat.NotebookNode) -> bool:
+    """Replaces what the cells show, in place; returns whether anything has changed."""
+    changed = False
+    for place, ids in cells(notebook):
+        (output,) = notebook.cells[place].outputs
+        text = claims.show(*ids).data
+        changed |= output.data["text/markdown"] != text
+        output.data["text/markdown"] = text
+    return changed
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        read = nbformat.read(given, as_version=4)
+        if refresh(read):
+            nbformat.write(read, Path(given))
+            print(f"{given}: shows the claims as they are recorded now")

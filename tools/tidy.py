@@ -1,0 +1,39 @@
+"""Executes notebooks at their own defaults and keeps what is worth committing: ``python -m tools.tidy NB...``.
+
+Progress bars, widget state and time stamps go: they change at every run and show nothing afterwards.
+"""
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+CELL_TIMEOUT = 600  # s
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Removes from an executed notebook, in place, what does not belong into a commit."""
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "lowbit") if key in notebook.metadata}
+    for cell in notebook.cells:
+        for key in ("execution", "papermill"):
+            cell.metadata.pop(key, None)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
+    return notebook
+
+
+def execute(path: Path) -> None:
+    """Runs the notebook at ``path`` in its own folder and writes it back with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    nbformat.write(tidy(notebook), path)
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        execute(Path(given))
+        print(f"{given}: executed")
