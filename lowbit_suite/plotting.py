@@ -1,6 +1,5 @@
 """The course's drawings: one style, colours that survive colour blindness, tensors drawn as tensors."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowbit import metrics, paths
+from lowbit_suite.records.context import current
 
 PALETTE = sns.color_palette("colorblind")
 BLUE, ORANGE, GREEN, RED, PURPLE = (PALETTE[i] for i in (0, 1, 2, 3, 4))
@@ -37,7 +37,7 @@ def use_style() -> None:
 
 def save(figure: Figure, name: str) -> Path:
     """Writes ``figure`` as ``<name>.png`` to the run's figures folder (``results/scratch/figures`` outside a run)."""
-    folder = Path(os.environ.get("LOWBIT_FIGURES") or paths.results() / "scratch" / "figures")
+    folder = current().figures or paths.results() / "scratch" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
     figure.savefig(path)

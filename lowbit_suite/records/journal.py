@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit import environment, paths
+from lowbit_suite.records.context import current
 
 ARRAY = "array"
 """The name in JSON under which an array's bytes stand, compressed and in base 85, beside its dtype and shape."""
@@ -102,11 +103,10 @@ def is_trial(line: dict[str, Any]) -> bool:
 
 
 class Journal:
-    """The journal of the notebook that runs, which ``LOWBIT_JOURNAL`` names; without it nothing is found or kept."""
+    """The journal of the notebook that runs, as its `Context` says; outside a run nothing is found or kept."""
 
     def __init__(self) -> None:
-        given = os.environ.get("LOWBIT_JOURNAL")
-        self.path = Path(given) if given else None
+        self.path = current().journal
         self.found = {key(line): _decoded(line["result"]) for line in read(self.path)[1:]} if self.path else {}
 
     def get(self, sweep: str, arm: dict[str, Any], seed: int) -> Any:

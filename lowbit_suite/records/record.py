@@ -3,12 +3,11 @@
 import json
 import math
 import numbers
-import os
 import re
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from lowbit.errors import LowbitError
+from lowbit_suite.records.context import current
 
 T = TypeVar("T")
 
@@ -28,7 +27,7 @@ def record(name: str, value: T, *, unit: str = "", better: str = "equal") -> T:
         unit: What it is measured in, such as ``"%"`` or ``"s"``.
         better: ``"higher"``, ``"lower"`` or ``"equal"``: which change is an improvement, if any is.
 
-    Under ``lowbit run`` the number is appended to the file that ``LOWBIT_RECORD`` names, and recording a name
+    Under ``lowbit run`` the number is appended to the execution's records, and recording a name
     twice in one notebook makes that notebook fail. In an interactive session nothing is written.
 
     Raises:
@@ -71,8 +70,8 @@ def complain(what: str) -> None:
 
 
 def _append(item: dict) -> None:
-    if path := os.environ.get("LOWBIT_RECORD"):
-        with Path(path).open("a", encoding="utf-8", buffering=1) as file:  # on disk even if the kernel dies next
+    if path := current().records:
+        with path.open("a", encoding="utf-8", buffering=1) as file:  # on disk even if the kernel dies next
             file.write(json.dumps(item) + "\n")
 
 

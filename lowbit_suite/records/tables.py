@@ -1,16 +1,16 @@
 """``lowbit.save_table``: a measured table leaves a notebook as a CSV file with its run card."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from lowbit import environment, paths
+from lowbit_suite.records.context import current
 
 
 def tables() -> Path:
     """Where tables go: the run's ``tables/<notebook>`` folder under ``lowbit run``, else ``results/scratch/tables``."""
-    return Path(os.environ.get("LOWBIT_TABLES") or paths.results() / "scratch" / "tables")
+    return current().tables or paths.results() / "scratch" / "tables"
 
 
 def save_table(frame, name: str, **settings: Any):
@@ -29,7 +29,7 @@ def save_table(frame, name: str, **settings: Any):
     folder = tables()
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
-    notebook = os.environ.get("LOWBIT_NOTEBOOK")
+    notebook = current().notebook
     command = f"lowbit run {notebook} --profile {settings.get('profile', 'smoke')}" if notebook else "interactive"
     card = {"table": name, "rows": len(frame), "settings": settings, "command": command}
     card["environment"] = environment.describe()

@@ -19,6 +19,7 @@ import psutil
 from lowbit import paths
 from lowbit_suite.notebooks import Notebook
 from lowbit_suite.records import journal
+from lowbit_suite.records.context import Context, current
 from lowbit_suite.records.record import DIRECTIONS, NAME, decode
 from lowbit_suite.running.outputs import flaw
 from lowbit_suite.running.run_json import Metric
@@ -30,7 +31,6 @@ GRACE = 2.0
 SAMPLE = 0.25
 """Seconds between two looks at the memory."""
 
-MARK = "LOWBIT_EXECUTION"
 PRIVATE = "lowbit-"
 
 
@@ -108,12 +108,14 @@ class Execution:
     def _environment(self, threads: int | None) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # the kernel chooses: figures go inline
         env |= {
-            MARK: self.mark,
-            "LOWBIT_RECORD": str(self.records.resolve()),
-            "LOWBIT_JOURNAL": str(self.journal.resolve()),
-            "LOWBIT_FIGURES": str(self.figures.resolve()),
-            "LOWBIT_TABLES": str(self.tables.resolve()),
-            "LOWBIT_NOTEBOOK": self.notebook.name,
+            **Context(
+                execution=self.mark,
+                notebook=self.notebook.name,
+                records=self.records.resolve(),
+                journal=self.journal.resolve(),
+                figures=self.figures.resolve(),
+                tables=self.tables.resolve(),
+            ).variable(),
             # The user's own Jupyter and IPython start-up files must not change what a notebook does.
             "JUPYTER_RUNTIME_DIR": str(self.private),
             "IPYTHONDIR": str(self.private / "ipython"),
@@ -212,8 +214,8 @@ class Execution:
         """Processes that inherited our mark, among them those whose parents are gone."""
         found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.mark and process.pid not in self.seen:
+            with contextlib.suppress(psutil.Error, OSError, ValueError):
+                if current(process.environ()).execution == self.mark and process.pid not in self.seen:
                     found.append(process)
         return found
 
@@ -226,9 +228,9 @@ def end_strays(folder: Path) -> None:
     """
     records, found, private = (folder / "records").resolve(), [], set()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
             env = process.environ()
-            if MARK in env and Path(env.get("LOWBIT_RECORD", "")).parent == records:
+            if (path := current(env).records) and path.parent == records:
                 found.append(process)
                 private.add(env.get("JUPYTER_RUNTIME_DIR", ""))
                 process.kill()

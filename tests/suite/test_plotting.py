@@ -1,5 +1,6 @@
 """The course's drawings put what they are given where they say."""
 
+import json
 import math
 
 import matplotlib.pyplot as plt
@@ -53,7 +54,7 @@ def test_number_line_has_a_row_for_each_set(ax):
 
 
 def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWBIT_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path / "figures")}))
     path = plotting.save(ax.figure, "name")
     assert path == tmp_path / "figures" / "name.png" and path.read_bytes().startswith(b"\x89PNG")
 

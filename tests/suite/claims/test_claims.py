@@ -561,7 +561,7 @@ def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_p
     path = journal.kept("desk", "05_made")
     journal.begin(path, {}, "05_made", {})
     with monkeypatch.context() as patch:
-        patch.setenv("LOWBIT_JOURNAL", str(path))
+        patch.setenv("LOWBIT_CONTEXT", json.dumps({"journal": str(path)}))
         kept = journal.Journal()
         kept.add("1 learning rates", {"arm": "a", "lr_factor": 3.0}, 1000, 1.0, {"y": 1})
         kept.add("2 trainings", {"arm": "a b", "bits": 2, "lr_factor": 3.0}, 4, 1.0, {"accuracy, %": 1})

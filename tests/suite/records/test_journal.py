@@ -19,7 +19,7 @@ OF = {"code": "abc", "parameters": {"seeds": "[0]"}}
 @pytest.fixture
 def file(tmp_path, monkeypatch):
     path = tmp_path / journal.place("02_some")
-    monkeypatch.setenv("LOWBIT_JOURNAL", str(path))
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"journal": str(path)}))
     journal.begin(path, OF, "02_some", {"seeds": [0]})
     return path
 
@@ -65,7 +65,7 @@ def test_trainings_of_two_processors_are_not_put_into_one_journal(file, monkeypa
 def test_a_line_cut_short_is_dropped_with_all_after_it(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("run") / "j.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOWBIT_JOURNAL", str(path))
+        patch.setenv("LOWBIT_CONTEXT", json.dumps({"journal": str(path)}))
         journal.begin(path, OF, "02_some", {})
         for seed in range(3):
             journal.Journal().add("1 runs", {"arm": "µ"}, seed, 1.0, seed / 3)
@@ -132,7 +132,7 @@ def test_a_sweep_goes_on_where_it_was_cut_off_and_its_table_is_the_same(file):
         resumed = sweep(run, arms, seeds, workers=1)
     assert called == [(2.0, 1), (3.0, 0), (3.0, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LOWBIT_JOURNAL")
+        patch.delenv("LOWBIT_CONTEXT")
         called.clear()
         whole = sweep(run, arms, seeds, workers=1)
     assert whole.drop(columns="curve").equals(resumed.drop(columns="curve")) and len(called) == 6

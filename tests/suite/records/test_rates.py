@@ -17,7 +17,7 @@ BEST = {"a": 1.0, "b": 0.3, "c": 3.0}
 
 @pytest.fixture(autouse=True)
 def tables(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWBIT_TABLES", str(tmp_path))
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"tables": str(tmp_path)}))
     return tmp_path
 
 

@@ -14,7 +14,7 @@ from lowbit_suite.records.record import Skipped, complain, decode, record, skip
 @pytest.fixture
 def lines(tmp_path, monkeypatch):
     path = tmp_path / "record.jsonl"
-    monkeypatch.setenv("LOWBIT_RECORD", str(path))
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"records": str(path)}))
     return lambda: [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -54,7 +54,7 @@ def test_unknown_direction_is_refused():
 
 
 def test_nothing_is_written_outside_a_run(tmp_path, monkeypatch):
-    monkeypatch.delenv("LOWBIT_RECORD", raising=False)
+    monkeypatch.delenv("LOWBIT_CONTEXT", raising=False)
     monkeypatch.chdir(tmp_path)
     assert record("x", 2) == 2
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """`sweep`: every arm with every seed, the same numbers in one process and in several, failures by name."""
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_a_failed_run_is_named():
 
 
 def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWBIT_TABLES", str(tmp_path))
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"tables": str(tmp_path)}))
 
     def run(lr, seed):
         if lr > 2:

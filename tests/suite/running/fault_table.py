@@ -68,14 +68,15 @@ def leaves_behind(statement: str) -> tuple[str, ...]:
     return (
         f"""
         import os, subprocess, sys
-        copy = os.path.dirname(os.path.dirname(os.environ["LOWBIT_RECORD"])) + "/" + os.environ["LOWBIT_NOTEBOOK"]
+        from lowbit_suite.records.context import current
+        copy = os.path.dirname(os.path.dirname(current().records)) + "/" + current().notebook
         child = subprocess.Popen([sys.executable, "-c", {code!r}, copy + ".ipynb"], start_new_session=True)
         """,
     )
 
 
 def appends(data: bytes) -> str:
-    return f"import os; open(os.environ['LOWBIT_RECORD'], 'ab').write({data!r})"
+    return f"from lowbit_suite.records.context import current; open(current().records, 'ab').write({data!r})"
 
 
 NOTEBOOKS = {
@@ -151,7 +152,7 @@ NOTEBOOKS = {
         Fault("bytes that are no text in the record", (RECORD, appends(b"\xff\xfe\n")), reason="broken line"),
         Fault(
             "a folder lies where the record should",
-            ("import os; os.mkdir(os.environ['LOWBIT_RECORD'])",),
+            ("from lowbit_suite.records.context import current; current().records.mkdir()",),
             reason="cannot be read",
         ),
     ],
@@ -355,8 +356,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 FILLS = """
 import os
+from lowbit_suite.records.context import current
 try:
-    with open(os.path.join(os.environ["LOWBIT_FIGURES"], "large"), "wb", buffering=0) as file:
+    with open(os.path.join(current().figures, "large"), "wb", buffering=0) as file:
         while file.write(b"0" * 4096):
             pass
 except OSError:

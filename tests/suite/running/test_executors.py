@@ -23,9 +23,10 @@ KilledWorker = pytest.importorskip("distributed.scheduler").KilledWorker
 QUICK = """
 import os, lowbit
 from pathlib import Path
-with open(Path(shared, "ran"), "a") as file: file.write(os.environ["LOWBIT_NOTEBOOK"])
+from lowbit_suite.records.context import current
+with open(Path(shared, "ran"), "a") as file: file.write(current().notebook)
 lowbit.record("x", 1)
-Path(os.environ["LOWBIT_FIGURES"], "dot.png").write_bytes(b"dot")
+Path(current().figures, "dot.png").write_bytes(b"dot")
 """
 HOLDS = """
 import os, psutil, time

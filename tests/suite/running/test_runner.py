@@ -38,7 +38,8 @@ def ended(make_project, tmp_path_factory):
             lowbit.record("same_python", sys.executable == python and profile == "smoke")
             lowbit.record("threads", int(os.environ["OMP_NUM_THREADS"]))
             from pathlib import Path
-            Path(os.environ["LOWBIT_FIGURES"], "dot.png").write_bytes(b"dot")
+            from lowbit_suite.records.context import current
+            Path(current().figures, "dot.png").write_bytes(b"dot")
             """,
             parameters=f"profile = 'none'\npython = {sys.executable!r}\ncount = 1",
         )

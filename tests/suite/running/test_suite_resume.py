@@ -15,17 +15,18 @@ from lowbit_suite.running import run_json as runfile
 CELLS = """
 import os, time, lowbit
 from pathlib import Path
+from lowbit_suite.records.context import current
 def note(what):
     with open("ran", "a") as file:
-        file.write(f"{what} {os.environ['LOWBIT_NOTEBOOK']}\\n")
+        file.write(f"{what} {current().notebook}\\n")
 note("began")
 lowbit.record("first", number)
-Path(os.environ["LOWBIT_FIGURES"], "dot.png").write_bytes(b"half")
+Path(current().figures, "dot.png").write_bytes(b"half")
 """
 ENDS = """
-while Path("hold").exists() and os.environ["LOWBIT_NOTEBOOK"] == "c": time.sleep(0.05)
+while Path("hold").exists() and current().notebook == "c": time.sleep(0.05)
 lowbit.record("second", 2 * number)
-Path(os.environ["LOWBIT_FIGURES"], "dot.png").write_bytes(b"whole")
+Path(current().figures, "dot.png").write_bytes(b"whole")
 note("ended")
 """
 RUNNER = """
