@@ -1,20 +1,34 @@
 """Where things live: the project folder, its notebooks and results, the data archives, the cache."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import platformdirs
 
+from lowbit.errors import LowbitError
+
+SOURCES = Path(__file__).resolve().parent.parent
+
 
 def project() -> Path:
-    """The project folder (the one with ``notebooks/``): ``LOWBIT_PROJECT``, the working folder, or the source tree."""
+    """The folder of the course: ``LOWBIT_PROJECT``, the working folder or one above it, or the source tree.
+
+    Raises:
+        LowbitError: lowbit is installed, not used from its source tree, and the working folder is in no course.
+    """
     if given := os.environ.get("LOWBIT_PROJECT"):
         return Path(given).resolve()
     here = Path.cwd().resolve()
     for folder in (here, *here.parents):
-        if (folder / "notebooks").is_dir() and (folder / "lowbit").is_dir():
+        if (folder / "notebooks" / "profiles.yaml").is_file():
             return folder
-    return Path(__file__).resolve().parent.parent
+    if (SOURCES / "pyproject.toml").is_file():
+        return SOURCES
+    raise LowbitError(
+        f"there is no course in {here}: change into its folder, set LOWBIT_PROJECT to it, "
+        "or make one with: lowbit course DIR"
+    )
 
 
 def notebooks() -> Path:
@@ -42,8 +56,10 @@ def archives() -> list[Path]:
     """Folders searched for data archives, in order: ``LOWBIT_DATA``, or ``../shared/data`` beside the project."""
     if given := os.environ.get("LOWBIT_DATA"):
         return [Path(given).expanduser().resolve()]
-    beside = project().parent / "shared" / "data"
-    return [beside] if beside.is_dir() else []
+    with contextlib.suppress(LowbitError):
+        if (beside := project().parent / "shared" / "data").is_dir():
+            return [beside]
+    return []
 
 
 def cache() -> Path:

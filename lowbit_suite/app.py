@@ -39,7 +39,17 @@ def _plain_errors(command: Callable) -> Callable:
     return wrapped
 
 
-COMMANDS = (suite.run, suite.check, suite.accept, suite.claims, suite.again, suite.doctor, training.train, kernels.pack)
+COMMANDS = (
+    suite.run,
+    suite.check,
+    suite.accept,
+    suite.claims,
+    suite.again,
+    suite.course,
+    suite.doctor,
+    training.train,
+    kernels.pack,
+)
 GROUPS = {
     "data": (data.app, "The data sets: what is there, where it comes from, is it whole."),
     "study": (study.app, "The long trainings by which the claims are judged."),

@@ -346,6 +346,16 @@ def new_quantizer(
     )
 
 
+def course(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is empty or not there yet.")],
+) -> None:
+    """Put the notebooks, their data and the accepted results into a folder of your own."""
+    from lowbit_suite.course import unpack
+
+    unpack(folder)
+    typer.echo(f"the course is in {folder}: cd {folder} && lowbit run 00_start_here, or jupyter lab notebooks")
+
+
 def doctor() -> None:
     """Show what this machine has, what is missing, and what to do about it."""
     from rich.table import Table

@@ -178,13 +178,16 @@ def test_random_problems_on_arm(tmp_path, aarch64, cpu):
 
 @pytest.mark.slow
 def test_an_installation_without_a_compiler_succeeds(tmp_path):
-    """The wheel is built all the same, without the library."""
+    """The wheel is built all the same, without the library, and its tag says so; asked for kernels, none is built."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "checkpoints")
-    shutil.copytree(ROOT / "lowbit", tree / "lowbit", ignore=ignored)
+    for package in ("lowbit", "lowbit_suite"):
+        shutil.copytree(ROOT / package, tree / package, ignore=ignored)
+    (tree / "notebooks").mkdir()
+    shutil.copy(ROOT / "notebooks" / "profiles.yaml", tree / "notebooks")
     for cc, expected in (("/nonexistent/cc", False), (build.compiler(), True)):
         if cc is None:
             continue
@@ -193,7 +196,11 @@ def test_an_installation_without_a_compiler_succeeds(tmp_path):
         if "No matching distribution found for setuptools" in done.stdout + done.stderr:
             pytest.skip("setuptools 77 or newer cannot be had here")
         assert done.returncode == 0, done.stderr
-        names = zipfile.ZipFile(next((tmp_path / str(expected)).glob("*.whl"))).namelist()
+        (wheel,) = (tmp_path / str(expected)).glob("*.whl")
+        names = zipfile.ZipFile(wheel).namelist()
         assert ("lowbit/kernels/_native.so" in names) == expected
-        assert "lowbit/kernels/csrc/lowbit.h" in names
+        assert wheel.name.endswith("-py3-none-any.whl") != expected and "-py3-none-" in wheel.name
+        assert {"lowbit/kernels/csrc/lowbit.h", "lowbit_suite/course/notebooks/profiles.yaml"} <= set(names)
         shutil.rmtree(tree / "build", ignore_errors=True)
+    env = {**os.environ, "CC": "/nonexistent/cc", "LOWBIT_BUILD_KERNELS": "1"}
+    assert subprocess.run(command, env=env, cwd=tree, capture_output=True).returncode != 0
