@@ -37,7 +37,6 @@ static tables make_tables(const lb_job *job) {
 
 /* Codes of row r of a group of 8, one half of 32 bytes; p is the group. */
 LB_INLINE __m256i codes_of(const int bits, const int r, const uint8_t *p, int half) {
-  static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
 #define PART(I) _mm256_loadu_si256((const __m256i *)(p + 64 * (I) + 32 * half))
   if (bits == 4) {
     const __m256i v = PART(r >> 1);
@@ -45,7 +44,7 @@ LB_INLINE __m256i codes_of(const int bits, const int r, const uint8_t *p, int ha
   }
   const __m256i low = _mm256_and_si256(_mm256_srli_epi16(PART(r >> 2), 2 * (r & 3)), _mm256_set1_epi8(3));
   if (bits == 2) return low;
-  const int shift = top_bit[r] - 2; /* to bit 2 */
+  const int shift = lb_top_bit[r] - 2; /* to bit 2 */
   const __m256i v = PART(2), moved = shift < 0 ? _mm256_slli_epi16(v, -shift) : _mm256_srli_epi16(v, shift);
   return _mm256_or_si256(low, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
 #undef PART
@@ -192,7 +191,6 @@ LB_INLINE __m256i shifted(__m256i v, int bits) {
 }
 
 LB_INLINE void decode_floats_of(const int bits, const lb_job *job, const uint8_t *p, int64_t rows, float *panel) {
-  static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
   float levels[16];
   for (int i = 0; i < 16; i++) levels[i] = job->levels[bits == 2 ? i & 3 : bits == 3 ? i & 7 : i];
   const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
@@ -209,7 +207,7 @@ LB_INLINE void decode_floats_of(const int bits, const lb_job *job, const uint8_t
           } else if (bits == 3) {
             const __m256i mask = _mm256_set1_epi32(3);
             const __m256i two = _mm256_and_si256(mask, shifted(PART(r >> 2), 8 * j + 2 * (r & 3)));
-            const __m256i top = _mm256_andnot_si256(mask, shifted(PART(2), 8 * j + top_bit[r] - 2));
+            const __m256i top = _mm256_andnot_si256(mask, shifted(PART(2), 8 * j + lb_top_bit[r] - 2));
             w = _mm256_permutevar8x32_ps(low, _mm256_or_si256(two, top));
           } else if (bits == 4) {
             const __m256i code = shifted(PART(r >> 1), 8 * j + 4 * (r & 1));

@@ -5,9 +5,6 @@
 
 #include "internal.h"
 
-/* Of eight rows of 3-bit codes, where row r's top bit lies; see packing.py. */
-static const int lb_top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
-
 LB_INLINE int lb_code_of(const uint8_t *block, int bits, int64_t row, int i) {
   if (bits == 2) return block[(row / 4) * 64 + i] >> 2 * (row % 4) & 3;
   if (bits == 8) return (int8_t)block[row * 64 + i]; /* the level itself */

@@ -76,4 +76,7 @@ LB_INLINE int64_t lb_min(int64_t a, int64_t b) { return a < b ? a : b; }
 LB_INLINE int64_t lb_max(int64_t a, int64_t b) { return a > b ? a : b; }
 LB_INLINE int64_t lb_round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
+/* Of eight rows of 3-bit codes, where row r's top bit lies; see packing.py. */
+static const int lb_top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
+
 #endif

@@ -37,12 +37,11 @@ static tables make_tables(const lb_job *job) {
 
 /* Codes of row r of a group of 8, one quarter of 16 bytes; p is the group. */
 LB_INLINE uint8x16_t codes_of(const int bits, const int r, const uint8_t *p, int quarter) {
-  static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
 #define PART(I) vld1q_u8(p + 64 * (I) + 16 * quarter)
   if (bits == 4) return r & 1 ? vshrq_n_u8(PART(r >> 1), 4) : vandq_u8(PART(r >> 1), vdupq_n_u8(15));
   const uint8x16_t low = vandq_u8(vshlq_u8(PART(r >> 2), vdupq_n_s8((int8_t)(-2 * (r & 3)))), vdupq_n_u8(3));
   if (bits == 2) return low;
-  const uint8x16_t top = vshlq_u8(PART(2), vdupq_n_s8((int8_t)(2 - top_bit[r])));
+  const uint8x16_t top = vshlq_u8(PART(2), vdupq_n_s8((int8_t)(2 - lb_top_bit[r])));
   return vorrq_u8(low, vandq_u8(top, vdupq_n_u8(4)));
 #undef PART
 }

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "lowbit.h"
+#include "internal.h"
 
 static uint64_t state;
 
@@ -20,7 +20,6 @@ static int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 /* Writes code c of output n and input k (of 8 bits: the level itself); see packing.py. */
 static void put_code(uint8_t *packed, int bits, int64_t k_padded, int64_t n, int64_t k, int c) {
-  static const int top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};
   uint8_t *block = packed + n / 16 * (k_padded * 2 * bits);
   const int64_t row = k / 4, i = n % 16 * 4 + k % 4;
   if (bits == 8) {
@@ -31,7 +30,7 @@ static void put_code(uint8_t *packed, int bits, int64_t k_padded, int64_t n, int
     block[row / 4 * 64 + i] |= (uint8_t)(c << 2 * (row % 4));
   } else {
     block[row / 8 * 192 + row % 8 / 4 * 64 + i] |= (uint8_t)((c & 3) << 2 * (row % 4));
-    block[row / 8 * 192 + 128 + i] |= (uint8_t)((c >> 2) << top_bit[row % 8]);
+    block[row / 8 * 192 + 128 + i] |= (uint8_t)((c >> 2) << lb_top_bit[row % 8]);
   }
 }
 
