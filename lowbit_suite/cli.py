@@ -85,6 +85,19 @@ def run(
     raise typer.Exit(code or (0 if done.fulfils(plan.profile) else 1))
 
 
+def report(profile: ProfileOption = "smoke", out: OutOption = None) -> None:
+    """Write report.html and junit.xml of the last run anew, also of one that was killed or goes on."""
+    from lowbit_suite import report as page
+    from lowbit_suite.running import junit, runner
+    from lowbit_suite.running import run_json as runfile
+
+    folder = out or runner.run_folder(profile)
+    done = runfile.load(folder)
+    _same_profile(done.profile, profile)
+    for path in (page.write(done, folder), junit.write_run(done, folder)):
+        typer.echo(f"wrote {runfile.show_path(path)}")
+
+
 def check(
     notebooks: Annotated[
         list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Only these notebooks.")

@@ -33,8 +33,7 @@ FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]
 
 
 def write_run(run: Run, folder: Path) -> Path:
-    """Writes ``folder/junit.xml``, one test case a notebook, and removes the comparison of an earlier run."""
-    (folder / CHECK).unlink(missing_ok=True)
+    """Writes ``folder/junit.xml``, one test case a notebook."""
     suite = _suite(f"lowbit run {run.profile}", run)
     for entry in run.notebooks:
         case = _case(suite, "notebooks", entry.name, 0.0 if entry.cached else entry.seconds)

@@ -102,7 +102,7 @@ def run_folder(profile: str) -> Path:
 
 
 def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
-    """Runs the plan and writes run.json after every notebook, executed copies, HTML and report.html.
+    """Runs the plan and writes run.json and an executed copy after every notebook, report.html at the end.
 
     A notebook starts once those it comes after have passed; if one of them did not, it stays ``not_run``.
 
@@ -179,6 +179,8 @@ class _Suite:
 
     def run(self) -> Run:
         self._save()
+        for stale in (report.FILE, junit.RUN, junit.CHECK):  # of an earlier run; this one's are made when it ends
+            (self.plan.folder / stale).unlink(missing_ok=True)
         before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
             before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -195,6 +197,8 @@ class _Suite:
                 execution.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
+        junit.write_run(self.result, self.plan.folder)
+        report.write(self.result, self.plan.folder)
         if self.signum:
             raise Interrupted(self.result, self.signum)
         return self.result
@@ -324,8 +328,6 @@ class _Suite:
 
     def _save(self) -> None:
         self.result.save(self.plan.folder)
-        junit.write_run(self.result, self.plan.folder)
-        report.write(self.result, self.plan.folder)
 
 
 def _now() -> str:

@@ -16,7 +16,7 @@ from lowbit_suite.running import run_json as runfile
 def call(project, monkeypatch):
     monkeypatch.chdir(project.folder)
     app = typer.Typer()
-    for command in (cli.run, cli.check, cli.accept, cli.doctor):
+    for command in (cli.run, cli.check, cli.accept, cli.report, cli.doctor):
         app.command()(command)
     return lambda *words: CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
 
@@ -105,3 +105,20 @@ def test_doctor_tells_what_is_here(call):
     assert done.exit_code == 0
     assert "torchvision" in done.output
     assert "free disk" in done.output
+
+
+def test_the_report_can_be_written_anew_at_any_time(project, call):
+    project.add("00_a", "import lowbit; lowbit.record('x', 1)")
+    assert call("run").exit_code == 0 and call("accept", "--yes").exit_code == 0 and call("check").exit_code == 0
+    folder = project.results / "runs" / "smoke"
+    names = ("report.html", "junit.xml")
+    before = {name: (folder / name).read_bytes() for name in names}
+    for name in names:
+        (folder / name).unlink()
+    done = call("report")
+    assert done.exit_code == 0 and "report.html" in done.output, done.output
+    assert (folder / "junit.xml").read_bytes() == before["junit.xml"]
+    assert "00_a" in (folder / "report.html").read_text()
+    assert (folder / "junit-check.xml").is_file()  # of the run that is reported
+    assert call("run").exit_code == 0
+    assert not (folder / "junit-check.xml").exists()  # of the run before this one
