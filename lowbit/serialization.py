@@ -49,10 +49,12 @@ def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[
             "model.spec = {'name': ..., ...} with the arguments of create"
         )
     check(spec, LowbitError)
-    tensors = {}
+    tensors, tied, shared = {}, _tied(model), _shared(model)
     for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
         stored = tensor.detach().cpu().contiguous()
-        tensors[name] = stored.to(DTYPES[dtype]) if stored.is_floating_point() else stored.clone()
+        tensors[name] = stored.to(DTYPES[dtype], copy=True) if stored.is_floating_point() else stored.clone()
     header = {
         "format": FORMAT,
         "model": spec,
@@ -60,6 +62,7 @@ def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[
         "packed": description(model),
         "card": card or {},
     }
+    header |= {key: names for key, names in (("tied", tied), ("shared", shared)) if names}
     header["sha256"] = _checksum(tensors, header)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +100,7 @@ def load(path: str | Path) -> nn.Module:
         raise
     except (LowbitError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} describes a model that cannot be built ({error!s:.200})") from None
+    _share_(model, header.get("shared", {}), path)
     try:
         _restore_quantization(model, header["quantization"], path)
         if header.get("packed"):
@@ -106,6 +110,7 @@ def load(path: str | Path) -> nn.Module:
     except (LowbitError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the model {spec['name']!r}: {error!r:.200}") from None
     _fill(model, tensors, path)
+    _tie_(model, header.get("tied", {}), path)
     return model.eval()
 
 
@@ -143,13 +148,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
     if _checksum(tensors, header) != header["sha256"]:
         raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
-    return header, tensors
+    for name, first in header.get("tied", {}).items():
+        if name in tensors or not isinstance(first, str) or first not in tensors:
+            raise CheckpointError(f"{path} has a damaged header: it ties {name!r:.80} to {first!r:.80}; get it anew")
+    return header, tensors | {name: tensors[first] for name, first in header.get("tied", {}).items()}
 
 
 def _header(raw: str, path: Path) -> dict[str, Any]:
     """The header as JSON holds it, with every entry of the kind that `save` writes."""
     kinds = {"format": int, "sha256": str, "model": dict, "quantization": dict | None}
-    optional = {"packed": dict | None, "card": dict}
+    optional = {"packed": dict | None, "card": dict, "tied": dict, "shared": dict}
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
@@ -207,7 +215,7 @@ def _attention_settings(attention: nn.Module) -> dict[str, Any]:
 def _restore_quantization(model: nn.Module, quantization: dict[str, Any] | None, path: str | Path) -> None:
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
-    from lowbit.nn.convert import attach_
+    from lowbit.nn.convert import attach_, replace_
 
     if quantization is None:
         return
@@ -217,7 +225,7 @@ def _restore_quantization(model: nn.Module, quantization: dict[str, Any] | None,
             raise CheckpointError(f"{path} quantises an attention {name!r} that {model.spec['name']!r} has not")
         methods = QuantConfig(**{kind: settings[kind] for kind in ("weight", "activation")})
         settings = settings | {"weight": methods.weight, "activation": methods.activation}
-        model.set_submodule(name, LowBitAttention(modules[name], **settings))
+        replace_(model, modules[name], LowBitAttention(modules[name], **settings))
     modules = dict(model.named_modules())
     for name, methods in quantization["layers"].items():
         if name not in modules:
@@ -234,3 +242,57 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> Non
         raise CheckpointError(
             f"{path} does not fit the model: {' '.join(line.strip() for line in reason[1:3])}"
         ) from None
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names in the state dict whose tensor has come before, each with the first name of that tensor."""
+    first: dict[Any, str] = {}
+    made = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and not name.endswith("_extra_state"):
+            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if (before := first.setdefault(key, name)) != name:
+                made[name] = before
+    return made
+
+
+def _tie_(model: nn.Module, tied: dict[str, str], path: str | Path) -> None:
+    """Makes parameters and buffers that were one tensor one again; they have the same values already."""
+    for name, first in tied.items():
+        owner, _, last = name.rpartition(".")
+        holder, other = model.get_submodule(owner), model.get_submodule(first.rpartition(".")[0])
+        for kind in ("_parameters", "_buffers"):
+            own, tensor = (getattr(m, kind) for m in (holder, other))
+            tensor = tensor.get(first.rpartition(".")[2])
+            if last in own and tensor is not None and own[last].shape == tensor.shape:
+                own[last] = tensor
+                break
+        else:
+            raise CheckpointError(f"{path} ties {name!r} to {first!r}, which does not fit the model")
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Further names of modules that have several, each with the first name."""
+    first: dict[int, str] = {}
+    made: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        before = first.setdefault(id(module), name)
+        if before != name and not any(name.startswith(f"{outer}.") for outer in made):
+            made[name] = before
+    return made
+
+
+def _share_(model: nn.Module, shared: dict[str, str], path: str | Path) -> None:
+    """Gives modules their further names back, in the place of modules of the same kind and shape."""
+    for name, first in shared.items():
+        modules = dict(model.named_modules(remove_duplicate=False))
+        own, module = modules.get(name), modules.get(str(first))
+        if not name or own is None or module is None or _shape(own) != _shape(module):
+            raise CheckpointError(f"{path} shares a module as {name!r:.80} and {first!r:.80}, which the model has not")
+        model.set_submodule(name, module)
+
+
+def _shape(module: nn.Module) -> list[Any]:
+    """What modules that can stand for each other have in common; no module has it in common with a part of itself."""
+    parts = [(name, type(part)) for name, part in module.named_modules(remove_duplicate=False)]
+    return [parts, [(name, tensor.shape) for name, tensor in module.state_dict().items()]]

@@ -5,6 +5,7 @@ Which factor shares a quantisation step with what follows the authors' code.
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,31 @@ from torch.nn.utils import parametrize
 from lowbit.errors import LowbitError
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers import LSQ, Method
+from lowbit.quantizers.base import ActivationQuantizer, as_float
+from lowbit.quantizers.lsq import LSQActivation
 
 INPUT = "input_quantizer"  # the name under which a layer holds the quantiser of its input
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether `LowBitAttention` can take the place of ``module``: timm's Attention and Swin's WindowAttention."""
-    from timm.layers.attention import Attention
-    from timm.models.swin_transformer import WindowAttention
+OLDEST_TIMM = "1.0.26"
 
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `LowBitAttention` can take the place of ``module``: timm's Attention and Swin's WindowAttention.
+
+    Raises:
+        LowbitError: timm is older than `OLDEST_TIMM`.
+    """
+    try:
+        from timm.layers.attention import Attention, maybe_add_mask, resolve_self_attn_mask  # noqa: F401
+        from timm.models.swin_transformer import WindowAttention
+    except ImportError:
+        import timm
+
+        raise LowbitError(
+            f"low-bit attention (attention=True, qkr=True) needs timm {OLDEST_TIMM} or newer, and timm "
+            f"{timm.__version__} is installed: pip install 'timm>={OLDEST_TIMM}'"
+        ) from None
     return type(module) in (Attention, WindowAttention)
 
 
@@ -33,6 +50,11 @@ def check_reparameterizable(name: str, attention: nn.Module, weight: Method | No
                 f"qkr=True is not possible for {name!r}: it normalises queries and keys ({norm}), so that its logits "
                 "are no longer a product of the input with one matrix; use qkr=False"
             )
+    if type(attention.qkv) is not nn.Linear:
+        raise LowbitError(
+            f"qkr=True is not possible for {name!r}: its qkv is a {type(attention.qkv).__name__}, not a torch.nn.Linear "
+            "whose weight is all that it computes with; use qkr=False"
+        )
     if weight is not None and not isinstance(weight.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
         raise LowbitError(
             f"qkr=True is not possible with {weight!r}: the product of query and key weights takes the place of the "
@@ -49,7 +71,8 @@ class LowBitAttention(nn.Module):
 
     Steps are shared as ``activation`` says. For LSQ with granularity "token", as published: one step for each token
     (queries, keys), token and head (z), query and head (softmax), channel (values); "channel": one for each channel,
-    one for the softmax; "tensor": one each. The softmax's output is unsigned and has no biases.
+    one for the softmax; "tensor": one each. The softmax's output is unsigned and has no biases. Biases are one for each
+    channel; those of z are shared by the heads. `QuantConfig` says what ``z_bias`` and ``softmax_step`` change.
 
     Children keep the names that they have in timm, so checkpoints fit: ``qkv`` (or ``qk`` and ``v``) and ``proj``.
 
@@ -61,6 +84,8 @@ class LowBitAttention(nn.Module):
         factors: False quantises the input x only.
         fresh: draw ``proj``, ``qkv`` without QKR, and Swin's table of relative positions anew, as the released code
             does, instead of keeping the pre-trained ones.
+        z_bias: along which dims the biases of z differ: "channel", or "head" and channel.
+        softmax_step: along which dims the softmax's steps per token differ: "head" and query, or "query".
 
     Shapes:
         ``[B, N, C]`` in and out; for Swin B counts windows. ``attn_mask`` as in timm; ``mask`` is Swin's.
@@ -74,9 +99,13 @@ class LowBitAttention(nn.Module):
         query_key: bool = False,
         factors: bool = True,
         fresh: bool = False,
+        z_bias: Literal["channel", "head"] = "channel",
+        softmax_step: Literal["head", "query"] = "head",
     ):
         super().__init__()
         self.settings = {"weight": weight, "activation": activation, "query_key": query_key, "factors": factors}
+        options = {"z_bias": (z_bias, "channel"), "softmax_step": (softmax_step, "head")}
+        self.settings |= {name: value for name, (value, default) in options.items() if value != default}
         factor = activation if factors else None
         self.num_heads, self.scale = source.num_heads, source.scale
         for name in ("proj", "attn_drop", "proj_drop", "norm", "q_norm", "k_norm", "gate"):
@@ -85,14 +114,24 @@ class LowBitAttention(nn.Module):
         if hasattr(source, "relative_position_bias_table"):
             self.relative_position_bias_table = source.relative_position_bias_table
             self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
+        width, heads = source.qkv.in_features, source.num_heads
+        like, values = source.qkv.weight, len(source.qkv.weight) // 3
         if query_key:
             self._reparameterize(source, weight, activation)
-            self.z_quantizer = operand(factor)
+            self.z_quantizer = operand(factor, bias_dims=(-2, -1) if z_bias == "head" else None)
+            expect_(self.x_quantizer, (None, None, width), like)
+            expect_(self.z_quantizer, (None, None, heads, width), like)
         else:
             self.qkv = source.qkv
             self.q_quantizer, self.k_quantizer = operand(factor), operand(factor)
+            for quantizer in (self.q_quantizer, self.k_quantizer):
+                expect_(quantizer, (None, None, values), like)
         self.v_quantizer = operand(factor, token="channel")
-        self.softmax_quantizer = operand(factor, channel="tensor", signed=False)
+        expect_(self.v_quantizer, (None, None, values), like)
+        by_token = getattr(factor, "granularity", None) == "token"
+        step_dims = (-2,) if softmax_step == "query" and by_token else None
+        self.softmax_quantizer = operand(factor, channel="tensor", signed=False, step_dims=step_dims)
+        expect_(self.softmax_quantizer, (None, heads, None, None), like)
         if fresh:
             self._draw_again(query_key)
 
@@ -126,9 +165,10 @@ class LowBitAttention(nn.Module):
         batch, tokens, _ = x.shape
         if hasattr(self, "qk"):
             x = self.x_quantizer(x)
-            z = self.z_quantizer(self.qk(x).view(batch, tokens, self.num_heads, -1))
+            z = self.z_quantizer(self.qk(x).view(batch, tokens, self.num_heads, x.shape[-1]))
             return (x[:, None] * self.scale) @ z.permute(0, 2, 3, 1), self.v(x)
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
+        qkv = self.qkv(x)
+        q, k, v = qkv.view(batch, tokens, 3, self.num_heads, qkv.shape[-1] // (3 * self.num_heads)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.q_quantizer(q.flatten(2)).view(q.shape), self.k_quantizer(k.flatten(2)).view(k.shape)
         return (q.transpose(1, 2) * self.scale) @ k.permute(0, 2, 3, 1), v.flatten(2)
@@ -146,7 +186,7 @@ class LowBitAttention(nn.Module):
         if hasattr(self, "relative_position_bias_table"):
             attention = self._add_positions(attention, mask)
         attention = self.attn_drop(self.softmax_quantizer(attention.softmax(-1)))
-        v = self.v_quantizer(v).view(batch, tokens, self.num_heads, -1).transpose(1, 2)
+        v = self.v_quantizer(v).view(batch, tokens, self.num_heads, v.shape[-1] // self.num_heads).transpose(1, 2)
         y = self.norm((attention @ v).transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(y if gate is None else y * gate))
 
@@ -157,12 +197,18 @@ class LowBitAttention(nn.Module):
         logits = logits + table.view(tokens, tokens, -1).permute(2, 0, 1)
         if mask is None:
             return logits
-        windows = logits.view(-1, mask.shape[0], self.num_heads, tokens, tokens)
+        images = logits.shape[0] // mask.shape[0]  # not len(), which torch.export takes for a fixed number
+        windows = logits.view(images, mask.shape[0], self.num_heads, tokens, tokens)
         return (windows + mask[None, :, None]).view(logits.shape)
 
 
 def operand(
-    activation: Method | None, token: str = "token", channel: str = "channel", signed: bool | None = None
+    activation: Method | None,
+    token: str = "token",
+    channel: str = "channel",
+    signed: bool | None = None,
+    bias_dims: tuple[int, ...] | None = None,
+    step_dims: tuple[int, ...] | None = None,
 ) -> nn.Module:
     """The quantiser of a factor of attention's products; the identity if ``activation`` is None.
 
@@ -171,6 +217,7 @@ def operand(
         token: LSQ's granularity here where that of ``activation`` is "token".
         channel: the same where it is "channel".
         signed: False for a factor that is never negative; LSQ then also goes without its biases.
+        bias_dims, step_dims: of `lowbit.quantizers.lsq.LSQActivation`, if the method is LSQ.
     """
     if activation is None:
         return nn.Identity()
@@ -179,7 +226,15 @@ def operand(
         activation = dataclasses.replace(activation, granularity=shared, signed=signed)
         if signed is False:
             activation = dataclasses.replace(activation, bias=False)
+        return LSQActivation(activation, -1, bias_dims, step_dims)
     return activation.activation()
+
+
+def expect_(quantizer: nn.Module, shape: tuple[int | None, ...], like: Tensor) -> None:
+    """Tells an `operand` its input's shape (None for unknown sizes), and puts it where ``like`` is."""
+    if isinstance(quantizer, ActivationQuantizer):
+        quantizer.to(like.device, as_float(like).dtype)
+        quantizer.expect_(shape)
 
 
 def low_bit_attentions(model: nn.Module) -> dict[str, LowBitAttention]:

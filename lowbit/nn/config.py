@@ -28,6 +28,12 @@ class QuantConfig:
             the dropped biases of queries and keys.
         attention_start: "pretrained" keeps the weights of attention; "as_published" draws ``proj``, without ``qkr``
             also ``qkv``, and Swin's table of relative positions anew, as the code released with OFQ does.
+        z_bias: with ``qkr`` and biases (``LSQ(bias=True)``), the biases of z, the product of input and query-key
+            matrix: one for each "channel", shared by the heads, or for each "head" and channel as in OFQ's code.
+        softmax_step: with ``attention`` and steps per token, the steps of the softmax's output: one for each "head" and
+            query, or for each "query", shared by the heads, as in OFQ's code.
+        end_bias: with ``first_last=8``, learned biases before and after the quantization of the first and last layers'
+            inputs, as in OFQ's code: one for each place of an image, and for each feature of a linear layer's input.
     """
 
     weight: Any = None
@@ -37,6 +43,9 @@ class QuantConfig:
     attention: bool = False
     qkr: bool = False
     attention_start: Literal["pretrained", "as_published"] = "pretrained"
+    z_bias: Literal["channel", "head"] = "channel"
+    softmax_step: Literal["head", "query"] = "head"
+    end_bias: bool = False
 
     @field_validator("weight", "activation", mode="before")
     @classmethod
@@ -73,12 +82,21 @@ class QuantConfig:
             raise ValueError("unsigned=... needs an activation method with the setting 'signed', e.g. LSQ")
         if self.attention_start != "pretrained" and not (self.attention or self.qkr):
             raise ValueError("attention_start='as_published' is about attention=True or qkr=True, and neither is set")
+        biased = self.attention and self.qkr and getattr(self.activation, "bias", False)
+        if self.z_bias != "channel" and not biased:
+            raise ValueError("z_bias='head' needs qkr=True, attention=True and an activation with biases, LSQ(bias=True)")
+        by_token = self.attention and getattr(self.activation, "granularity", None) == "token"
+        if self.softmax_step != "head" and not by_token:
+            raise ValueError("softmax_step='query' needs attention=True and an activation LSQ(granularity='token')")
+        if self.end_bias and (self.first_last != 8 or self.activation is None):
+            raise ValueError("end_bias=True needs first_last=8 and an activation method, e.g. activation=LSQ(bits=4)")
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers, for files; ``QuantConfig(**d)`` gives the configuration back."""
         made: dict[str, Any] = {"first_last": self.first_last, "unsigned": list(self.unsigned)}
         made |= {"attention": self.attention, "qkr": self.qkr, "attention_start": self.attention_start}
+        made |= {"z_bias": self.z_bias, "softmax_step": self.softmax_step, "end_bias": self.end_bias}
         for kind in ("weight", "activation"):
             value = getattr(self, kind)
             made[kind] = None if value is None else {"method": value.name, **dataclasses.asdict(value)}

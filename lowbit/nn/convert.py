@@ -7,9 +7,11 @@ pre-hook. Both live in the module tree, so ``state_dict``, ``deepcopy``, ``.to``
 
 import dataclasses
 import fnmatch
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,9 @@ from lowbit.errors import LowbitError
 from lowbit.nn.attention import INPUT, LowBitAttention, check_reparameterizable, is_attention, low_bit_attentions
 from lowbit.nn.config import QuantConfig, check_not_empty
 from lowbit.nn.query_key import QueryKeyProduct
+from lowbit.nn.refusals import check_attention, check_model, check_ties, check_weight
 from lowbit.quantizers import ActivationQuantizer, Method, WeightQuantizer
-from lowbit.quantizers.base import refuse_nonfinite
+from lowbit.quantizers.base import as_float
 from lowbit.quantizers.lsq import LSQ
 
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -64,17 +67,17 @@ def quantize_(
         The same model.
 
     Raises:
-        LowbitError: nothing to quantise, weights that are not finite, or a model that is quantised already. The model
-            is then unchanged.
+        LowbitError: nothing to quantise, a model that is quantised, compiled or wrapped already, or a layer that
+            cannot be quantised, named (see `lowbit.nn.refusals`). The model is then unchanged.
     """
     check_not_empty(config)
+    check_model(model, filter_fn)
     if any(True for _ in quantized_layers(model)) or low_bit_attentions(model):
         raise LowbitError("this model is quantised already; quantize_ starts from a full-precision model")
     plan = [found for found in _plan(model, config) if filter_fn is None or filter_fn(found[1], found[0])]
     attentions = _attentions(model, config, filter_fn)
-    if config.qkr:
-        replaced = {f"{name}.qkv" for name in attentions}
-        plan = [found for found in plan if found[0] not in replaced]
+    replaced = {f"{name}.qkv": attention.qkv for name, attention in attentions.items()} if config.qkr else {}
+    plan = [found for found in plan if all(found[1] is not qkv for qkv in replaced.values())]
     if not plan and not attentions:
         kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
         raise LowbitError(
@@ -83,33 +86,57 @@ def quantize_(
         )
     # Everything that can refuse is asked before anything is changed.
     for name, layer, (weight, _) in plan:
-        if weight is not None:
-            refuse_nonfinite(f"the weight of layer {name!r}", layer.weight)
-    for _, layer, methods in plan:
-        _build(layer, *methods)
+        check_weight(name, layer, weight is not None)
     for name, attention in attentions.items():
+        check_attention(name, attention, config.qkr)
+        check_weight(f"{name}.qkv", attention.qkv, config.qkr)
         if config.qkr:
             check_reparameterizable(name, attention, config.weight)
-            refuse_nonfinite(f"the weight of layer {name + '.qkv'!r}", attention.qkv.weight)
+    check_ties(model, [(name, layer, weight) for name, layer, (weight, _) in plan], replaced)
+    for _, layer, methods in plan:
+        _build(layer, *methods)
+    fresh, options = config.attention_start == "as_published", (config.z_bias, config.softmax_step)
+    low = {
+        name: LowBitAttention(
+            attention, config.weight, config.activation, config.qkr, config.attention, fresh, *options
+        ).train(attention.training)
+        for name, attention in attentions.items()
+    }
     for name, attention in attentions.items():
-        fresh = config.attention_start == "as_published"
-        low = LowBitAttention(attention, config.weight, config.activation, config.qkr, config.attention, fresh)
-        model.set_submodule(name, low.train(attention.training))
+        replace_(model, attention, low[name])
     for _, layer, methods in plan:
         _attach(layer, *_build(layer, *methods))
     return model
 
 
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` in the place of ``old`` under every name that it has in ``model``."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
 def attach_(layer: nn.Module, weight: Method | None, activation: Method | None) -> None:
-    """Quantises one layer's weight, input or both, in place; `quantize_` does it to all of a model's."""
+    """Quantises one layer's weight, input or both, in place; `quantize_` does it to all of a model's.
+
+    Raises:
+        LowbitError: a layer that cannot be quantised; it is then unchanged.
+    """
+    check_weight(type(layer).__name__, layer, weight is not None)
     _attach(layer, *_build(layer, weight, activation))
 
 
 def _build(
     layer: nn.Module, weight: Method | None, activation: Method | None
 ) -> tuple[WeightQuantizer | None, ActivationQuantizer | None]:
-    channel_dim = -1 if isinstance(layer, nn.Linear) else 1
-    return weight and weight.weight(layer.weight.detach()), activation and activation.activation(channel_dim)
+    if activation is None:
+        return weight and weight.weight(layer.weight.detach()), None
+    linear, current = isinstance(layer, nn.Linear), layer.weight.detach()
+    quantizer = activation.activation(-1 if linear else 1)
+    quantizer.to(current.device, as_float(current).dtype)
+    quantizer.expect_((layer.in_features,) if linear else (None, layer.in_channels, *(None for _ in layer.kernel_size)))
+    return weight and weight.weight(current), quantizer
 
 
 def _attach(layer: nn.Module, weight: WeightQuantizer | None, activation: ActivationQuantizer | None) -> None:
@@ -118,7 +145,7 @@ def _attach(layer: nn.Module, weight: WeightQuantizer | None, activation: Activa
         weight.initialize_(*_found("", layer).latents)
     if activation is not None:
         layer.add_module(INPUT, activation)
-        layer.register_forward_pre_hook(_quantize_input)
+        layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
 def _attentions(
@@ -142,8 +169,10 @@ def _plan(
 ) -> Iterator[tuple[str, nn.Module, tuple[Method | None, Method | None]]]:
     """Each layer to quantise with its weight and activation methods, first and last layers as configured."""
     layers = dict(_quantizable(model))
+    aliases = _aliases(model)
+    names = {name: [alias for alias, first in aliases.items() if first == name] for name in layers}
     for pattern in config.unsigned:
-        if not fnmatch.filter(layers, pattern):
+        if not any(fnmatch.filter(each, pattern) for each in names.values()):
             raise LowbitError(f"unsigned: {pattern!r} is the name of no layer; there are {', '.join(layers)}")
     if config.weight is None and config.activation is None:
         return
@@ -151,22 +180,25 @@ def _plan(
     for name, layer in layers.items():
         if name not in ends or config.first_last == "same":
             activation = config.activation
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.unsigned):
+            if any(fnmatch.filter(names[name], pattern) for pattern in config.unsigned):
                 activation = dataclasses.replace(activation, signed=False)
             yield name, layer, (config.weight, activation)
         elif config.first_last is not None:
             weight = config.weight and LSQ(bits=config.first_last, granularity="channel")
             # As published: a step for each colour of the image, one for the input of the head.
             by_colour = getattr(config.activation, "granularity", None) == "token" and not isinstance(layer, nn.Linear)
-            shared = "channel" if by_colour else "tensor"
-            yield name, layer, (weight, config.activation and LSQ(bits=config.first_last, granularity=shared))
+            shared, bias = "channel" if by_colour else "tensor", config.end_bias
+            if bias and not isinstance(layer, nn.Linear):
+                bias = "place"
+            activation = config.activation and LSQ(bits=config.first_last, granularity=shared, bias=bias)
+            yield name, layer, (weight, activation)
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside_attention: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            inside_attention.append(name + ".")
+            inside_attention.append(f"{name}." if name else "")
         elif isinstance(module, QUANTIZABLE) and not name.startswith(tuple(inside_attention)):
             yield name, module
     if inside_attention:
@@ -189,12 +221,25 @@ def first_and_last(model: nn.Module) -> set[str]:
     for key in ("first_conv", "classifier"):
         value = config.get(key) or ()
         named |= {value} if isinstance(value, str) else set(value)
-    ends = named & set(layers)
+    aliases = _aliases(model)
+    ends = {aliases.get(name) for name in named} & set(layers)
     return ends | ({layers[0], layers[-1]} if layers and len(ends) < 2 else set())
 
 
-def _quantize_input(layer: nn.Module, args: tuple) -> tuple:
-    return (getattr(layer, INPUT)(args[0]), *args[1:])
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Every name of every module, with the first name that the module has."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def _quantize_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    quantizer = getattr(layer, INPUT)
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    name = "input" if "input" in kwargs else next(iter(inspect.signature(layer.forward).parameters))
+    return args, {**kwargs, name: quantizer(kwargs[name])} if name in kwargs else kwargs
 
 
 def _found(name: str, module: nn.Module) -> QuantizedLayer:
@@ -221,7 +266,12 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
         x: one normalised input batch, on the model's device. BatchNorm layers normalise it by its own statistics, as
             in training: those gathered before may not fit quantised weights at all. The model's mode, gradients and
             running statistics stay as they were.
+
+    Raises:
+        LowbitError: a batch without items.
     """
+    if len(x) == 0:
+        raise LowbitError(f"calibrate needs a batch with items, not one of shape {list(x.shape)}")
     if all(module.calibrated for module in model.modules() if isinstance(module, ActivationQuantizer)):
         return model
     was_training = {module: module.training for module in model.modules()}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import BITS, pack_weight
 from lowbit.nn.attention import INPUT
-from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers
+from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers, replace_
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, store_
 from lowbit.quantizers import ActivationQuantizer
 from lowbit.quantizers.base import IntegerForm
@@ -81,7 +81,7 @@ def _replace_(model: nn.Module) -> list[str]:
             continue
         layer = _packed(found) or _stored(found)
         if layer is not None:
-            model.set_submodule(found.name, layer)
+            replace_(model, found.layer, layer)
         if isinstance(layer, PackedLayer):
             made.append(found.name)
     return made
@@ -215,7 +215,7 @@ def _fold_(model: nn.Module, name: str, norm_name: str) -> bool:
         gain = gain * norm.weight.detach()
     shift = -norm.running_mean * gain + (0 if norm.bias is None else norm.bias.detach())
     model.get_submodule(name).fold_(gain.detach(), shift.detach())
-    model.set_submodule(norm_name, without_norm(norm))
+    replace_(model, norm, without_norm(norm))
     return True
 
 
@@ -264,11 +264,12 @@ def restore_(model: nn.Module, described: dict[str, Any], tensors: dict[str, Ten
     for name, settings in described["layers"].items():
         own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         kind = {word: cls for cls, word in KINDS.items()}[settings["kind"]]
-        model.set_submodule(name, kind.restore(settings, own))
+        replace_(model, model.get_submodule(name), kind.restore(settings, own))
     for name in described["stored"]:
         store_(model.get_submodule(name), *(tensors[f"{name}.{part}"] for part in ("codes", "levels", "row_scale")))
     for name in described["folded"]:
-        model.set_submodule(name, without_norm(model.get_submodule(name)))
+        norm = model.get_submodule(name)
+        replace_(model, norm, without_norm(norm))
     model.folded = list(described["folded"])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import reference
+from lowbit.nn.convert import replace_
 from lowbit.nn.packed import PackedConv2d, PackedLayer
 
 
@@ -33,6 +34,8 @@ class StandardLayer(nn.Module):
         x = x if self.before is None else x + self.before
         over = (1, 2, 3) if self.convolution else (-1,)
         scale = self.x_scale
+        if scale is not None and scale.numel() == 1:  # the exporter joins factors without dims, in another order
+            scale = scale.reshape((1,) * x.ndim)
         if scale is None:
             scale = (x.abs().amax(over, keepdim=True) / self.high).clamp_min(reference.SMALLEST_SCALE)
         q = torch.clamp(torch.round(x / scale), self.low, self.high)
@@ -52,12 +55,11 @@ def standard(model: nn.Module) -> nn.Module:
     Raises:
         LowbitError: the model is not packed.
     """
-    packed = [name for name, layer in model.named_modules() if isinstance(layer, PackedLayer)]
-    if not packed:
+    if not any(isinstance(layer, PackedLayer) for layer in model.modules()):
         raise LowbitError("this model is not packed; lowbit.pack(model) does that")
     model = copy.deepcopy(model).eval()
-    for name in packed:
-        model.set_submodule(name, StandardLayer(model.get_submodule(name)))
+    for layer in [layer for layer in model.modules() if isinstance(layer, PackedLayer)]:
+        replace_(model, layer, StandardLayer(layer))
     return model
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar, dataclass_transform
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError
+from lowbit.errors import CheckpointError, LowbitError
 from lowbit.settings import settings
 
 
@@ -102,7 +102,8 @@ class IntegerForm:
     What the quantiser puts out is ``scale·q + after``.
 
     Attributes:
-        scale: float32, detached; broadcasts against the input ``[N, ...]``, its first dimension being 1.
+        scale: float32, detached; broadcasts against the input ``[N, ...]``, its first dimension, if it has as many,
+            being 1.
         low, high: the range of q.
         before, after: float32, broadcast against the input; None is without.
     """
@@ -131,16 +132,138 @@ class ActivationQuantizer(nn.Module):
         """Whether the quantiser has seen the batch that sets its starting step."""
         return True
 
+    def expect_(self, shape: tuple[int | None, ...]) -> None:
+        """Told by `quantize_`, before the first batch, what is known of the input's shape.
+
+        Args:
+            shape: the last dimensions of the input, None for sizes that are unknown: ``(C,)`` for a linear layer and
+                ``(None, C, None, None)`` for a convolution of images.
+        """
+
     def integer(self) -> IntegerForm | None:
         """The same quantiser for kernels that calculate with integers; None where there is no such form."""
         return None
 
+
+UNSEEN = -1
+UNCALIBRATED = "this activation quantizer has seen no batch yet, so it has no step: call lowbit.calibrate(model, x)"
+
+
+class CalibratedQuantizer(ActivationQuantizer):
+    """An activation quantizer whose parameters get their starting values from the first batch.
+
+    Until then they are NaN, in their final shape wherever it is known, and else empty (``[0]``). So what copies
+    parameters (DistributedDataParallel, averaged copies of a model) also copies whether they have values. The parameter
+    objects stay the same, so an optimizer built earlier keeps them. An empty batch says nothing and is handed on as it
+    is. A subclass writes `begin`, and asks `ready` in its ``forward``.
+
+    Args:
+        sign: what `begin` decides besides the parameters, 0 or 1, if that is known without a batch.
+    """
+
+    def __init__(self, sign: int | None = 1) -> None:
+        super().__init__()
+        self._sign = sign
+        self._known = UNSEEN  # what `begin` has decided; asking the parameters at each step would stall a GPU
+        self._grown: set[str] = set()  # parameters whose shape the first batch gave
+
+    def begin(self, x: Tensor) -> tuple[int, dict[str, Tensor]]:
+        """What the first batch decides: 0 or 1 (LSQ: whether codes have signs), and the parameters' values by name."""
+        raise NotImplementedError
+
+    @property
+    def calibrated(self) -> bool:
+        if self._known == UNSEEN and self._sign is not None and not self._blank():
+            self._known = self._sign
+        return self._known != UNSEEN
+
+    def _blank(self) -> bool:
+        return any(parameter.numel() == 0 or bool(parameter.isnan().any()) for parameter in self.parameters())
+
+    def ready(self, x: Tensor) -> bool:
+        """Whether the parameters have their values, after a look at ``x`` if it is the first batch."""
+        if self._known == UNSEEN:
+            if torch.compiler.is_exporting():
+                raise LowbitError(f"{UNCALIBRATED} before torch.export")
+            self._first_batch(x)
+        return self._known != UNSEEN
+
+    def require_calibrated(self) -> None:
+        """Raises LowbitError before the first batch."""
+        if not self.calibrated:
+            raise LowbitError(UNCALIBRATED)
+
+    @torch.compiler.disable(reason="a quantizer that has seen no batch: call lowbit.calibrate(model, x) first")
+    def _first_batch(self, x: Tensor) -> None:
+        if self.calibrated or x.numel() == 0:
+            return
+        sign, values = self.begin(x)
+        if self._blank():  # else a copy has the values of another model, and the batch only decides the sign
+            sign = self._set_(sign, values, x)
+        self._known = sign
+
+    @torch.no_grad()
+    def _set_(self, sign: int, values: dict[str, Tensor], x: Tensor) -> int:
+        """Gives the parameters their values; returns the sign, in several processes that of the first."""
+        grows = [name for name in values if self._parameters[name].numel() == 0]
+        for name, value in values.items():
+            if name not in grows and value.numel() != self._parameters[name].numel():
+                raise LowbitError(
+                    f"an input of shape {list(x.shape)} needs a {name} of {value.numel()} numbers, but the layer behind "
+                    f"this quantizer has {self._parameters[name].numel()} input channels; give inputs that fit the layer"
+                )
+        wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if wrapper is not None and grows:
+            raise LowbitError(
+                f"the shape of {' and '.join(grows)} follows from the first batch, and DistributedDataParallel was made "
+                "before it: call lowbit.calibrate(model, x) before wrapping the model"
+            )
+        for name, value in values.items():
+            parameter = self._parameters[name]
+            if name in grows:
+                parameter.data = value
+                self._grown.add(name)
+            else:
+                parameter.copy_(value.reshape(parameter.shape))
+        if wrapper is None:
+            return sign
+        # Each process has a batch of its own, but replicas must not differ.
+        shared = torch.tensor(sign, device=x.device)
+        for tensor in (shared, *(self._parameters[name].data for name in values)):
+            torch.distributed.broadcast(tensor, group_src=0, group=wrapper.process_group)
+        return int(shared)
+
+    def get_extra_state(self) -> Tensor:
+        """What the first batch has decided travels with the state dict (int8; `UNSEEN` before it)."""
+        return torch.tensor(self._known, dtype=torch.int8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restores what `get_extra_state` gave."""
+        if state.numel() != 1 or int(state) not in (UNSEEN, 0, 1):
+            raise CheckpointError(
+                f"the state of a {type(self).__name__} is {state.flatten()[:3].tolist()}; -1, 0 or 1 is allowed: "
+                "get the file anew"
+            )
+        self._known = int(state)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """A parameter that is empty until the first batch takes the shape that was saved."""
-        for name, own in self._parameters.items():
-            saved = state_dict.get(prefix + name)
-            if own is not None and own.numel() == 0 and saved is not None:
-                own.data = torch.empty_like(saved, device=own.device)
+        """Also reads what older versions saved: steps of the first batch's number of dims, or empty before it."""
+        own_names = [name for name, own in self._parameters.items() if own is not None]
+        held = {name: state_dict[prefix + name] for name in own_names if prefix + name in state_dict}
+        key = prefix + "_extra_state"
+        empty = any(saved.numel() == 0 for saved in held.values())
+        for name, saved in held.items():
+            own = self._parameters[name]
+            if empty:
+                own.data = own.new_empty(0) if name in self._grown else torch.full_like(own, torch.nan)
+                state_dict[prefix + name] = own.detach()
+            elif own.numel() == 0:
+                self._grown.add(name)
+                own.data = torch.empty(saved.shape, dtype=own.dtype, device=own.device)
+            elif [n for n in saved.shape if n != 1] == [n for n in own.shape if n != 1]:
+                state_dict[prefix + name] = saved.reshape(own.shape)
+        if held and (empty or key not in state_dict):
+            state_dict[key] = torch.tensor(UNSEEN if empty else 1, dtype=torch.int8)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -3,6 +3,7 @@
 Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153, equations 1-5.
 """
 
+import dataclasses
 import math
 from typing import Annotated, Literal
 
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, WeightQuantizer, as_float, method, per_row
+from lowbit.quantizers.base import (
+    UNSEEN,
+    ActivationQuantizer,
+    CalibratedQuantizer,
+    IntegerForm,
+    Method,
+    WeightQuantizer,
+    as_float,
+    method,
+    per_row,
+)
 
 __all__ = ["LSQ", "lsq", "lsq_codes", "lsq_range", "lsq_step"]
 
@@ -31,10 +42,12 @@ class _LSQ(torch.autograd.Function):
     """One graph node instead of six: the forward keeps x, y and the step, which the layer keeps alive anyway."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+    def forward(
+        ctx, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float, inclusive: bool = False
+    ) -> Tensor:
         y = torch.div(x, step).round_().clamp_(low, high).mul_(step)
         ctx.save_for_backward(x, y, step)
-        ctx.range, ctx.grad_scale = (low, high), grad_scale
+        ctx.range, ctx.grad_scale, ctx.inclusive = (low, high), grad_scale, inclusive
         return y
 
     @staticmethod
@@ -42,14 +55,17 @@ class _LSQ(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, y, step = ctx.saved_tensors
         low, high = ctx.range
-        if step.numel() == 1 and x.device.type == "cpu":
+        if ctx.inclusive:
+            v = x / step
+            grad_x = torch.where((v >= low) & (v <= high), grad, 0)
+        elif step.numel() == 1 and x.device.type == "cpu":
             # one pass with scalar bounds: the gradient passes strictly inside the range
             s = step.item()
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * s, high * s)
         else:
             grad_x = torch.where((x > low * step) & (x < high * step), grad, 0)
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None
+            return grad_x, None, None, None, None, None
         # Inside the range d(y)/d(step) = round(x/s) - x/s, outside it is the bound itself, and the rounded and
         # clipped code is y/s in both cases: so it is (y - x·[inside]) / s, and the sum needs two dot products.
         if step.numel() == 1:
@@ -60,7 +76,7 @@ class _LSQ(torch.autograd.Function):
             grad_step = total.reshape(step.shape)
         else:
             grad_step = (grad * y - grad_x * x).sum_to_size(step.shape)
-        return grad_x, grad_step * (ctx.grad_scale / step), None, None, None
+        return grad_x, grad_step * (ctx.grad_scale / step), None, None, None, None
 
 
 class _Round(torch.autograd.Function):
@@ -75,11 +91,13 @@ class _Round(torch.autograd.Function):
         return grad
 
 
-def _lsq_composed(x: Tensor, step: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+def _lsq_composed(
+    x: Tensor, step: Tensor, low: int, high: int, grad_scale: float, inclusive: bool = False
+) -> Tensor:
     """The same value and gradients as `_LSQ` from small operations, which torch.compile fuses best."""
     step = _ScaleGradient.apply(step, grad_scale)
     v = x / step
-    inside = (v > low) & (v < high)
+    inside = (v >= low) & (v <= high) if inclusive else (v > low) & (v < high)
     return _Round.apply(torch.where(inside, v, v.detach().clamp(low, high))) * step
 
 
@@ -94,10 +112,17 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def lsq(x: Tensor, step: Tensor, bits: int, signed: bool = True, grad_scale: float | None = None) -> Tensor:
+def lsq(
+    x: Tensor,
+    step: Tensor,
+    bits: int,
+    signed: bool = True,
+    grad_scale: float | None = None,
+    bounds: Literal["outside", "inside"] = "outside",
+) -> Tensor:
     """Fake-quantises ``x`` to ``step · round(clip(x/step, -Qn, Qp))`` (equations 1 and 2).
 
-    The gradient to ``x`` passes strictly inside the clip range and is zero outside; the gradient to ``step``
+    The gradient to ``x`` passes inside the clip range and is zero outside; the gradient to ``step``
     is equation 3, ``round(x/step) - x/step`` inside, ``-Qn`` or ``Qp`` outside, times ``grad_scale``.
 
     Args:
@@ -106,18 +131,27 @@ def lsq(x: Tensor, step: Tensor, bits: int, signed: bool = True, grad_scale: flo
         bits: 2 to 16 signed, 1 to 16 unsigned.
         signed: codes -2^(b-1) ... 2^(b-1)-1, or 0 ... 2^b-1.
         grad_scale: None means the paper's 1/sqrt(Qp · elements that share a step).
+        bounds: whether a value exactly at a bound of the clip range counts as "outside" it, or "inside" as in OFQ's
+            code.
 
     Returns:
         A tensor like ``x``.
 
     Raises:
-        LowbitError: ``bits`` out of range.
+        LowbitError: ``bits`` out of range, or an unknown ``bounds``.
     """
     low, high = lsq_range(bits, signed)
+    if bounds not in ("outside", "inside"):
+        raise LowbitError(f"bounds={bounds!r} is not allowed; 'outside' and 'inside' are")
     if grad_scale is None:
-        grad_scale = 1 / math.sqrt(high * x.numel() / step.numel())
+        grad_scale = shared_scale(high, x.numel(), step)
     form = _lsq_composed if torch.compiler.is_compiling() else _LSQ.apply
-    return form(as_float(x), as_float(step), low, high, grad_scale).to(x.dtype)
+    return form(as_float(x), as_float(step), low, high, grad_scale, bounds == "inside").to(x.dtype)
+
+
+def shared_scale(high: int, elements: int, step: Tensor) -> float:
+    """The gradient scale ``1/sqrt(Qp · elements that share a step)``; 1 where there are no elements."""
+    return 1 / math.sqrt(max(high * elements / step.numel(), 1))
 
 
 def lsq_codes(x: Tensor, step: Tensor, bits: int, signed: bool = True) -> Tensor:
@@ -129,8 +163,13 @@ def lsq_step(x: Tensor, shape: tuple[int, ...], bits: int, signed: bool = True) 
     """The starting step ``2·mean|x|/sqrt(Qp)`` for each group of a step of ``shape`` (section 2.1).
 
     For unsigned codes 4·mean|x|, as OFQ's code does: half of such a range would otherwise lie unused.
+
+    Raises:
+        LowbitError: ``bits`` out of range, or an ``x`` without elements.
     """
     high = lsq_range(bits, signed)[1]
+    if x.numel() == 0:
+        raise LowbitError(f"a starting step needs values, and x has the shape {list(x.shape)}; give a batch with items")
     total = as_float(x.detach()).abs().sum_to_size(shape)
     mean = total * (total.numel() / x.numel())
     return (mean * ((2 if signed else 4) / math.sqrt(high))).clamp_min(SMALLEST_STEP)
@@ -148,14 +187,29 @@ class LSQ(Method):
         signed: None signs weights, and signs activations when the first batch has a negative value.
         learn_step: False keeps the step as it starts.
         bias: of an activation: learnt shifts b1 before and b2 after quantisation, one number a channel each, as in
-            OFQ's code: ``lsq(x + b1) + b2``.
+            OFQ's code: ``lsq(x + b1) + b2``. "place" has one number for each place of an image instead, shared by its
+            channels, as OFQ's patch embedding has; it ties the model to the size of its images.
+        smallest_step: the floor of the step, at use and at the start; 1e-5 in OFQ's code.
+        bounds: whether a value exactly at a bound of the clip range counts as "outside" it, where no gradient passes,
+            or "inside" as in OFQ's code.
     """
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     granularity: Literal["tensor", "channel", "token"] = "tensor"
     signed: bool | None = None
     learn_step: bool = True
-    bias: bool = False
+    bias: bool | Literal["place"] = False
+    smallest_step: Annotated[float, Field(gt=0, allow_inf_nan=False)] = SMALLEST_STEP
+    bounds: Literal["outside", "inside"] = "outside"
+
+    def __repr__(self) -> str:
+        """Leaves the newest settings out at their defaults: checkpoints of runs are told apart by this text."""
+        shown = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if field.name not in ("smallest_step", "bounds") or getattr(self, field.name) != field.default
+        ]
+        return f"LSQ({', '.join(shown)})"
 
     def weight(self, weight: Tensor) -> WeightQuantizer:
         """See `Method.weight`; a weight has no tokens."""
@@ -164,7 +218,7 @@ class LSQ(Method):
         if self.signed is False:
             raise LowbitError("LSQ: signed=False is not allowed for weights; True and None are")
         if self.bias:
-            raise LowbitError("LSQ: bias=True is not allowed for weights; False is (it shifts activations)")
+            raise LowbitError(f"LSQ: bias={self.bias!r} is not allowed for weights; False is (it shifts activations)")
         return LSQWeight(self, weight)
 
     def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
@@ -174,6 +228,10 @@ class LSQ(Method):
                 "LSQ: granularity='token' is not allowed for the input of a convolution; 'tensor' and 'channel' are "
                 "(filter_fn leaves layers out)"
             )
+        if self.bias == "place" and channel_dim == -1:
+            raise LowbitError(
+                "LSQ: bias='place' is not allowed for the input of a linear layer, which is no image; False and True are"
+            )
         return LSQActivation(self, channel_dim)
 
 
@@ -181,11 +239,12 @@ class PositiveStep(nn.Module):
     """The step, kept positive at use without cutting its gradient, so that it can come back."""
 
     step: nn.Parameter
+    smallest_step = SMALLEST_STEP
 
     def positive_step(self) -> Tensor:
-        """The step, at least `SMALLEST_STEP`."""
+        """The step, at least ``smallest_step``."""
         step = self.step
-        return step.clamp_min(SMALLEST_STEP).detach() + (step - step.detach())  # the bracket is exactly zero
+        return step.clamp_min(self.smallest_step).detach() + (step - step.detach())  # the bracket is exactly zero
 
 
 class LSQWeight(PositiveStep, WeightQuantizer):
@@ -194,12 +253,14 @@ class LSQWeight(PositiveStep, WeightQuantizer):
     def __init__(self, config: LSQ, weight: Tensor):
         super().__init__()
         self.config = config
+        self.smallest_step = config.smallest_step
         shape = (weight.shape[0],) + (1,) * len(per_row(weight)) if config.granularity == "channel" else ()
         shape = shape or (1,) * weight.ndim
-        self.step = nn.Parameter(lsq_step(weight, shape, config.bits), requires_grad=config.learn_step)
+        start = lsq_step(weight, shape, config.bits).clamp_min(config.smallest_step)
+        self.step = nn.Parameter(start, requires_grad=config.learn_step)
 
     def forward(self, latent: Tensor) -> Tensor:
-        return lsq(latent, self.positive_step(), self.config.bits)
+        return lsq(latent, self.positive_step(), self.config.bits, bounds=self.config.bounds)
 
     @property
     def levels(self) -> Tensor:
@@ -214,63 +275,84 @@ class LSQWeight(PositiveStep, WeightQuantizer):
         return self.positive_step().detach()
 
 
-class LSQActivation(PositiveStep, ActivationQuantizer):
-    """`lsq` in front of a layer, with ``bias=True`` between two learnt shifts: ``lsq(x + bias_in) + bias_out``.
+class LSQActivation(PositiveStep, CalibratedQuantizer):
+    """`lsq` in front of a layer, with ``bias`` between two learnt shifts: ``lsq(x + bias_in) + bias_out``.
 
-    The step is an empty parameter until the first batch arrives; that batch gives it its shape and value (the
-    parameter object stays the same, so an optimiser built earlier keeps it). So it is with the two biases, which
-    start at zero; without ``bias`` they are None. The paper's gradient scale counts the elements of one sample, so
-    it does not depend on the batch size or on the number of processes.
+    The first batch gives the step its value; the biases start at zero, and without ``bias`` they are None. One step
+    for the whole tensor has the shape ``[]``. A step or bias for each channel has its final shape once `expect_` told
+    the number of channels, which `quantize_` does. Others are empty until the first batch. The paper's gradient scale
+    counts the elements of one sample, so it does not depend on the batch size or on the number of processes.
 
     `levels`, `codes` and the step describe ``lsq(x + bias_in)``; ``bias_out`` comes on top.
+
+    Args:
+        config: the settings.
+        channel_dim: where the input has its channels.
+        bias_dims: dims of the input along which biases differ; None is what ``config.bias`` says.
+        step_dims: the same for the step; None is what ``config.granularity`` says.
     """
 
-    def __init__(self, config: LSQ, channel_dim: int = -1):
-        super().__init__()
+    def __init__(
+        self,
+        config: LSQ,
+        channel_dim: int = -1,
+        bias_dims: tuple[int, ...] | None = None,
+        step_dims: tuple[int, ...] | None = None,
+    ):
+        super().__init__(None if config.signed is None else int(config.signed))
         self.config = config
         self.channel_dim = channel_dim
-        self.signed = config.signed is not False
+        self.bias_dims, self.step_dims = bias_dims, step_dims
+        self.smallest_step = config.smallest_step
         self.step = nn.Parameter(torch.empty(0), requires_grad=config.learn_step)
         for name in BIASES:
             self.register_parameter(name, nn.Parameter(torch.empty(0)) if config.bias else None)
+        self.expect_(())
 
     @property
-    def calibrated(self) -> bool:
-        return self.step.numel() > 0
+    def signed(self) -> bool:
+        """Whether codes have signs: as configured, or as the first batch has decided."""
+        return self.config.signed is not False if self._known == UNSEEN else self._known == 1
 
-    @torch.compiler.disable
-    def _calibrate(self, x: Tensor) -> None:
-        if self.config.signed is None:
-            self.signed = bool(x.detach().amin() < 0)
-        shape = self._step_shape(x)
-        self.step.data = lsq_step(x, shape, self.config.bits, self.signed)
-        if self.config.bias:
-            for name in BIASES:
-                getattr(self, name).data = self.step.new_zeros(self._channel_shape(x))
+    def expect_(self, shape: tuple[int | None, ...]) -> None:
+        """See `ActivationQuantizer.expect_`."""
+        for name, wanted in self._shapes(shape).items():
+            own = self._parameters[name]
+            if wanted is not None and own is not None and own.numel() == 0:
+                own.data = torch.full(wanted, torch.nan if name == "step" else 0.0, dtype=own.dtype, device=own.device)
 
-    def _step_shape(self, x: Tensor) -> tuple[int, ...]:
-        if self.config.granularity == "channel":
-            return self._channel_shape(x)
-        shape = [1] * x.ndim
-        if self.config.granularity == "token":
-            shape[1:-1] = x.shape[1:-1]
-        return tuple(shape)
+    def _shapes(self, shape: tuple[int | None, ...]) -> dict[str, tuple[int, ...] | None]:
+        """Of step and biases for an input of ``shape``; None where that does not tell."""
+        dims, step_dims, bias_dims = len(shape), self.step_dims, self.bias_dims
+        unknown = (dims,)  # no dim of the input
+        if step_dims is None:
+            tokens = tuple(range(1, dims - 1)) if dims > 1 else unknown
+            step_dims = {"tensor": (), "channel": (self.channel_dim,), "token": tokens}[self.config.granularity]
+        if bias_dims is None:
+            places = tuple(range(2, dims)) or unknown
+            bias_dims = places if self.config.bias == "place" else (self.channel_dim,)
+        biases = dict.fromkeys(BIASES if self.config.bias else (), _kept(shape, bias_dims))
+        return {"step": _kept(shape, step_dims), **biases}
 
-    def _channel_shape(self, x: Tensor) -> tuple[int, ...]:
-        shape = [1] * x.ndim
-        shape[self.channel_dim] = x.shape[self.channel_dim]
-        return tuple(shape)
+    def begin(self, x: Tensor) -> tuple[int, dict[str, Tensor]]:
+        """See `CalibratedQuantizer.begin`."""
+        signed = self.config.signed
+        if signed is None:
+            signed = bool(x.detach().amin() < 0)
+        shapes = self._shapes(tuple(x.shape))
+        start = lsq_step(x, shapes.pop("step") or (1,) * x.ndim, self.config.bits, signed)
+        start = start.clamp_min(self.config.smallest_step)
+        values = {"step": start if self.step.numel() != 1 else start.reshape(self.step.shape)}
+        return int(signed), values | {name: start.new_zeros(shape) for name, shape in shapes.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.step.numel() == 0:
-            self._calibrate(x)
-        step = self.positive_step()
-        high = lsq_range(self.config.bits, self.signed)[1]
-        shared = x.numel() / (x.shape[0] * step.numel())
-        grad_scale = 1 / math.sqrt(high * shared)
+        if not self.ready(x):
+            return x
+        step, bits, signed, bounds = self.positive_step(), self.config.bits, self.signed, self.config.bounds
+        grad_scale = shared_scale(lsq_range(bits, signed)[1], math.prod(x.shape[1:]), step)
         if not self.config.bias:
-            return lsq(x, step, self.config.bits, self.signed, grad_scale)
-        y = lsq(self._shifted(x), step, self.config.bits, self.signed, grad_scale)
+            return lsq(x, step, bits, signed, grad_scale, bounds)
+        y = lsq(self._shifted(x), step, bits, signed, grad_scale, bounds)
         return (y + as_float(self.bias_out)).to(x.dtype)
 
     def _shifted(self, x: Tensor) -> Tensor:
@@ -284,20 +366,24 @@ class LSQActivation(PositiveStep, ActivationQuantizer):
 
     def codes(self, x: Tensor) -> Tensor:
         """Indices into `levels` of ``lsq(x + bias_in)``: int16, shape of ``x``."""
+        self.require_calibrated()
         with torch.no_grad():
             low = lsq_range(self.config.bits, self.signed)[0]
             return lsq_codes(self._shifted(x), self.positive_step(), self.config.bits, self.signed) - low
 
-    def get_extra_state(self) -> Tensor:
-        """Signedness is decided by the first batch, so it travels with the state dict (int8, 0 or 1)."""
-        return torch.tensor(int(self.signed), dtype=torch.int8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restores what `get_extra_state` gave."""
-        self.signed = bool(state)
-
     def integer(self) -> IntegerForm:
         """See `ActivationQuantizer.integer`."""
+        self.require_calibrated()
         low, high = lsq_range(self.config.bits, self.signed)
         biases = [self.bias_in.detach(), self.bias_out.detach()] if self.config.bias else [None, None]
         return IntegerForm(self.positive_step().detach(), low, high, *biases)
+
+
+def _kept(shape: tuple[int | None, ...], dims: tuple[int, ...]) -> tuple[int, ...] | None:
+    """``shape`` with 1 for all dims but ``dims``, and () without any; None if one is unknown."""
+    if any(not -len(shape) <= dim < len(shape) for dim in dims):
+        return None
+    kept = [1] * len(shape) if dims else []
+    for dim in dims:
+        kept[dim] = shape[dim]
+    return None if None in kept else tuple(kept)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, as_float, method
-from lowbit.quantizers.lsq import SMALLEST_STEP, PositiveStep, lsq_range
+from lowbit.quantizers.base import ActivationQuantizer, CalibratedQuantizer, IntegerForm, Method, as_float, method
+from lowbit.quantizers.lsq import SMALLEST_STEP, PositiveStep, lsq_range, shared_scale
 
 __all__ = ["LSQPlus", "lsqplus", "lsqplus_codes", "lsqplus_start"]
 
@@ -70,7 +70,7 @@ def lsqplus(
     """
     low, high = lsq_range(bits, signed)
     if grad_scale is None:
-        grad_scale = 1 / math.sqrt(high * x.numel() / step.numel())
+        grad_scale = shared_scale(high, x.numel(), step)
     return _LSQPlus.apply(as_float(x), as_float(step), as_float(offset), low, high, grad_scale).to(x.dtype)
 
 
@@ -93,8 +93,10 @@ def lsqplus_start(
     hundred-thousandth of their size, so that the levels differ in float32.
 
     Raises:
-        LowbitError: ``bits`` out of range, or an unknown ``init``.
+        LowbitError: ``bits`` out of range, an unknown ``init``, or an ``x`` without elements.
     """
+    if x.numel() == 0:
+        raise LowbitError(f"a starting step needs values, and x has the shape {list(x.shape)}; give a batch with items")
     if init not in ("mse", "minmax"):
         raise LowbitError(f"init={init!r} is not allowed; 'mse' and 'minmax' are")
     low, high = lsq_range(bits, signed)
@@ -146,8 +148,8 @@ class LSQPlus(Method):
         return LSQPlusActivation(self)
 
 
-class LSQPlusActivation(PositiveStep, ActivationQuantizer):
-    """`lsqplus` in front of a layer; step and offset are empty parameters until the first batch sets them.
+class LSQPlusActivation(PositiveStep, CalibratedQuantizer):
+    """`lsqplus` in front of a layer; the first batch sets step and offset, of shape ``[]``.
 
     ``levels`` is n + β/s ... p + β/s, so that the output is the step times a level. As in LSQ the gradient scale
     counts the elements of one sample.
@@ -156,23 +158,19 @@ class LSQPlusActivation(PositiveStep, ActivationQuantizer):
     def __init__(self, config: LSQPlus):
         super().__init__()
         self.config = config
-        self.step = nn.Parameter(torch.empty(0))
-        self.offset = nn.Parameter(torch.empty(0))
+        self.step = nn.Parameter(torch.tensor(torch.nan))
+        self.offset = nn.Parameter(torch.tensor(torch.nan))
 
-    @property
-    def calibrated(self) -> bool:
-        return self.step.numel() > 0
-
-    @torch.compiler.disable
-    def _calibrate(self, x: Tensor) -> None:
-        config = self.config
-        self.step.data, self.offset.data = lsqplus_start(x, config.bits, config.signed, config.init)
+    def begin(self, x: Tensor) -> tuple[int, dict[str, Tensor]]:
+        """See `CalibratedQuantizer.begin`."""
+        step, offset = lsqplus_start(x, self.config.bits, self.config.signed, self.config.init)
+        return 1, {"step": step, "offset": offset}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.step.numel() == 0:
-            self._calibrate(x)
+        if not self.ready(x):
+            return x
         bits, signed = self.config.bits, self.config.signed
-        grad_scale = 1 / math.sqrt(lsq_range(bits, signed)[1] * x.numel() / x.shape[0])
+        grad_scale = shared_scale(lsq_range(bits, signed)[1], math.prod(x.shape[1:]), self.step)
         return lsqplus(x, self.positive_step(), self.offset, bits, signed, grad_scale)
 
     @property
@@ -182,11 +180,13 @@ class LSQPlusActivation(PositiveStep, ActivationQuantizer):
         return codes + (self.offset / self.positive_step()).detach()
 
     def codes(self, x: Tensor) -> Tensor:
+        self.require_calibrated()
         bits, signed = self.config.bits, self.config.signed
         return lsqplus_codes(x, self.positive_step(), self.offset, bits, signed) - lsq_range(bits, signed)[0]
 
     def integer(self) -> IntegerForm:
         """See `ActivationQuantizer.integer`."""
+        self.require_calibrated()
         offset = self.offset.detach()
         return IntegerForm(
             self.positive_step().detach(), *lsq_range(self.config.bits, self.config.signed), -offset, offset

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, as_float, method
+from lowbit.quantizers.base import ActivationQuantizer, CalibratedQuantizer, IntegerForm, Method, as_float, method
 
 __all__ = ["PACT", "pact", "pact_codes"]
 
@@ -91,31 +91,25 @@ class PACT(Method):
         return PACTActivation(self)
 
 
-class PACTActivation(ActivationQuantizer):
-    """`pact` in front of a layer; with ``alpha=None`` the threshold is an empty parameter until the first batch."""
+class PACTActivation(CalibratedQuantizer):
+    """`pact` in front of a layer; with ``alpha=None`` the first batch gives the threshold its value."""
 
     def __init__(self, config: PACT):
         super().__init__()
         self.config = config
-        self.alpha = nn.Parameter(torch.empty(0) if config.alpha is None else torch.tensor(config.alpha))
-
-    @property
-    def calibrated(self) -> bool:
-        return self.alpha.numel() > 0
+        self.alpha = nn.Parameter(torch.tensor(torch.nan if config.alpha is None else config.alpha))
 
     def positive_alpha(self) -> Tensor:
         """The threshold, kept positive at use without cutting its gradient, so that it can come back."""
         alpha = self.alpha
         return alpha.clamp_min(SMALLEST_ALPHA).detach() + (alpha - alpha.detach())  # the bracket is exactly zero
 
-    @torch.compiler.disable
-    def _calibrate(self, x: Tensor) -> None:
-        self.alpha.data = as_float(x.detach()).amax().clamp_min(SMALLEST_ALPHA)
+    def begin(self, x: Tensor) -> tuple[int, dict[str, Tensor]]:
+        """See `CalibratedQuantizer.begin`."""
+        return 1, {"alpha": as_float(x.detach()).amax().clamp_min(SMALLEST_ALPHA)}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.alpha.numel() == 0:
-            self._calibrate(x)
-        return pact(x, self.positive_alpha(), self.config.bits)
+        return pact(x, self.positive_alpha(), self.config.bits) if self.ready(x) else x
 
     @property
     def levels(self) -> Tensor:
@@ -123,9 +117,11 @@ class PACTActivation(ActivationQuantizer):
         return torch.arange(steps + 1, dtype=torch.float32, device=self.alpha.device) / steps
 
     def codes(self, x: Tensor) -> Tensor:
+        self.require_calibrated()
         return pact_codes(x, self.positive_alpha(), self.config.bits)
 
     def integer(self) -> IntegerForm:
         """See `ActivationQuantizer.integer`."""
+        self.require_calibrated()
         steps = _steps(self.config.bits)
         return IntegerForm(self.positive_alpha().detach() / steps, 0, steps)

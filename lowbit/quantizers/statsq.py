@@ -15,8 +15,6 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, pe
 
 __all__ = ["StatsQ", "cga_mask", "statsq", "statsq_codes", "statsq_scale"]
 
-EDGE = 1e-6  # keeps the top of the clip range inside the last level
-
 
 def statsq_scale(w: Tensor) -> Tensor:
     """The scale ``2·mean|w|`` of each row (dim 0), detached, with kept dims: ``[rows, 1, ...]``."""
@@ -30,8 +28,10 @@ def _half_steps(w: Tensor, scale: Tensor, bits: int) -> Tensor:
         raise LowbitError(f"bits={bits!r} is not allowed: StatsQ takes 1 to 8 bits")
     n = 2 ** (bits - 1)
     # At 1 bit round-half-even would send w = -s to -2, off the grid: there the lower edge needs the same care.
-    low = -1 + EDGE if bits == 1 else -1
-    return torch.round(torch.clamp(as_float(w) / scale, low, 1 - EDGE) * n - 0.5)
+    # 1e-6 keeps the top inside the last level; spelled out, since torch.compile(dynamic=True) lifts a global number
+    # out of an autograd.Function's forward as an input, and then fails.
+    low = -1 + 1e-6 if bits == 1 else -1
+    return torch.round(torch.clamp(as_float(w) / scale, low, 1 - 1e-6) * n - 0.5)
 
 
 class _StatsQ(torch.autograd.Function):

@@ -78,3 +78,12 @@ def load_model(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: 
             f"{path} was written for another model ({' '.join(first)}); give the model it was written for, another "
             f"out folder, or start afresh (--fresh, or fresh=True)"
         ) from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(state)``, where a quantizer's step may have been saved with more dims of size 1."""
+    optimizer.load_state_dict(state)
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor) and value.ndim > parameter.ndim and value.numel() == parameter.numel():
+                held[name] = value.reshape(parameter.shape)

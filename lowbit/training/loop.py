@@ -393,7 +393,7 @@ def _resume(out: Path | None, state: State, identity, callbacks, here: Processes
                 f"settings, or start afresh (--fresh, or fresh=True)"
             )
         checkpoint.load_model(state.model, saved["model"], path)
-        state.optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.load_optimizer(state.optimizer, saved["optimizer"])
         seeds.set_state(saved["rng"][here.rank])
         for callback, (_, own) in zip(callbacks, saved["callbacks"], strict=True):
             if own is not None and hasattr(callback, "load_state_dict"):

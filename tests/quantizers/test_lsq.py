@@ -132,7 +132,7 @@ def test_wrong_bits_are_refused(bits, signed):
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"), [(LSQ(granularity="tensor"), (1, 1, 1)), (LSQ(granularity="channel"), (1, 1, 6)),
+    ("config", "shape"), [(LSQ(granularity="tensor"), ()), (LSQ(granularity="channel"), (1, 1, 6)),
                           (LSQ(granularity="token"), (1, 5, 1))]
 )  # fmt: skip
 def test_activation_step_takes_its_shape_from_the_first_batch(config, shape):

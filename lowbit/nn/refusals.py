@@ -1,0 +1,174 @@
+"""What `quantize_` refuses, asked before anything is changed; each refusal names the layer and says what to do."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowbit.errors import LowbitError
+from lowbit.nn.packed import PackedLayer
+from lowbit.quantizers import Method
+from lowbit.quantizers.base import refuse_nonfinite
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SCRIPTED = ("Linear", "Conv1d", "Conv2d")
+
+
+def check_model(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
+    """Refuses what is no model of ordinary, uncompiled layers in one process.
+
+    Raises:
+        LowbitError: no module; a wrapper for several processes or devices; something compiled, scripted, packed or
+            quantized by torch.
+    """
+    if not isinstance(model, nn.Module):
+        raise LowbitError(f"quantize_ takes a torch.nn.Module, not a {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind, where = type(module).__name__, f"{name!r} is" if name else "the model is"
+        if _is_wrapper(module):
+            inner = "model.module" if hasattr(module, "module") else "the model"
+            raise LowbitError(f"{where} wrapped in {kind}; quantize {inner} first and wrap it afterwards")
+        if module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable"):
+            raise LowbitError(f"{where} compiled, and would not notice quantizers; quantize it before torch.compile")
+        if isinstance(module, PackedLayer):
+            raise LowbitError(f"{where} packed already; quantize_ starts from a full-precision model")
+        if isinstance(module, torch.jit.ScriptModule) and (
+            name == "" or (module.original_name in SCRIPTED and (filter_fn is None or filter_fn(module, name)))
+        ):
+            raise LowbitError(f"{where} a torch.jit.ScriptModule, whose layers are fixed; quantize before scripting")
+        parts = type(module).__module__.split(".")
+        if parts[:3] == ["torch", "ao", "nn"] and {"quantized", "qat"} & set(parts):
+            raise LowbitError(f"{where} a {kind} of torch.ao, quantized already; start from the full-precision model")
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    parallel = nn.parallel
+    kinds: tuple[type, ...] = (parallel.DistributedDataParallel, parallel.DataParallel)
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        kinds += (FSDPModule, FullyShardedDataParallel)
+    return isinstance(module, (*kinds, torch._dynamo.eval_frame.OptimizedModule))
+
+
+def check_weight(name: str, layer: nn.Module, quantized: bool = True) -> None:
+    """Refuses a ``layer`` whose weight cannot become the latent of a quantizer.
+
+    Args:
+        name: for the message.
+        layer: linear or convolution.
+        quantized: False if the layer's input alone is quantized, and its weight may be computed by anything.
+
+    Raises:
+        LowbitError: a weight that another mechanism computes, that has no values yet or none at all, that is no plain
+            tensor of floats, or that is not finite.
+    """
+    what = f"the weight of layer {name!r}"
+    weight = layer._parameters.get("weight")
+    if weight is None and not quantized:
+        return
+    if weight is None:
+        raise LowbitError(f"{what} {_computed(layer)}, and it would not be what is quantized")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise LowbitError(f"{what} has no shape yet ({type(layer).__name__}); give the model one batch first")
+    if quantized and type(weight) is not nn.Parameter:
+        raise LowbitError(f"{what} is a {type(weight).__name__}; a plain torch.nn.Parameter is allowed")
+    if weight.is_meta:
+        raise LowbitError(
+            f"{what} is on the meta device, without values; make the model on a real device, or fill it by "
+            "model.to_empty(device='cpu') and load_state_dict, and quantize it then"
+        )
+    if quantized and weight.dtype not in FLOATS:
+        raise LowbitError(
+            f"{what} has the dtype {weight.dtype}; {', '.join(str(dtype) for dtype in FLOATS)} are allowed: convert the "
+            "model, or leave the layer out by filter_fn"
+        )
+    if quantized and weight.is_inference():
+        raise LowbitError(
+            f"{what} was made under torch.inference_mode and cannot be changed; make the model outside of it"
+        )
+    if weight.numel() == 0:
+        raise LowbitError(f"{what} has the shape {list(weight.shape)}, no elements; leave the layer out by filter_fn")
+    if quantized:
+        refuse_nonfinite(what, weight)
+
+
+def _computed(layer: nn.Module) -> str:
+    """Who computes the weight of a layer that has none of its own, and how to make it an ordinary one."""
+    hooks = [type(hook).__name__ for hook in layer._forward_pre_hooks.values()]
+    if parametrize.is_parametrized(layer, "weight"):
+        kinds = ", ".join(type(part).__name__ for part in layer.parametrizations.weight)
+        return f"is parametrized ({kinds}; torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') undoes it)"
+    if "WeightNorm" in hooks:
+        return "is computed by torch.nn.utils.weight_norm (remove_weight_norm(layer) undoes it)"
+    if "SpectralNorm" in hooks:
+        return "is computed by torch.nn.utils.spectral_norm (remove_spectral_norm(layer) undoes it)"
+    if "weight_orig" in layer._parameters:
+        return "is computed by torch.nn.utils.prune (prune.remove(layer, 'weight') makes it permanent)"
+    return f"is no parameter of the {type(layer).__name__}"
+
+
+def check_attention(name: str, attention: nn.Module, query_key: bool) -> None:
+    """Refuses an attention layer that cannot be replaced without losing something.
+
+    Raises:
+        LowbitError: it is the model itself, or it or, with ``query_key``, its ``qkv`` has hooks.
+    """
+    if name == "":
+        raise LowbitError(
+            "the model itself is an attention layer, which cannot replace itself; give torch.nn.Sequential(model)"
+        )
+    for where, module in ((name, attention), (f"{name}.qkv", attention.qkv))[: 1 + query_key]:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise LowbitError(
+                f"{where!r} is replaced by a low-bit layer and would lose its hooks; remove them, quantize the model, "
+                "and register them again"
+            )
+
+
+def check_ties(
+    model: nn.Module, layers: Iterable[tuple[str, nn.Module, Method | None]], replaced: dict[str, nn.Module]
+) -> None:
+    """Refuses to untie parameters that modules share.
+
+    Args:
+        model: the whole model, for whatever else holds one of the parameters.
+        layers: name, layer and weight method of each layer to quantize.
+        replaced: layers by name whose parameters are copied into others (query-key reparameterization).
+
+    Raises:
+        LowbitError: a shared weight whose method replaces it by latents of its own, or draws it anew.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for part, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(f"{name}.{part}".lstrip("."))
+
+    def others(name: str, layer: nn.Module, part: str) -> str:
+        held = holders.get(id(layer._parameters.get(part)), [])
+        return ", ".join(repr(holder) for holder in held if holder != f"{name}.{part}".lstrip("."))
+
+    untie = "or untie them: layer.weight = torch.nn.Parameter(layer.weight.clone())"
+    for name, layer in replaced.items():
+        for part in ("weight", "bias"):
+            if shared := others(name, layer, part):
+                raise LowbitError(f"the {part} of layer {name!r} is also {shared}; use qkr=False, {untie}")
+    for name, layer, method in layers:
+        if method is not None and (shared := others(name, layer, "weight")) and not _keeps(method, layer.weight):
+            raise LowbitError(
+                f"the weight of layer {name!r} is also {shared}, and {method!r} starts from latents of its own, which "
+                f"would untie them; take a method that keeps the weight (StatsQ, LSQ), use filter_fn, {untie}"
+            )
+
+
+def _keeps(method: Method, weight: Tensor) -> bool:
+    """Whether the weight itself becomes the method's only latent, with the values that it has."""
+    with torch.random.fork_rng(devices=[]):
+        trial = torch.eye(2, dtype=weight.dtype)
+        quantizer = method.weight(trial)
+        latents = quantizer.right_inverse(trial.clone())
+        if not isinstance(latents, Tensor):
+            return False
+        quantizer.initialize_(latents)
+        return torch.equal(latents, trial)
