@@ -52,8 +52,8 @@ def check_reparameterizable(name: str, attention: nn.Module, weight: Method | No
             )
     if type(attention.qkv) is not nn.Linear:
         raise LowbitError(
-            f"qkr=True is not possible for {name!r}: its qkv is a {type(attention.qkv).__name__}, not a torch.nn.Linear "
-            "whose weight is all that it computes with; use qkr=False"
+            f"qkr=True is not possible for {name!r}: its qkv is a {type(attention.qkv).__name__}, which may compute "
+            "with more than its weight, not a torch.nn.Linear; use qkr=False"
         )
     if weight is not None and not isinstance(weight.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
         raise LowbitError(

@@ -84,7 +84,9 @@ class QuantConfig:
             raise ValueError("attention_start='as_published' is about attention=True or qkr=True, and neither is set")
         biased = self.attention and self.qkr and getattr(self.activation, "bias", False)
         if self.z_bias != "channel" and not biased:
-            raise ValueError("z_bias='head' needs qkr=True, attention=True and an activation with biases, LSQ(bias=True)")
+            raise ValueError(
+                "z_bias='head' needs qkr=True, attention=True and an activation with biases, LSQ(bias=True)"
+            )
         by_token = self.attention and getattr(self.activation, "granularity", None) == "token"
         if self.softmax_step != "head" and not by_token:
             raise ValueError("softmax_step='query' needs attention=True and an activation LSQ(granularity='token')")

@@ -88,8 +88,8 @@ def quantize_(
     for name, layer, (weight, _) in plan:
         check_weight(name, layer, weight is not None)
     for name, attention in attentions.items():
-        check_attention(name, attention, config.qkr)
         check_weight(f"{name}.qkv", attention.qkv, config.qkr)
+        check_attention(name, attention, config.qkr)
         if config.qkr:
             check_reparameterizable(name, attention, config.weight)
     check_ties(model, [(name, layer, weight) for name, layer, (weight, _) in plan], replaced)
@@ -229,9 +229,7 @@ def first_and_last(model: nn.Module) -> set[str]:
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Every name of every module, with the first name that the module has."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)
-    }
+    return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def _quantize_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

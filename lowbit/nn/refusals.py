@@ -33,13 +33,14 @@ def check_model(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | 
             raise LowbitError(f"{where} compiled, and would not notice quantizers; quantize it before torch.compile")
         if isinstance(module, PackedLayer):
             raise LowbitError(f"{where} packed already; quantize_ starts from a full-precision model")
-        if isinstance(module, torch.jit.ScriptModule) and (
-            name == "" or (module.original_name in SCRIPTED and (filter_fn is None or filter_fn(module, name)))
-        ):
-            raise LowbitError(f"{where} a torch.jit.ScriptModule, whose layers are fixed; quantize before scripting")
+        scripted = isinstance(module, torch.jit.ScriptModule) and (name == "" or module.original_name in SCRIPTED)
         parts = type(module).__module__.split(".")
-        if parts[:3] == ["torch", "ao", "nn"] and {"quantized", "qat"} & set(parts):
-            raise LowbitError(f"{where} a {kind} of torch.ao, quantized already; start from the full-precision model")
+        by_torch = parts[:3] == ["torch", "ao", "nn"] and bool({"quantized", "qat"} & set(parts))
+        if not (scripted or by_torch) or (name and filter_fn is not None and not filter_fn(module, name)):
+            continue
+        if scripted:
+            raise LowbitError(f"{where} a torch.jit.ScriptModule, whose layers are fixed; quantize before scripting")
+        raise LowbitError(f"{where} a {kind} of torch.ao, quantized already; start from the full-precision model")
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -81,7 +82,7 @@ def check_weight(name: str, layer: nn.Module, quantized: bool = True) -> None:
         )
     if quantized and weight.dtype not in FLOATS:
         raise LowbitError(
-            f"{what} has the dtype {weight.dtype}; {', '.join(str(dtype) for dtype in FLOATS)} are allowed: convert the "
+            f"{what} has the dtype {weight.dtype}; {', '.join(map(str, FLOATS))} are allowed: convert the "
             "model, or leave the layer out by filter_fn"
         )
     if quantized and weight.is_inference():
@@ -99,7 +100,9 @@ def _computed(layer: nn.Module) -> str:
     hooks = [type(hook).__name__ for hook in layer._forward_pre_hooks.values()]
     if parametrize.is_parametrized(layer, "weight"):
         kinds = ", ".join(type(part).__name__ for part in layer.parametrizations.weight)
-        return f"is parametrized ({kinds}; torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') undoes it)"
+        return (
+            f"is parametrized ({kinds}; torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') undoes it)"
+        )
     if "WeightNorm" in hooks:
         return "is computed by torch.nn.utils.weight_norm (remove_weight_norm(layer) undoes it)"
     if "SpectralNorm" in hooks:

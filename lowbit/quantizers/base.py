@@ -173,6 +173,7 @@ class CalibratedQuantizer(ActivationQuantizer):
 
     @property
     def calibrated(self) -> bool:
+        """Whether the parameters have their values and the sign is decided."""
         if self._known == UNSEEN and self._sign is not None and not self._blank():
             self._known = self._sign
         return self._known != UNSEEN
@@ -209,14 +210,14 @@ class CalibratedQuantizer(ActivationQuantizer):
         for name, value in values.items():
             if name not in grows and value.numel() != self._parameters[name].numel():
                 raise LowbitError(
-                    f"an input of shape {list(x.shape)} needs a {name} of {value.numel()} numbers, but the layer behind "
-                    f"this quantizer has {self._parameters[name].numel()} input channels; give inputs that fit the layer"
+                    f"an input of shape {list(x.shape)} needs a {name} of {value.numel()} numbers, but its layer "
+                    f"has {self._parameters[name].numel()} input channels; give inputs that fit the layer"
                 )
         wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None and grows:
             raise LowbitError(
-                f"the shape of {' and '.join(grows)} follows from the first batch, and DistributedDataParallel was made "
-                "before it: call lowbit.calibrate(model, x) before wrapping the model"
+                f"the shape of {' and '.join(grows)} follows from the first batch, and DistributedDataParallel was "
+                "made before it: call lowbit.calibrate(model, x) before wrapping the model"
             )
         for name, value in values.items():
             parameter = self._parameters[name]

@@ -91,9 +91,7 @@ class _Round(torch.autograd.Function):
         return grad
 
 
-def _lsq_composed(
-    x: Tensor, step: Tensor, low: int, high: int, grad_scale: float, inclusive: bool = False
-) -> Tensor:
+def _lsq_composed(x: Tensor, step: Tensor, low: int, high: int, grad_scale: float, inclusive: bool = False) -> Tensor:
     """The same value and gradients as `_LSQ` from small operations, which torch.compile fuses best."""
     step = _ScaleGradient.apply(step, grad_scale)
     v = x / step
@@ -230,7 +228,7 @@ class LSQ(Method):
             )
         if self.bias == "place" and channel_dim == -1:
             raise LowbitError(
-                "LSQ: bias='place' is not allowed for the input of a linear layer, which is no image; False and True are"
+                "LSQ: bias='place' is not allowed for the input of a linear layer, no image; False and True are"
             )
         return LSQActivation(self, channel_dim)
 

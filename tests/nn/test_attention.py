@@ -1,6 +1,7 @@
 """Low-bit attention and query-key reparameterisation in timm's models."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -301,3 +302,123 @@ def test_a_product_cannot_be_assigned():
     model = quantize_(vit(), QuantConfig(weight=StatsQ(bits=2), qkr=True))
     with pytest.raises(LowbitError, match="original0"):
         model.blocks[0].attn.qk.weight = torch.zeros(512, 128)
+
+
+def test_biases_of_z_by_head_by_hand():
+    """Two heads, two channels, everything else in full precision: each head and channel has a bias of its own."""
+    torch.manual_seed(0)
+    shared, own = (
+        LowBitAttention(Attention(2, num_heads=2), None, LSQ(bits=8, bias=True), True, z_bias=z_bias).z_quantizer
+        for z_bias in ("channel", "head")
+    )
+    assert shared.bias_in.shape == (1, 1, 1, 2) and own.bias_in.shape == own.bias_out.shape == (1, 1, 2, 2)
+    z = torch.tensor([[[[1.0, -2.0], [3.0, 4.0]]]])  # 1 image, 1 token, 2 heads, 2 channels
+    own(z)
+    own.step.data.fill_(1.0)
+    own.bias_in.data = torch.tensor([[[[0.6, 0.0], [0.0, -0.6]]]])
+    own.bias_out.data = torch.tensor([[[[0.0, 10.0], [20.0, 30.0]]]])
+    y = own(z)
+    assert y.tolist() == [[[[2.0, 8.0], [23.0, 33.0]]]]
+    y.backward(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
+    assert own.bias_in.grad.tolist() == own.bias_out.grad.tolist() == [[[[1, 2], [3, 4]]]]
+
+
+def test_softmax_steps_by_query_by_hand():
+    token = LSQ(bits=2, granularity="token")
+    by_head, by_query = (
+        LowBitAttention(Attention(4, num_heads=2), None, token, softmax_step=step).softmax_quantizer
+        for step in ("head", "query")
+    )
+    # 1 image, 2 heads, 2 queries, 2 keys; unsigned start 4·mean/sqrt(3)
+    weights = torch.tensor([[[[0.25, 0.75], [1.0, 0.0]], [[0.5, 0.5], [0.2, 0.2]]]])
+    by_head(weights), by_query(weights)
+    assert by_head.step.shape == (1, 2, 2, 1) and by_query.step.shape == (1, 1, 2, 1)
+    means = torch.tensor([(0.25 + 0.75 + 0.5 + 0.5) / 4, (1.0 + 0.0 + 0.2 + 0.2) / 4])
+    torch.testing.assert_close(by_query.step.detach().flatten(), 4 * means / 3**0.5)
+    assert not by_query.signed and by_query.bias_in is None
+
+
+def test_end_biases_by_place_and_by_feature():
+    plain, biased = (quantize_(vit(), dataclasses.replace(OFQ, end_bias=end_bias)) for end_bias in (False, True))
+    x = torch.randn(2, 3, 16, 16)
+    calibrate(plain, x), calibrate(biased, x)
+    assert plain.patch_embed.proj.input_quantizer.bias_in is None and plain.head.input_quantizer.bias_in is None
+    assert biased.patch_embed.proj.input_quantizer.bias_in.shape == (1, 1, 16, 16)
+    assert biased.patch_embed.proj.input_quantizer.step.shape == (1, 3, 1, 1)
+    assert biased.head.input_quantizer.bias_out.shape == (128,)
+    assert plain.blocks[0].mlp.fc1.input_quantizer.bias_in is not None
+
+
+PUBLISHED = dataclasses.replace(
+    OFQ,
+    activation=LSQ(bits=2, granularity="token", bias=True, smallest_step=1e-5, bounds="inside"),
+    z_bias="head",
+    softmax_step="query",
+    end_bias=True,
+)
+
+
+@pytest.mark.parametrize("make", [vit, swin], ids=lambda make: make.__name__)
+def test_ofq_with_its_codes_details_trains_saves_and_loads(make, tmp_path):
+    torch.manual_seed(0)
+    model = quantize_(make(), PUBLISHED)
+    size = model.patch_embed.img_size[0]
+    x = torch.randn(2, 3, size, size)
+    calibrate(model, x).train()
+    model(x).square().mean().backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    again = lowbit.load(lowbit.save(model.eval(), tmp_path / "model.safetensors"))
+    assert torch.equal(again(x), model(x))
+    attention = next(iter(low_bit_attentions(again).values()))
+    assert attention.settings["z_bias"] == "head" and attention.settings["softmax_step"] == "query"
+    assert QuantConfig(**PUBLISHED.to_dict()) == PUBLISHED
+    packed = lowbit.pack(model)
+    assert (packed(x) - model(x)).abs().max() < 0.5 * model(x).abs().max()
+
+
+def test_default_options_leave_files_as_they_were():
+    (attention, *_) = low_bit_attentions(quantize_(vit(), OFQ)).values()
+    assert set(attention.settings) == {"weight", "activation", "query_key", "factors"}
+
+
+TOKEN = LSQ(bits=2, granularity="token", bias=True)
+UNFIT = [
+    ({"z_bias": "head", "activation": TOKEN, "attention": True}, "z_bias='head' needs qkr=True"),
+    ({"z_bias": "head", "activation": LSQ(bits=2), "attention": True, "qkr": True}, "z_bias='head' needs"),
+    ({"z_bias": "heads"}, "z_bias='heads'"),
+    ({"softmax_step": "query", "activation": LSQ(bits=2), "attention": True}, "softmax_step='query' needs"),
+    ({"softmax_step": "query", "activation": TOKEN}, "softmax_step='query' needs attention=True"),
+    ({"end_bias": True, "activation": LSQ(bits=2)}, "end_bias=True needs first_last=8"),
+    ({"end_bias": True, "first_last": 8}, "end_bias=True needs first_last=8 and an activation"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNFIT, ids=[message for _, message in UNFIT])
+def test_options_that_would_change_nothing_are_refused(options, message):
+    with pytest.raises(LowbitError, match=message):
+        QuantConfig(weight=StatsQ(bits=2), **options)
+
+
+def test_an_older_timm_is_named_where_attention_needs_a_newer_one(monkeypatch):
+    import timm.layers.attention
+
+    monkeypatch.delattr(timm.layers.attention, "resolve_self_attn_mask")
+    monkeypatch.setattr(timm, "__version__", "1.0.24")
+    quantize_(vit(), QuantConfig(weight=StatsQ(bits=2)))  # all but attention's own products works
+    for options in ({"activation": LSQ(bits=2), "attention": True}, {"qkr": True}):
+        model = vit()
+        with pytest.raises(
+            LowbitError, match=r"needs timm 1\.0\.26 or newer, and timm 1\.0\.24 is installed.*pip install"
+        ):
+            quantize_(model, QuantConfig(weight=StatsQ(bits=2), **options))
+        assert not list(quantized_layers(model))
+
+
+def test_the_oldest_timm_is_the_one_that_the_project_asks_for():
+    import tomllib
+    from pathlib import Path
+
+    from lowbit.nn.attention import OLDEST_TIMM
+
+    project = tomllib.loads((Path(lowbit.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert [each for each in project["dependencies"] if each.startswith("timm")] == [f"timm>={OLDEST_TIMM},<2"]

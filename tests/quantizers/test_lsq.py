@@ -350,3 +350,75 @@ def test_compiled_activations_agree_with_eager(config):
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (given, *learnt))))
     for eager, compiled in zip(*results, strict=True):
         assert eager.abs().sum() > 0 and torch.allclose(eager, compiled, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [lsq_file._LSQ.apply, lsq_file._lsq_composed], ids=["one node", "composed"])
+@pytest.mark.parametrize("shape", [(), (3,)], ids=["shared step", "own steps"])
+def test_the_clip_bounds_count_as_inside_in_the_form_of_ofq(form, shape):
+    x = torch.tensor([-1.0, 0.5, 0.75], requires_grad=True)  # exactly -Qn·s and Qp·s, and beyond
+    step = torch.full(shape, 0.5, requires_grad=True)
+    y = form(x, step, -2, 1, 1.0, True)
+    y.sum().backward()
+    assert y.tolist() == [-1.0, 0.5, 0.5]
+    assert x.grad.tolist() == [1, 1, 0]
+    assert step.grad.sum() == 0 + 0 + 1  # round(v) - v = 0 at the bounds, Qp beyond
+
+
+@pytest.mark.parametrize("make", [lambda config: config.weight(torch.ones(1, 3)), lambda config: config.activation()])
+def test_bounds_and_floor_reach_weights_and_activations(make):
+    x = torch.tensor([[-1.0, 0.5, 0.75]])
+    grads = []
+    for bounds in ("outside", "inside"):
+        quantizer = make(LSQ(bits=2, signed=True, smallest_step=1e-5, bounds=bounds))
+        quantizer(x)
+        given = x.clone().requires_grad_()
+        quantizer.step.data.fill_(0.5)
+        quantizer(given).sum().backward()
+        grads.append(given.grad.tolist())
+        quantizer.step.data.fill_(-1.0)
+        assert quantizer.positive_step().item() == pytest.approx(1e-5)
+    assert grads == [[[0, 0, 0]], [[1, 1, 0]]]
+
+
+def test_the_floor_is_where_a_step_starts_at_least():
+    for smallest in (1e-8, 1e-5):
+        config = LSQ(bits=2, smallest_step=smallest)
+        activation = config.activation()
+        activation(torch.zeros(2, 3))
+        assert activation.step.item() == config.weight(torch.zeros(2, 3)).step.item() == pytest.approx(smallest)
+
+
+def test_biases_for_each_place_by_hand():
+    quantizer = LSQ(bits=2, bias="place", signed=True).activation(1)
+    x = torch.tensor([[[[0.2, -1.2]], [[3.0, 0.0]]]])  # 1 image, 2 channels, 1 x 2 places
+    quantizer(x)
+    assert quantizer.bias_in.shape == quantizer.bias_out.shape == (1, 1, 1, 2) and quantizer.step.shape == ()
+    quantizer.step.data.fill_(1.0)
+    quantizer.bias_in.data = torch.tensor([[[[0.5, -0.25]]]])
+    quantizer.bias_out.data = torch.tensor([[[[10.0, 20.0]]]])
+    # x + b1 = 0.7, -1.45 and 3.5, -0.25: codes 1, -1 and 1 (clipped), -0
+    y = quantizer(x)
+    assert y.tolist() == [[[[11.0, 19.0]], [[11.0, 20.0]]]]
+    y.backward(torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]]))
+    assert quantizer.bias_in.grad.tolist() == [[[[1, 6]]]]  # none where clipped
+    assert quantizer.bias_out.grad.tolist() == [[[[4, 6]]]]
+
+
+def test_biases_for_each_place_are_for_images():
+    with pytest.raises(LowbitError, match="bias='place' is not allowed for the input of a linear layer"):
+        LSQ(bias="place").activation()
+    with pytest.raises(LowbitError, match="bias='place' is not allowed for weights"):
+        LSQ(bias="place").weight(torch.ones(2, 2))
+    sound = LSQ(bias="place").activation(1)
+    sound(torch.randn(4, 3, 7))
+    assert sound.bias_in.shape == (1, 1, 7)
+
+
+def test_newer_options_at_their_defaults_do_not_change_what_checkpoints_say():
+    assert repr(LSQ(bits=2)) == "LSQ(bits=2, granularity='tensor', signed=None, learn_step=True, bias=False)"
+    assert "bounds='inside'" in repr(LSQ(bounds="inside")) and "smallest_step=1e-05" in repr(LSQ(smallest_step=1e-5))
+    for wrong in ({"bounds": "on"}, {"smallest_step": 0.0}, {"bias": "token"}):
+        with pytest.raises(LowbitError, match=next(iter(wrong))):
+            LSQ(**wrong)
+    with pytest.raises(LowbitError, match="bounds='on'"):
+        lsq(torch.ones(1), torch.ones(1), 2, bounds="on")
