@@ -17,5 +17,9 @@ class CheckpointError(LowbitError):
     """A saved file cannot be trusted: truncated, altered, from a newer version or for another model."""
 
 
+class StorageError(LowbitError, OSError):
+    """A file could not be written: the disk is full, or the place is not writable. What was there before is whole."""
+
+
 class DivergedError(LowbitError):
     """A loss is no longer a finite number: the settings do not suit the model."""

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 
 from lowbit import paths
 from lowbit.errors import DataError
+from lowbit.files import write_atomically
 
 CHUNK = 1 << 20
 
@@ -62,21 +61,6 @@ def check(path: Path, expected: str) -> None:
         )
 
 
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Calls ``write(file)`` on a temporary file beside ``path`` and moves it there only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """The contents of an archive, decoded once and then read from the user's cache folder.
 
@@ -105,7 +89,7 @@ def decoded_file(
     seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     if cached.is_file() and noted.is_file():
         try:
-            note = json.loads(noted.read_text())
+            note = json.loads(noted.read_text(encoding="utf-8"))
             if note["archive"] == seen and note["sha256"] == sha256(cached):
                 return torch.load(cached, weights_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError):

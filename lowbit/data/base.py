@@ -64,6 +64,10 @@ class DetectionDataset(Dataset):
     boxes: tuple[Tensor, ...]
     labels: tuple[Tensor, ...]
 
+    def __post_init__(self) -> None:
+        if not len(self.x) == len(self.boxes) == len(self.labels):
+            raise DataError(f"{len(self.x)} images, {len(self.boxes)} sets of boxes and {len(self.labels)} of labels")
+
     def __len__(self) -> int:
         return len(self.boxes)
 
@@ -260,7 +264,15 @@ def dataset(name: str, **card: Any) -> Callable[[Callable[..., Data]], Callable[
     return register
 
 
-TOOLS = {"base", "archive", "download", "verify", "cli"}  # every other file of this package holds data sets
+TOOLS = {
+    "base",
+    "archive",
+    "download",
+    "verify",
+    "cli",
+    "images",
+    "sounds",
+}  # every other file of this package holds data sets
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """BCCD: blood cells under the microscope, with boxes. 364 real images, Pascal VOC annotations."""
 
 import io
+import math
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from pathlib import Path
@@ -23,10 +24,12 @@ def decode(path: Path) -> dict[str, Any]:
     """Images at half size, uint8 ``[N, 3, 240, 320]``, boxes in their pixels, labels and the two splits.
 
     Raises:
-        DataError: a class that BCCD has not, a missing class, or an image of another size.
+        DataError: a class that BCCD has not, a missing class, a damaged annotation, or an image that is damaged or of
+            another size.
     """
-    from PIL import Image
     from tqdm.auto import tqdm
+
+    from lowbit.data.images import read
 
     made: dict[str, Any] = {}
     with zipfile.ZipFile(path) as archive:
@@ -34,7 +37,8 @@ def decode(path: Path) -> dict[str, Any]:
             ids = archive.read(f"BCCD/ImageSets/Main/{split}.txt").decode().split()
             images, boxes, labels = [], [], []
             for name in tqdm(ids, desc=f"decoding {path.name}, {split}", unit=" images", leave=False):
-                image = Image.open(io.BytesIO(archive.read(f"BCCD/JPEGImages/{name}.jpg"))).convert("RGB")
+                content = io.BytesIO(archive.read(f"BCCD/JPEGImages/{name}.jpg"))
+                image = read(content, f"{path.name}: {name}.jpg")
                 if image.size != (WIDTH, HEIGHT):
                     raise DataError(f"{path.name}: {name}.jpg is {image.size}, not {(WIDTH, HEIGHT)}")
                 images.append(np.asarray(image.reduce(2)))
@@ -52,11 +56,21 @@ def decode(path: Path) -> dict[str, Any]:
 def _annotation(xml: bytes, name: str, archive: str) -> tuple[list[list[float]], list[int]]:
     """Boxes and labels of one annotation file; boxes without area (the set has a few) are left out."""
     boxes, labels = [], []
-    for item in ElementTree.fromstring(xml).iter("object"):
+    try:
+        tree = ElementTree.fromstring(xml)
+    except ElementTree.ParseError as error:
+        raise DataError(f"{archive}: {name}.xml is no XML ({error}); get the archive anew") from None
+    for item in tree.iter("object"):
         kind = item.findtext("name")
         if kind not in CLASSES:
             raise DataError(f"{archive}: {name}.xml has a box of the class {kind!r}; BCCD has {', '.join(CLASSES)}")
-        x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+        sides = [item.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            x1, y1, x2, y2 = (float(side.strip()) for side in sides)
+            if not all(map(math.isfinite, (x1, y1, x2, y2))):
+                raise ValueError
+        except (AttributeError, ValueError):
+            raise DataError(f"{archive}: {name}.xml has a box with the sides {sides}; it takes four numbers") from None
         x1, x2, y1, y2 = max(x1, 0), min(x2, WIDTH), max(y1, 0), min(y2, HEIGHT)
         if x2 > x1 and y2 > y1:
             boxes.append([x1, y1, x2, y2])

@@ -28,10 +28,11 @@ def decode(path: Path) -> dict[str, Any]:
     """Reads every ``<split>/<class>/<n>.jpg`` of a tar archive in one pass: uint8 ``[N, 3, 32, 32]`` and labels.
 
     Raises:
-        DataError: a class is missing, or an image is not 32x32.
+        DataError: a class is missing, or an image is damaged or not 32x32.
     """
-    from PIL import Image
     from tqdm.auto import tqdm
+
+    from lowbit.data import images
 
     found = []
     with tarfile.open(path) as archive:
@@ -40,7 +41,8 @@ def decode(path: Path) -> dict[str, Any]:
                 label = Path(member.name).parent.name
                 if label not in CLASSES:
                     raise DataError(f"{path.name} holds a class {label!r} that CIFAR-10 has not")
-                pixels = np.asarray(Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB"))
+                content = io.BytesIO(archive.extractfile(member).read())
+                pixels = np.asarray(images.read(content, f"{path.name}: {member.name}"))
                 if pixels.shape != (32, 32, 3):
                     raise DataError(f"{path.name}: {member.name} is {pixels.shape[1]}x{pixels.shape[0]}, not 32x32")
                 found.append((CLASSES.index(label), member.name, pixels))

@@ -1,6 +1,5 @@
 """FSDD, the Free Spoken Digit Dataset: 3,000 recordings of the ten digits by six people."""
 
-import io
 import re
 import zipfile
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lowbit.data import sounds
 from lowbit.data.archive import decoded
 from lowbit.data.base import ArrayDataset, Data, dataset
 from lowbit.errors import DataError
@@ -37,17 +37,15 @@ def decode(path: Path) -> dict[str, Any]:
     Raises:
         DataError: a recording of another rate or form, or a digit that is missing.
     """
-    import soundfile
-
     found = []
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             match = RECORDING.fullmatch(Path(name).name)
             if match is None:
                 continue
-            sound, rate = soundfile.read(io.BytesIO(archive.read(name)), dtype="int16")
-            if rate != RATE or sound.ndim != 1 or match[2] not in SPEAKERS:
-                raise DataError(f"{path.name}: {name} is not a mono recording at {RATE} Hz by {', '.join(SPEAKERS)}")
+            if match[2] not in SPEAKERS:
+                raise DataError(f"{path.name}: {name} is not a recording by {', '.join(SPEAKERS)}")
+            sound = sounds.read(archive.read(name), RATE, f"{path.name}: {name}")
             found.append((int(match[1]), SPEAKERS.index(match[2]), int(match[3]), fit(sound, RATE)))
     found.sort(key=lambda item: item[:3])
     present = {digit for digit, *_ in found}

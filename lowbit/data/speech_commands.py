@@ -1,6 +1,5 @@
 """Google's Speech Commands v0.02: 105,829 one-second clips of 35 words."""
 
-import io
 import tarfile
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lowbit.data import sounds
 from lowbit.data.archive import decoded_file
 from lowbit.data.base import ArrayDataset, Data, dataset
 from lowbit.data.download import fetch
@@ -26,8 +26,6 @@ def decode(path: Path, words: tuple[str, ...] | None = None) -> dict[str, Any]:
     Raises:
         DataError: a word without clips, or a clip of another rate.
     """
-    import soundfile
-
     clips, test = [], set()
     with tarfile.open(path) as archive:
         for member in archive:
@@ -36,9 +34,7 @@ def decode(path: Path, words: tuple[str, ...] | None = None) -> dict[str, Any]:
             if name == "testing_list.txt":
                 test = set(archive.extractfile(member).read().decode().split())
             elif name.endswith(".wav") and not word.startswith("_") and (words is None or word in words):
-                sound, rate = soundfile.read(io.BytesIO(archive.extractfile(member).read()), dtype="int16")
-                if rate != RATE or sound.ndim != 1:
-                    raise DataError(f"{path.name}: {name} is not a mono recording at {RATE} Hz")
+                sound = sounds.read(archive.extractfile(member).read(), RATE, f"{path.name}: {name}")
                 clips.append((word, name, fit(sound, RATE)))
     clips.sort(key=lambda clip: clip[:2])
     present = sorted({word for word, _, _ in clips})

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lowbit import paths
+from lowbit.data import sounds
 from lowbit.data.archive import check
 from lowbit.data.base import ArrayDataset, Data, dataset
 from lowbit.data.fsdd import fit
@@ -26,7 +27,7 @@ def folder() -> Path:
 def manifest() -> dict[str, str]:
     """File -> sha256, as the maker wrote it; empty where the project's data folder is missing."""
     path = folder() / "manifest.json"
-    return json.loads(path.read_text())["files"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
 
 
 @dataset(
@@ -49,7 +50,6 @@ def spoken_words() -> Data:
         DataError: a file is missing, truncated or altered.
     """
     import pandas as pd
-    import soundfile
 
     sums = manifest()
     if not sums:
@@ -59,8 +59,8 @@ def spoken_words() -> Data:
             raise DataError(f"spoken-words lacks the file {file}; restore it from the project's sources")
         check(folder() / file, expected)
     index = pd.read_csv(folder() / "index.csv")
-    sounds = {word: soundfile.read(folder() / f"{word}.flac", dtype="int16")[0] for word in CLASSES}
-    clips = [fit(sounds[row.word][row.start : row.start + row.length], RATE) for row in index.itertuples()]
+    clips_of = {word: sounds.read(folder() / f"{word}.flac", RATE, f"{word}.flac") for word in CLASSES}
+    clips = [fit(clips_of[row.word][row.start : row.start + row.length], RATE) for row in index.itertuples()]
     y = torch.tensor([CLASSES.index(word) for word in index.word])
     whole = ArrayDataset(torch.from_numpy(np.stack(clips)), y, index[["word", "voice", "speed", "pitch"]])
     held = torch.from_numpy((index.split == "test").to_numpy(copy=True))

@@ -1,17 +1,21 @@
 """CIFAR-10/100, FashionMNIST and image folders, read by torchvision, fetched by our own downloader."""
 
 import tempfile
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowbit import paths
+from lowbit.data import images
 from lowbit.data.base import ArrayDataset, Data, dataset, pixel_statistics
 from lowbit.data.download import fetch
 from lowbit.errors import DataError
 
 CIFAR = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # the publisher's; torchvision's mirror too
 FASHION_FILES = {
@@ -116,6 +120,14 @@ def fashion_mnist() -> Data:
         return _in_memory("fashion-mnist", *(FashionMNIST(folder, train=train) for train in (True, False)))
 
 
+def _is_image(left_out: list[str], path: str) -> bool:
+    """Whether a file of a folder is an image by its name; visible files that are none are noted in ``left_out``."""
+    name = Path(path).name
+    if not name.startswith(".") and not name.lower().endswith(ENDINGS):
+        left_out.append(path)
+    return not name.startswith(".") and name.lower().endswith(ENDINGS)
+
+
 def _folder(name: str, path: str | None, img_size: int) -> Data:
     from torchvision.datasets import ImageFolder
 
@@ -130,6 +142,8 @@ def _folder(name: str, path: str | None, img_size: int) -> Data:
                 "it as train/<class>/*.JPEG and val/<class>/*.JPEG, and give the folder as path=, or put it as "
                 "'imagenet' into the folder that LOWBIT_DATA names"
             )
+    if not isinstance(img_size, int) or isinstance(img_size, bool) or img_size < 1:
+        raise DataError(f"{name}: img_size={img_size!r} is not allowed; give the pixels of a side, 1 or more")
     root = Path(path).expanduser()
     for split in ("train", "val"):
         if not (root / split).is_dir():
@@ -138,10 +152,19 @@ def _folder(name: str, path: str | None, img_size: int) -> Data:
     for one, other in (("train", "val"), ("val", "train")):
         if missing := sorted(classes[one] - classes[other]):
             raise DataError(f"{name}: {root / other} lacks the class {missing[0]!r} that {one!r} has")
+    left_out: list[str] = []
     try:
-        train, test = (ImageFolder(root / split) for split in ("train", "val"))
+        train, test = (
+            ImageFolder(root / split, loader=images.read, is_valid_file=partial(_is_image, left_out))
+            for split in ("train", "val")
+        )
     except FileNotFoundError as error:
         raise DataError(f"{name}: {error}") from None
+    if left_out:
+        warnings.warn(
+            f"{name}: {len(left_out)} files are left out, such as {left_out[0]}; images end in {', '.join(ENDINGS)}",
+            stacklevel=4,
+        )
     shape = (3, img_size, img_size)
     return Data(name, "classification", tuple(train.classes), train, test, shape, IMAGENET_MEAN, IMAGENET_STD)
 
@@ -159,7 +182,7 @@ def _folder(name: str, path: str | None, img_size: int) -> Data:
     note="option path=: the folder; img_size=: what they are cropped to",
 )
 def image_folder(path: str | None = None, img_size: int = 224) -> Data:
-    """Images of any size, read one by one as PIL images and normalised like ImageNet."""
+    """Images of any size, read one by one as `lowbit.data.images` says, and normalized like ImageNet."""
     return _folder("image-folder", path, img_size)
 
 

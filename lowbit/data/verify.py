@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowbit import paths
-from lowbit.data.archive import checksum, sha256, write_atomically
+from lowbit.data.archive import checksum, sha256
 from lowbit.data.base import Card, card, names
+from lowbit.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas

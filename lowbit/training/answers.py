@@ -11,9 +11,9 @@ from filelock import FileLock
 from torch import nn
 
 from lowbit import paths
+from lowbit.files import write_atomically
 from lowbit.training import distillation
 from lowbit.training.batches import Batches
-from lowbit.training.checkpoint import write_atomically
 
 ITEMS = 256  # a batch of the teacher's
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lowbit.data import labels
 from lowbit.errors import LowbitError
 from lowbit.training import augment, seeds
 from lowbit.training.config import TrainConfig
@@ -44,14 +45,41 @@ def normalize(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return (x - 255 * mean_) / (255 * std_)
 
 
+def check_labels(y: torch.Tensor, classes: int, where: str) -> None:
+    """Refuses labels that are not integers from 0 to ``classes`` - 1: a GPU would stop at one without saying which."""
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1:
+        raise LowbitError(f"{where}: labels are {y.dtype} {list(y.shape)}; they should be integers, one an item")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        wrong = int(y.min()) if y.min() < 0 else int(y.max())
+        raise LowbitError(f"{where}: the label {wrong} is not among its {classes} classes, numbered from 0")
+
+
+def _known_labels(split) -> torch.Tensor | None:
+    try:
+        return labels(split)
+    except LowbitError:
+        return None  # it does not say; each batch is looked at
+
+
 class Batches:
     """Training and test batches of a :class:`lowbit.data.Data`, normalised, on this process's device."""
 
-    def __init__(self, data, config: TrainConfig, here: Processes):
+    def __init__(self, data, config: TrainConfig, here: Processes, has_labels: bool = True):
         self.data, self.config, self.here = data, config, here
         self.in_memory = hasattr(data.train, "x")
         augment.check(config.augment, tuple(data.input_shape), self.in_memory)
         n = len(data.train)
+        self.has_labels = has_labels  # whether the second part of an item is a class
+        for kind, split in (("training", data.train), ("test", data.test)):
+            if not len(split):
+                raise LowbitError(f"{data.name} has no {kind} items; it takes at least one")
+            if hasattr(split, "x") and tuple(split.x.shape[1:]) != tuple(data.input_shape):
+                raise LowbitError(
+                    f"the {kind} items of {data.name} are {list(split.x.shape[1:])}, but its input_shape is "
+                    f"{list(data.input_shape)}; make them agree"
+                )
+            if has_labels and (known := _known_labels(split)) is not None:
+                check_labels(known, data.num_classes, f"{data.name}, {kind} split")
         if n < config.batch_size:
             raise LowbitError(f"batch_size={config.batch_size} should be at most the {n} training items of {data.name}")
         if config.batch_size % here.count:
@@ -80,19 +108,26 @@ class Batches:
 
     def _ready(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
         device = self.here.device
+        if self.has_labels and not self.in_memory:
+            check_labels(y, self.data.num_classes, self.data.name)
         x = normalize(x.to(device, non_blocking=True), self.data.mean, self.data.std)
         if self.config.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, y.to(device, non_blocking=True)
 
-    def _loader(self, dataset, kind: str, batches: list[list[tuple[int, int]]], in_memory: bool):
+    def _loader(self, dataset, kind: str, batches: list[list[tuple[int, int]]], in_memory: bool) -> Iterator[Batch]:
         transform = augment.sample_transform(kind, tuple(self.data.input_shape), in_memory)
-        return torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             augment.Samples(dataset, transform, self.config.seed),
             batch_sampler=batches,
             num_workers=self.config.workers,
             pin_memory=self.here.device.type == "cuda",
         )
+        try:
+            yield from loader
+        except LowbitError as error:  # of a worker process it comes with that one's traceback in its message
+            kind = type(error)
+            raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].strip()) from None
 
     def first(self) -> torch.Tensor:
         """The whole first global batch without augmentation: what quantisers are calibrated with."""
@@ -100,7 +135,7 @@ class Batches:
         if self.in_memory:
             return self._ready(self.data.train.x[indices], self.data.train.y[indices])[0]
         loader = self._loader(self.data.train, "none", [[(0, i, 0) for i in indices.tolist()]], in_memory=False)
-        return self._ready(*next(iter(loader)))[0]
+        return self._ready(*next(loader))[0]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """This process's share of each global batch of one epoch, augmented."""

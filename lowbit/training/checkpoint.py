@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, and never executed when read."""
 
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError, LowbitError
+from lowbit.files import write_atomically
 
 SCHEMA = 1
 KIND = "lowbit training checkpoint"
@@ -16,19 +16,12 @@ KEYS = {"kind", "schema", "config", "identity", "epoch", "model", "optimizer", "
 PLAIN = (str, int, float, bool, type(None), torch.Tensor)
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(file)`` on a new file beside ``path``, then put it in place: readers see the old one or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def save(path: Path, **contents: Any) -> None:
-    """Write a checkpoint of this schema atomically; ``contents`` are the other entries of ``KEYS``."""
+    """Write a checkpoint of this schema atomically; ``contents`` are the other entries of ``KEYS``.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written to; the checkpoint that was there stays whole.
+    """
     contents = {"kind": KIND, "schema": SCHEMA, **contents}
     if set(contents) != KEYS:
         raise TypeError(f"a checkpoint holds {sorted(KEYS)}, not {sorted(contents)}")

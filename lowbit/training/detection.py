@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowbit.data import ArrayDataset
 from lowbit.errors import LowbitError
 from lowbit.training import augment, seeds
-from lowbit.training.batches import Batches
+from lowbit.training.batches import Batches, check_labels
 from lowbit.training.config import TrainConfig
 from lowbit.training.distributed import Processes, processes
 from lowbit.training.run_card import RunRecord
@@ -60,10 +60,13 @@ class DetectionBatches(Batches):
     def __init__(self, data: Any, config: TrainConfig, here: Processes):
         if config.augment == "randaugment":
             raise LowbitError("augment='randaugment' does not move boxes; for detection use none, shift or crop_flip")
-        (x, self.targets), (test_x, self.test_targets) = _whole(data.train, data.name), _whole(data.test, data.name)
+        (x, self.targets), (test_x, self.test_targets) = (
+            _whole(split, data.name, data.num_classes) for split in (data.train, data.test)
+        )
         # The items are numbered; their number is the "label" that the parent class hands through.
         train, test = (ArrayDataset(images, torch.arange(len(images))) for images in (x, test_x))
-        super().__init__(dataclasses.replace(data, train=train, test=test), config, here)
+        numbered = dataclasses.replace(data, train=train, test=test)
+        super().__init__(numbered, config, here, has_labels=False)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, list[Target]]]:
         """This process's share of each global batch of one epoch, augmented."""
@@ -123,6 +126,9 @@ class Detection:
             raise LowbitError("compile='model' does not suit detectors, whose shapes change with the number of boxes")
         self.config = config
 
+    def check(self, model: nn.Module, x: Tensor, here: Processes) -> None:
+        """Nothing more: `_check_model` has compared the classes."""
+
     def loss(self, forward: Callable, x: Tensor, y: list[Target], here: Processes) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the detector's losses, float32 scalar; nothing else for the history."""
         with torch.autocast(here.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
@@ -162,7 +168,7 @@ def evaluate_detector(
     if split not in ("train", "test"):
         raise LowbitError(f"split={split!r} is not allowed; 'train' and 'test' are")
     _check_model(model, data)
-    config = TrainConfig(epochs=1, batch_size=min(batch_size, len(data.train)))
+    config = TrainConfig(epochs=1, batch_size=max(1, min(batch_size, len(data.train))))
     with processes(device) as here:
         model.to(here.device)
         batches = DetectionBatches(dataclasses.replace(data, test=getattr(data, split)), config, here)
@@ -230,12 +236,34 @@ def _predict(
     return [prediction for prediction, _ in pairs], [target for _, target in pairs]
 
 
-def _whole(split: Any, name: str) -> tuple[Tensor, list[Target]]:
+def _whole(split: Any, name: str, classes: int) -> tuple[Tensor, list[Target]]:
     """All images ``[N, 3, H, W]`` and targets of a split, a `Subset` included."""
     items = [split[i] for i in range(len(split))]
-    if not items or not all(isinstance(target, dict) and {"boxes", "labels"} <= set(target) for _, target in items):
+    if not items:
+        raise LowbitError(f"{name} has an empty split; training and testing take at least one image each")
+    if not all(isinstance(target, dict) and {"boxes", "labels"} <= set(target) for _, target in items):
         raise LowbitError(f"{name}: an item of a detection set is (image, {{'boxes': ..., 'labels': ...}})")
-    return split.x if hasattr(split, "x") else torch.stack([x for x, _ in items]), [target for _, target in items]
+    x = split.x if hasattr(split, "x") else torch.stack([x for x, _ in items])
+    targets = [target for _, target in items]
+    for index, target in enumerate(targets):
+        _check_target(target, x.shape[-2:], classes, f"image {index} of {name}")
+    return x, targets
+
+
+def _check_target(target: Target, shape: tuple[int, int], classes: int, where: str) -> None:
+    boxes, (height, width) = target["boxes"], shape
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or target["labels"].shape != boxes.shape[:1]:
+        raise LowbitError(
+            f"{where} has boxes {list(boxes.shape)} and labels {list(target['labels'].shape)}; they should be [n, 4] "
+            "and [n]"
+        )
+    x1, y1, x2, y2 = boxes.unbind(1)
+    if not ((x1 >= 0) & (y1 >= 0) & (x1 < x2) & (y1 < y2) & (x2 <= width) & (y2 <= height)).all():
+        raise LowbitError(
+            f"{where} has a box that is no part of its {width}x{height} pixels: boxes are x1, y1, x2, y2 with "
+            "0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height"
+        )
+    check_labels(target["labels"], classes, where)
 
 
 def _to(target: Target, device: torch.device) -> Target:

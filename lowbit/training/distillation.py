@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from lowbit.errors import LowbitError
 
 Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -75,6 +77,28 @@ def target(teacher: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What ``teacher`` says of the batch ``x``: logits [N,K]; of two heads (training mode only) those of the class."""
     output = teacher(x)
     return output[0] if isinstance(output, tuple) else output
+
+
+def check_outputs(output: Any, items: int, classes: int, name: str, who: str) -> None:
+    """Refuses what is not logits ``[items, classes]``, or two of them.
+
+    Args:
+        output: what a model returned for a batch.
+        items: in the batch.
+        classes: of the data set.
+        name: of the data set.
+        who: "the model" or "the teacher", for the message.
+
+    Raises:
+        LowbitError: another kind or another shape; with what to do.
+    """
+    heads = output if isinstance(output, tuple) else (output,)
+    shapes = [list(head.shape) if isinstance(head, torch.Tensor) else type(head).__name__ for head in heads]
+    if len(heads) > 2 or any(shape != [items, classes] for shape in shapes):
+        raise LowbitError(
+            f"{who} returned {' and '.join(map(str, shapes)) or 'nothing'} for a batch of {items}, but {name} has "
+            f"{classes} classes: create it with num_classes={classes}"
+        )
 
 
 def merge(output: Logits) -> torch.Tensor:

@@ -21,7 +21,7 @@ def evaluate(
     """
     from lowbit.nn import calibrate
 
-    config = TrainConfig(epochs=1, batch_size=min(batch_size, len(data.train)))
+    config = TrainConfig(epochs=1, batch_size=max(1, min(batch_size, len(data.train))))
     with processes(device) as here:
         model.to(here.device)
         batches = Batches(data, config, here)
@@ -43,7 +43,7 @@ def reestimate_batchnorm_(
 
     from lowbit.nn import calibrate
 
-    config = TrainConfig(epochs=1, batch_size=min(batch_size, len(data.train)))
+    config = TrainConfig(epochs=1, batch_size=max(1, min(batch_size, len(data.train))))
     with processes(device) as here:
         model.to(here.device)
         batches = Batches(data, config, here)

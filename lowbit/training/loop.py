@@ -121,8 +121,8 @@ class Classification:
     record = run_card.RunRecord
     metrics = ("test_loss", "test_acc")
 
-    def __init__(self, config: TrainConfig, teacher: nn.Module | None = None):
-        self.config, self.teacher = config, teacher
+    def __init__(self, data: Any, config: TrainConfig, teacher: nn.Module | None = None):
+        self.data, self.config, self.teacher = data, config, teacher
         self.weight = 0.0 if teacher is None else 0.5 if config.distill_weight is None else config.distill_weight
 
     def loss(self, forward: Callable, x: Any, y: Any, here: Processes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -134,10 +134,27 @@ class Classification:
             else:
                 with torch.no_grad():
                     target = distillation.target(self.teacher, x) if self.weight else None
+        for who, answer in (("the model", output), ("the teacher", target)):
+            if answer is not None:
+                distillation.check_outputs(answer, len(y), self.data.num_classes, self.data.name, who)
         smoothing, temperature = self.config.label_smoothing, self.config.temperature
         loss = distillation.loss(output, y, smoothing, target, self.weight, temperature)
         label = y if y.ndim == 1 else y.argmax(1)  # of a mixture the one with the larger share
         return loss, {"train_acc": (distillation.merge(output).detach().argmax(1) == label).sum()}
+
+    @torch.no_grad()
+    def check(self, model: nn.Module, x: torch.Tensor, here: Processes) -> None:
+        """Refuse a model or a teacher whose outputs do not fit the data, before anything is trained or written.
+
+        Args:
+            x: the first batch.
+        """
+        teacher = self.teacher if self.weight else None
+        for who, network in (("the model", model), ("the teacher", teacher)):
+            if network is not None:
+                with seeds.preserved(), _evaluation_mode(network), _autocast(self.config, here):
+                    output = network(x[:1])
+                distillation.check_outputs(output, 1, self.data.num_classes, self.data.name, who)
 
     def evaluate(self, model: nn.Module, batches: Batches, here: Processes) -> dict[str, float]:
         """The ``metrics`` on the test split, over all processes; leaves evaluation mode on."""
@@ -146,7 +163,7 @@ class Classification:
 
 def _task(model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module | None) -> Any:
     if data.task != "detection":
-        return Classification(config, teacher)
+        return Classification(data, config, teacher)
     from lowbit.training.detection import Detection
 
     return Detection(model, data, config, teacher)
@@ -157,10 +174,13 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
     from lowbit import environment
 
     batches = task.batches(data, config, here)
+    first = batches.first()
+    with _fitting(model, data):
+        lowbit.nn.calibrate(model, first)
+        task.check(model, first, here)
     if config.crops and task.teacher is not None and task.weight:
         batches.answers = stored_answers(task.teacher, batches)
     callbacks = (*_annealing(model, config, batches.steps), *callbacks)
-    lowbit.nn.calibrate(model, batches.first())
     optimizer = optim.build_optimizer(model, config)
     if config.cga_epochs and adam_like(optimizer):
         callbacks[0].check_rate(config.cga_lr)  # now, rather than after all of config.epochs
@@ -255,12 +275,9 @@ def evaluate(model: nn.Module, batches: Batches, config: TrainConfig, here: Proc
     totals = torch.zeros(3, dtype=torch.float64, device=here.device)
     for x, y in batches.test():
         with _autocast(config, here):
-            logits = distillation.merge(model(x)).float()
-        if logits.ndim != 2 or logits.shape[1] != batches.data.num_classes:
-            raise LowbitError(
-                f"the model returned {list(logits.shape)} for a batch of {len(y)}, but {batches.data.name} has "
-                f"{batches.data.num_classes} classes: create it with num_classes={batches.data.num_classes}"
-            )
+            output = model(x)
+        distillation.check_outputs(output, len(y), batches.data.num_classes, batches.data.name, "the model")
+        logits = distillation.merge(output).float()
         totals[0] += nn.functional.cross_entropy(logits, y, reduction="sum")
         totals[1] += (logits.argmax(1) == y).sum()
         totals[2] += len(y)
@@ -305,6 +322,33 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every layer gets its own mode back."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def _fitting(model: nn.Module, data: Any) -> Iterator[None]:
+    """Tell a model that cannot compute the data's items from a fault in the middle of a run."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise LowbitError(
+            f"{type(model).__name__} cannot compute a batch of {data.name}, whose items are {list(data.input_shape)} "
+            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}): create it for "
+            "this shape"
+        ) from error
 
 
 def _warn_of_emulated_bf16(config: TrainConfig, here: Processes) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.training.checkpoint import write_atomically
+from lowbit.files import cannot_write, write_atomically
 
 if TYPE_CHECKING:
     import pandas
@@ -80,5 +80,8 @@ def write_history(path: Path, history: list[dict[str, Any]]) -> None:
 
 def append_history(path: Path, row: dict[str, Any]) -> None:
     """Add one epoch to the JSONL file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
