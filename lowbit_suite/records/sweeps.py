@@ -1,9 +1,10 @@
 """The same experiment for every arm and seed, several at once: :func:`sweep`."""
 
 import itertools
+import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def sweep(
         arms: keyword arguments of ``run``, one mapping an arm.
         seeds: each arm runs with each of them.
         workers: processes, each with one thread; 1 runs everything in this process. None: as many as torch has
-            threads here, but one where there is a GPU. Results do not depend on it.
+            threads here, but one where there is a GPU or semaphores are refused. Results do not depend on it.
         description: what the progress bar says.
 
     Returns:
@@ -44,29 +45,25 @@ def sweep(
         LowbitError: nothing to run; or a run failed: which one, and why. What had been measured until then is kept
             by `lowbit.save_table`, and the message says where.
     """
-    from joblib import Parallel, delayed, parallel_config
     from tqdm.auto import tqdm
 
     jobs = [(dict(arm), seed) for arm in arms for seed in seeds]
     if not jobs:
         raise LowbitError(f"there is nothing to run: {len(arms)} arms, {len(seeds)} seeds")
     if workers is None:
-        workers = 1 if torch.cuda.is_available() else torch.get_num_threads()
+        workers = 1 if torch.cuda.is_available() or _no_semaphores() else torch.get_num_threads()
     if workers < 1:
         raise LowbitError(f"workers={workers} is not allowed; it takes 1 or more")
+    if workers > 1 and (why := _no_semaphores()):
+        raise LowbitError(f"workers={workers} needs semaphores, which this system refuses ({why}); workers=1 does not")
     journal, name = Journal(), f"{next(_NUMBERS)} {description}"
     found = {job: result for job in range(len(jobs)) if (result := journal.get(name, *jobs[job])) is not None}
     left = [job for job in range(len(jobs)) if job not in found]
     workers = min(workers, max(len(left), 1))
-    # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
     bar = tqdm(total=len(jobs), initial=len(found), desc=description, unit="run")
-    with bar, parallel_config("loky", inner_max_num_threads=1):
-        # One worker is this process (joblib's sequential form): no start-up, no copies, a debugger works.
-        parallel = Parallel(workers, return_as="generator_unordered")
-        done = parallel(delayed(_one)(run, job, *jobs[job]) for job in left)
+    with bar:
         try:
-            for job, seconds, result in done:
+            for job, seconds, result in _results(run, {job: jobs[job] for job in left}, workers):
                 found[job] = result
                 journal.add(name, *jobs[job], seconds, result)
                 bar.update()
@@ -78,6 +75,29 @@ def sweep(
             where = tables() / f"{unfinished}.csv"
             raise LowbitError(f"{error}; the {len(kept)} rows measured before it are in {where}") from None
     return _table(jobs, found)
+
+
+def _results(run: Callable, jobs: Mapping[int, tuple[dict[str, Any], int]], workers: int) -> Iterator[tuple]:
+    """What `_one` returns for each job, as it comes."""
+    if workers == 1:  # this process: no start-up, no copies, no semaphores, and a debugger works
+        yield from (_one(run, job, *given) for job, given in jobs.items())
+        return
+    from joblib import Parallel, delayed, parallel_config
+
+    # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
+    with parallel_config("loky", inner_max_num_threads=1):
+        parallel = Parallel(workers, return_as="generator_unordered")
+        yield from parallel(delayed(_one)(run, job, *given) for job, given in jobs.items())
+
+
+def _no_semaphores() -> str:
+    """Why processes cannot work side by side here (a /dev/shm that cannot be written); empty if they can."""
+    try:
+        multiprocessing.Semaphore()
+    except (ImportError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _table(jobs: Sequence[tuple[dict[str, Any], int]], found: Mapping[int, Any]):

@@ -42,6 +42,20 @@ def test_two_processes_give_the_same_table_also_for_a_function_that_is_local():
     assert here.equals(there)
 
 
+def test_one_worker_needs_no_semaphores_and_two_say_that_they_do(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    for where in ("Semaphore", "BoundedSemaphore", "Lock", "RLock", "Process", "Queue"):
+        monkeypatch.setattr("multiprocessing." + where, refuse)
+    monkeypatch.setattr("joblib.Parallel", refuse)
+    monkeypatch.setattr("joblib.parallel_config", refuse)
+    assert len(sweep(dot, [{"scale": 1.0}], [0, 1], workers=1)) == 2
+    assert len(sweep(dot, [{"scale": 1.0}], [0, 1])) == 2
+    with pytest.raises(LowbitError, match=r"workers=2 needs semaphores.*Permission denied"):
+        sweep(dot, [{"scale": 1.0}], [0, 1], workers=2)
+
+
 def test_threads_are_left_as_they_were():
     before = torch.get_num_threads()
     sweep(dot, [{"scale": 1.0}], [0], workers=1)
