@@ -31,14 +31,29 @@ def project() -> Path:
     )
 
 
+def require_project() -> Path:
+    """The project folder, for what is written into it.
+
+    Raises:
+        LowbitError: the command runs outside every project: nothing may be written beside an installed package.
+    """
+    folder = project()
+    if not (folder / "notebooks").is_dir():
+        raise LowbitError(
+            f"{folder} is no lowbit project (it has no notebooks/): run this inside a copy of the project's sources, "
+            "or set LOWBIT_PROJECT to one"
+        )
+    return folder
+
+
 def notebooks() -> Path:
     """The folder of the course's notebooks."""
     return project() / "notebooks"
 
 
 def results() -> Path:
-    """The folder of everything measured; ``LOWBIT_RESULTS`` moves it."""
-    return Path(os.environ.get("LOWBIT_RESULTS") or project() / "results")
+    """The folder of everything measured, in the project; ``LOWBIT_RESULTS`` moves it."""
+    return Path(os.environ.get("LOWBIT_RESULTS") or require_project() / "results")
 
 
 def recorded(name: str) -> Path:

@@ -3,21 +3,21 @@
 Exit status: 0 all is well, 1 something asked for did not pass, 2 a mistake in what was given (one line on stderr).
 """
 
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
+from lowbit.command import NAMES, Group
 from lowbit.data import cli as data
-from lowbit.errors import LowbitError
 from lowbit.kernels import cli as kernels
 from lowbit.training import cli as training
 from lowbit_suite import cli as suite
 from lowbit_suite.study import cli as study
 
 app = typer.Typer(
+    cls=Group,
+    context_settings=NAMES,
     help="Low-bit training, taught and checked: notebooks, runs, data and benchmarks.",
     no_args_is_help=True,
     add_completion=False,
@@ -25,24 +25,11 @@ app = typer.Typer(
 )
 
 
-def _plain_errors(command: Callable) -> Callable:
-    """Turns a `LowbitError` into its message and exit status 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except LowbitError as error:
-            print(f"lowbit: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-
-    return wrapped
-
-
 COMMANDS = (
     suite.run,
     suite.check,
     suite.accept,
+    suite.report,
     suite.claims,
     suite.again,
     suite.course,
@@ -66,8 +53,6 @@ if (SOURCES / "pyproject.toml").exists():  # a source tree: the developers' tool
     GROUPS["bench"] = (benchmarks.app, "Benchmarks: ratios measured in one run.")
 
 for command in COMMANDS:
-    app.command()(_plain_errors(command))
+    app.command()(command)
 for name, (group, about) in GROUPS.items():
     app.add_typer(group, name=name, help=about)
-    for info in group.registered_commands:
-        info.callback = _plain_errors(info.callback)

@@ -58,11 +58,13 @@ def run(
     """
     from rich.console import Console
 
+    from lowbit import paths
     from lowbit_suite import report
     from lowbit_suite.running import runner
     from lowbit_suite.running.progress import Progress, summary
     from lowbit_suite.running.run_json import show_path
 
+    paths.require_project()
     plan = runner.plan(
         notebooks or (),
         profile,
@@ -106,11 +108,13 @@ def check(
     out: OutOption = None,
 ) -> None:
     """Compare the numbers of the last run with the accepted ones; exit 1 on any difference."""
+    from lowbit import paths
     from lowbit_suite import profiles
     from lowbit_suite.accepted import baselines
     from lowbit_suite.running import junit, runner
     from lowbit_suite.running import run_json as runfile
 
+    paths.require_project()
     folder = out or runner.run_folder(profile)
     done = runfile.load(folder)
     _same_profile(done.profile, profile)
@@ -152,12 +156,14 @@ def accept(
     """
     from rich.console import Console
 
+    from lowbit import paths
     from lowbit_suite.accepted import baselines, evidence
     from lowbit_suite.accepted import repeats as seeding
     from lowbit_suite.running import run_json as runfile
     from lowbit_suite.running import runner
     from lowbit_suite.running.progress import Progress
 
+    paths.require_project()
     folder = out or runner.run_folder(profile)
     done = runfile.load(folder)
     _same_profile(done.profile, profile)
@@ -226,11 +232,13 @@ def again(
     from rich.console import Console
     from rich.table import Table
 
+    from lowbit import paths
     from lowbit_suite.accepted import again as rerun
     from lowbit_suite.running import runner
     from lowbit_suite.running.progress import Progress, summary
     from lowbit_suite.running.run_json import show_path
 
+    paths.require_project()
     plan = rerun.plan(notebook, profile, journal, rows or (), count, draw, timeout_minutes=timeout, out=out)
     console = wide_console()
     console.print(f"{sum(map(len, plan.chosen.values()))} of {plan.there} trainings once more", highlight=False)
@@ -279,6 +287,7 @@ def claims(
     from lowbit_suite.running import run_json as runfile
     from lowbit_suite.running.run_json import show_path
 
+    paths.require_project()
     if out:
         return _claims_of(runfile.load(out), out)
     found = judged.judge_all()
@@ -319,7 +328,6 @@ def _claims_of(run, folder: Path) -> None:
 
 def _told(files: list[Path]) -> None:
     from lowbit_suite.running.run_json import show_path
-
     for file in files:
         typer.echo(f"wrote {show_path(file)}")
 

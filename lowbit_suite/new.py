@@ -103,7 +103,7 @@ def quantizer(name: str) -> list[Path]:
 
 
 def _project(folder: str) -> Path:
-    found = paths.project() / folder
+    found = paths.require_project() / folder
     if not found.is_dir():
         raise LowbitError(
             f"there is no {folder}/ in {paths.project()}: run this inside a copy of the project's sources"

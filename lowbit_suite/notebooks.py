@@ -5,16 +5,14 @@ import fnmatch
 import graphlib
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lowbit import paths
+from lowbit import paths, yamls
 from lowbit.errors import LowbitError
+from lowbit.training.runfile import refuse_repeated
 from lowbit_suite.profiles import Profile, close
 
 
@@ -134,6 +132,7 @@ def parse_assignments(assignments: Sequence[str], notebooks: Sequence[Notebook])
     Values are YAML scalars or lists. An unqualified name has to be a parameter of every selected notebook.
     """
     found: dict[str, dict[str, Any]] = {notebook.name: {} for notebook in notebooks}
+    refuse_repeated("-p", assignments)
     for text in assignments:
         left, equals, right = text.partition("=")
         owner, colon, name = left.rpartition(":")
@@ -151,27 +150,14 @@ def parse_assignments(assignments: Sequence[str], notebooks: Sequence[Notebook])
 
 
 def parse_value(text: str, value: str) -> Any:
-    """A YAML scalar or list. YAML 1.1 reads ``1e-3`` as a text; here it is the number that it looks like."""
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise LowbitError(f"-p {text!r}: the value is not a YAML scalar or list") from None
+    """A scalar or list of YAML 1.2 (`lowbit.yamls`); nothing at all is the empty text."""
+    if "&" in value and "*" in value:
+        raise LowbitError(f"-p {text!r}: the value has to be written out, without YAML's references")
+    parsed = yamls.load(value, f"-p {text!r}: the value") if value.strip() else ""
     items = parsed if isinstance(parsed, list) else [parsed]
     if any(isinstance(item, dict) or not isinstance(item, str | int | float | bool | list | None) for item in items):
         raise LowbitError(f"-p {text!r}: the value has to be a number, a text, true/false or a list of these")
-    return _numbers(parsed)
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str):
-        try:
-            number = float(value)
-        except ValueError:
-            return value
-        return number if math.isfinite(number) and "e" in value.lower() else value
-    return value
+    return parsed
 
 
 def resolve(
@@ -226,7 +212,7 @@ def _allow(source: str, notebook: Notebook, name: str, value: Any) -> None:
         list: (list, tuple),
         tuple: (list, tuple),
     }.get(type(default))
-    if kinds is None or value is None:
+    if kinds is None:
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise LowbitError(

@@ -5,10 +5,9 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
-from lowbit import paths
+from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 
 NAMES = ("smoke", "embedded", "desk", "gpu", "paper")
@@ -71,10 +70,8 @@ def load(path: Path | None = None) -> dict[str, Profile]:
     if not path.is_file():
         raise LowbitError(f"there is no {FILE} in {path.parent}: run inside the project, or set LOWBIT_PROJECT to it")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yamls.load(path.read_text(encoding="utf-8"), FILE)
         profiles = _File.model_validate(tree).root
-    except yaml.YAMLError as error:
-        raise LowbitError(f"{FILE} is not YAML: {error}") from None
     except ValidationError as error:
         lines = [f"{FILE}: {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
         raise LowbitError("\n".join(lines)) from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowbit import paths
+from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 
 FILE = "tests/mutations.yaml"
@@ -57,19 +57,18 @@ def load(root: Path | None = None) -> list[Mutation]:
     Raises:
         LowbitError: no list, an entry that lacks something, or a text that does not occur exactly once.
     """
-    import yaml
 
     root = root or paths.project()
     file = root / FILE
     if not file.is_file():
         raise LowbitError(f"there is no {FILE} in {root}; the deliberate faults are listed there")
-    entries = yaml.safe_load(file.read_text())
+    entries = yamls.load(file.read_text(encoding="utf-8"), file.name)
     mutations = [_entry(i, entry) for i, entry in enumerate(entries, 1)]
     for mutation in mutations:
         if any(mutation.name == other.name for other in mutations if other is not mutation):
             raise LowbitError(f"{FILE}: two faults are called {mutation.name!r}")
         source = root / mutation.file
-        found = source.read_text().count(mutation.old) if source.is_file() else 0
+        found = source.read_text(encoding="utf-8").count(mutation.old) if source.is_file() else 0
         if found != 1:
             raise LowbitError(
                 f"{FILE}: the old text of {mutation.name!r} occurs {found} times in {mutation.file}, not once; bring "

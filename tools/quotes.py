@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit import paths
+from lowbit.command import plain_errors
 from lowbit.errors import LowbitError
 from lowbit_suite import claims
 from lowbit_suite.running.run_json import write_text
@@ -106,12 +107,10 @@ def _recorded(binding: str, results: Path) -> str:
 
 
 if __name__ == "__main__":
-    for given in map(Path, sys.argv[1:]):
-        try:
+    with plain_errors():
+        for given in map(Path, sys.argv[1:]):
             before = given.read_text(encoding="utf-8")
             after = refresh(before)
-        except (LowbitError, OSError) as error:
-            sys.exit(f"{given}: {error}")
-        changed = sum(quote.shown != quote.recorded for quote in find(before))
-        write_text(given, after)
-        print(f"{given}: {changed} of {len(find(after))} quotes changed")
+            changed = sum(quote.shown != quote.recorded for quote in find(before))
+            write_text(given, after)
+            print(f"{given}: {changed} of {len(find(after))} quotes changed")

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from lowbit.command import plain_errors
 from lowbit.errors import LowbitError
 from lowbit.models.zoo import CHECKPOINTS
 from lowbit.serialization import load, save
@@ -46,5 +47,6 @@ def ship(folder: str | Path) -> Path:
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        print(ship(given))
+    with plain_errors():
+        for given in sys.argv[1:]:
+            print(ship(given))

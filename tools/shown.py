@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 
+from lowbit.command import plain_errors
 from lowbit_suite import claims
 
 SHOW = re.compile(r"^claims\.show\((.+)\)$", re.MULTILINE)
@@ -36,8 +37,9 @@ def refresh(notebook: nbformat.NotebookNode) -> bool:
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        read = nbformat.read(given, as_version=4)
-        if refresh(read):
-            nbformat.write(read, Path(given))
-            print(f"{given}: shows the claims as they are recorded now")
+    with plain_errors():
+        for given in sys.argv[1:]:
+            read = nbformat.read(given, as_version=4)
+            if refresh(read):
+                nbformat.write(read, Path(given))
+                print(f"{given}: shows the claims as they are recorded now")

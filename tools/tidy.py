@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from lowbit.command import plain_errors
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CELL_TIMEOUT = 600  # s
 
@@ -34,6 +36,7 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        execute(Path(given))
-        print(f"{given}: executed")
+    with plain_errors():
+        for given in sys.argv[1:]:
+            execute(Path(given))
+            print(f"{given}: executed")

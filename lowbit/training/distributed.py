@@ -73,14 +73,21 @@ def processes(device: str | torch.device | None = None) -> Iterator[Processes]:
 
     gloo on the CPU, nccl on GPUs. ``device=None``: this rank's GPU if there is one, else the CPU.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = _number("WORLD_SIZE", 1)
     if device is None:
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local = _number("LOCAL_RANK", 0)
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise LowbitError(f"device={device!r} is not allowed; 'cpu', 'cuda' and 'cuda:<number>' are") from None
+    if device.type not in ("cpu", "cuda"):
+        raise LowbitError(f"device={str(device)!r} is not allowed; 'cpu', 'cuda' and 'cuda:<number>' are")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise LowbitError(f"device={str(device)!r} was asked for, but torch sees no GPU here; use device='cpu'")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise LowbitError(f"device={str(device)!r} is not here; torch sees {torch.cuda.device_count()} GPU(s)")
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
@@ -89,9 +96,22 @@ def processes(device: str | torch.device | None = None) -> Iterator[Processes]:
         return
     ours = not dist.is_initialized()
     if ours:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise LowbitError(
+                f"WORLD_SIZE={count} asks for {count} processes, but {missing[0]} is not set: start them with torchrun "
+                "--nproc-per-node=N -m lowbit train, or unset WORLD_SIZE"
+            )
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    """A number that ``torchrun`` hands over in the environment."""
+    given = os.environ.get(name) or str(default)
+    if not given.isdecimal() or int(given) < default:
+        raise LowbitError(f"the environment variable {name}={given!r} should be a number from {default}; unset it")
+    return int(given)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from lowbit import yamls
 from lowbit.errors import LowbitError
 from lowbit.training.config import TrainConfig
 
@@ -19,25 +18,6 @@ if TYPE_CHECKING:
     from lowbit.data import Data
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: ``1e-3`` is a number, a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise LowbitError(f"the key {key.value!r} stands twice, at {str(key.start_mark).strip()}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)|[-+]?(\d+\.\d*|\.\d+)|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
-    list("-+0123456789."),
-)
 
 
 @dataclass(frozen=True)
@@ -141,13 +121,16 @@ def read(path: str | Path, changes: Iterable[str] = ()) -> RunConfig:
     """Read a run file, with ``changes`` such as ``"train.epochs=3"`` (values are YAML) made to it."""
     path = Path(path)
     try:
-        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise LowbitError(f"cannot read the run file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LowbitError(f"{path} is not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise LowbitError(f"{path} is not YAML: it is no text ({error})") from None
+    given = yamls.load(text, str(path))
     try:
         _require_mapping("the run file", given)
+        changes = list(changes)
+        refuse_repeated("--set", changes)
         for change in changes:
             apply_change(given, change)
         return RunConfig.from_dict(given)
@@ -167,10 +150,17 @@ def apply_change(given: dict[str, Any], change: str) -> None:
             place[parent] = {}
         place = place[parent]
         _require_mapping(f"--set {change!r}: {parent}", place)
-    try:
-        place[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise LowbitError(f"--set {change!r}: the value is not YAML ({error})") from None
+    place[last] = yamls.load(text, f"--set {change!r}: the value")
+
+
+def refuse_repeated(option: str, assignments: Iterable[str]) -> None:
+    """Raise LowbitError if ``name=value`` words give a name twice: one of the values would be lost."""
+    seen = set()
+    for text in assignments:
+        name = text.partition("=")[0].strip()
+        if name in seen:
+            raise LowbitError(f"{option} gives {name!r} twice; give it once")
+        seen.add(name)
 
 
 def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
@@ -184,6 +174,10 @@ def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
         return models.create(**{"num_classes": data.num_classes, **fitting, **spec})
     except LowbitError as error:
         raise LowbitError(f"{where}: {error}") from None
+    except Exception as error:  # what timm's and torchvision's constructors make of an odd option
+        raise LowbitError(
+            f"{where}: {spec['name']!r} cannot be built with these options ({type(error).__name__}: {error})"
+        ) from error
 
 
 def refuse_unknown(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lowbit import paths
+from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 from lowbit.metrics.statistics import EXPECTED, detectable, p_against, verdict
 from lowbit_suite import profiles
@@ -66,12 +66,10 @@ def load(file: Path | None = None) -> list[dict[str, Any]]:
     Raises:
         LowbitError: an entry with unknown, missing or contradictory keys, or a claim without a primary statement.
     """
-    import yaml
-
     file = file or paths.notebooks() / FILE
     if not file.is_file():
         raise LowbitError(f"there is no {FILE} in {file.parent}: run inside the project, or set LOWBIT_PROJECT to it")
-    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tree = yamls.load(file.read_text(encoding="utf-8"), file.name)
     named, claims = tree.get("conditions", {}), tree["claims"]
     for claim in claims:
         common = conditions.parse(claim["id"], claim.get("conditions", []), named)

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from lowbit import paths
+from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 
 FILE = "anchors.yaml"
@@ -81,10 +80,7 @@ def load(path: Path | None = None) -> list[Anchor]:
     path = path or paths.notebooks() / FILE
     if not path.is_file():
         raise LowbitError(f"there is no {FILE} in {path.parent}: run inside the project, or set LOWBIT_PROJECT to it")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise LowbitError(f"{FILE} is not YAML: {error}") from None
+    tree = yamls.load(path.read_text(encoding="utf-8"), FILE)
     if not isinstance(tree, list):
         raise LowbitError(f"{FILE} has to be a list of entries")
     anchors = [_parse(number, entry) for number, entry in enumerate(tree, start=1)]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, MinLen
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from lowbit import paths
+from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 from lowbit.training.runfile import RunConfig, apply_change
 
@@ -170,7 +170,7 @@ class Training:
 
 def file() -> Path:
     """The plan of the project."""
-    return paths.notebooks() / FILE
+    return paths.require_project() / "notebooks" / FILE
 
 
 def load(path: Path | None = None) -> dict[str, Table]:
@@ -179,15 +179,14 @@ def load(path: Path | None = None) -> dict[str, Table]:
     Raises:
         LowbitError: no plan, or one that is not valid; the message names the place.
     """
-    import yaml
 
     path = path or file()
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yamls.load(path.read_text(encoding="utf-8"), path.name)
         return {name: Table(**table) for name, table in tree.items()}
     except OSError as error:
         raise LowbitError(f"cannot read the study's plan {path.name}: {error.strerror}") from None
-    except (yaml.YAMLError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise LowbitError(f"{path.name} is no plan of the study: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]

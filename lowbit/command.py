@@ -1,0 +1,116 @@
+"""How the commands speak: one line for every ordinary mistake, ``-h`` and ``--version`` everywhere, any terminal.
+
+Exit status: 0 all is well, 1 something asked for did not pass (or nobody reads the output any more), 2 a mistake in
+what was given, 130 stopped by Ctrl-C.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lowbit.errors import LowbitError
+
+NAMES = {"help_option_names": ["-h", "--help"]}
+"""The ``context_settings`` of a `Group`; its commands inherit them."""
+
+
+class Group(TyperGroup):
+    """A group of commands; pass it as ``cls`` to `typer.Typer`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        _add_version(self)
+
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, standalone_mode: bool = True, **more: Any
+    ) -> Any:
+        """Run the command and leave with its exit status; without ``standalone_mode`` return it, errors and all."""
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **more)
+        degrade()
+        try:
+            status = super().main(args, prog_name, standalone_mode=False, **more) or 0
+            sys.stdout.flush()
+        except BrokenPipeError:  # of `| head`; the interpreter would complain once more when it closes the pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 1
+        except Exception as error:
+            status = _told(error)
+        sys.exit(status)
+
+
+def _add_version(command: Any) -> None:
+    """The option ``--version`` for a command and everything below it."""
+    if not any("--version" in parameter.opts for parameter in command.params):
+        command.params.append(_version_option())
+    for below in getattr(command, "commands", {}).values():
+        _add_version(below)
+
+
+def _version_option() -> Any:
+    """The option, made by typer of an annotation as all others are: its own classes change from release to release."""
+
+    def show(asked: bool) -> None:
+        if asked:
+            from lowbit import __version__
+
+            print(f"lowbit {__version__}")
+            raise typer.Exit
+
+    about = typer.Option("--version", is_eager=True, callback=show, help="Show the version and exit.")
+    maker = typer.Typer(add_completion=False)
+
+    @maker.command()
+    def command(version: Annotated[bool, about] = False) -> None:
+        """Never called."""
+
+    (option,) = typer.main.get_command(maker).params
+    option.expose_value = False  # the commands do not take it as an argument
+    return option
+
+
+def degrade() -> None:
+    """Let an output that cannot hold a character (an ASCII terminal) show "?" for it instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and not (stream.encoding or "").lower().startswith("utf"):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """The same for a module that is run by itself: an ordinary mistake ends the program with one line, status 2."""
+    degrade()
+    try:
+        yield
+    except (LowbitError, OSError) as error:
+        sys.exit(_told(error))
+
+
+def _told(error: Exception) -> int:
+    """Print an ordinary mistake in one line on standard error and return the exit status; raise everything else."""
+    kind = type(error).__name__
+    if kind == "NoArgsIsHelpError":
+        print(error.ctx.get_help())
+        return 2
+    if kind == "Abort":
+        stopped = isinstance(error.__context__ or error.__cause__, KeyboardInterrupt)
+        print("lowbit: stopped" if stopped else "lowbit: nobody answers; nothing was changed", file=sys.stderr)
+        return 130 if stopped else 1
+    if hasattr(error, "format_message"):  # a mistake in the words of the command line
+        context = getattr(error, "ctx", None)
+        hint = f" (see '{context.command_path} -h')" if context else ""
+        text = error.format_message() + hint
+    elif isinstance(error, LowbitError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        text = f"{place}{error.strerror or error}; give a place that is there and may be read and written"
+    else:
+        raise error
+    print("lowbit:", "; ".join(filter(None, map(str.strip, text.splitlines()))), file=sys.stderr)
+    return 2
