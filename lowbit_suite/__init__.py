@@ -10,7 +10,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["claims", "plotting"],
+    submodules=["claims", "parameters", "plotting"],
     submod_attrs={
         "records.rates": ["best_rates", "choose_rates"],
         "records.record": ["record", "skip"],
@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
-    from lowbit_suite import claims, plotting
+    from lowbit_suite import claims, parameters, plotting
     from lowbit_suite.records.rates import best_rates, choose_rates
     from lowbit_suite.records.record import record, skip
     from lowbit_suite.records.sweeps import sweep

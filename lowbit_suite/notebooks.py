@@ -153,7 +153,10 @@ def parse_value(text: str, value: str) -> Any:
     """A scalar or list of YAML 1.2 (`lowbit.yamls`); nothing at all is the empty text."""
     if "&" in value and "*" in value:
         raise LowbitError(f"-p {text!r}: the value has to be written out, without YAML's references")
-    parsed = yamls.load(value, f"-p {text!r}: the value") if value.strip() else ""
+    try:
+        parsed = yamls.load(value, "it") if value.strip() else ""
+    except LowbitError as error:
+        raise LowbitError(f"-p {text!r}: the value is not a YAML scalar or list ({error})") from None
     items = parsed if isinstance(parsed, list) else [parsed]
     if any(isinstance(item, dict) or not isinstance(item, str | int | float | bool | list | None) for item in items):
         raise LowbitError(f"-p {text!r}: the value has to be a number, a text, true/false or a list of these")

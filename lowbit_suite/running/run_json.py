@@ -1,19 +1,15 @@
 """run.json: what one run of the suite saw. Written only by the parent, atomically, after every notebook."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lowbit.errors import LowbitError
+from lowbit.files import PART, write_atomically
 from lowbit_suite.profiles import Profile
 from lowbit_suite.records.record import decode, encode
 
 SCHEMA = 1
-PART = ".part"
-"""How the names of half-written files end."""
-
 STATUSES = ("passed", "failed", "timeout", "killed", "oom", "skipped", "not_run")
 """How a notebook ended, as its parent process saw it."""
 
@@ -126,18 +122,7 @@ def write_json(path: Path, tree: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are for everyone who may read the folder
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def remove_parts(folder: Path) -> None:

@@ -111,3 +111,19 @@ def test_a_broken_notebook_is_refused(project):
     (project.notebooks / "a.ipynb").write_text('{"cells": 3')
     with pytest.raises(LowbitError, match=r"a\.ipynb cannot be read as a notebook"):
         notebooks.select([])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0o10", 8),
+        ("1e-3", 1e-3),
+        ("", ""),
+        ("null", None),
+        ("yes", "yes"),
+        ("[1, 2.5, a]", [1, 2.5, "a"]),
+    ],
+)
+def test_values_are_read_as_they_look(text, value):
+    assert notebooks.parse_value(f"x={text}", text) == value
