@@ -99,7 +99,8 @@ RULES: dict[str, Rule] = {
     "schedule": one_of("constant", "cosine"),
     **dict.fromkeys(("hold_out_speaker", "compiled_form"), SWITCH),
     **dict.fromkeys(("sizes", "rows_tried", "batches_timed"), several(COUNT)),
-    **dict.fromkeys(("threads", "compared", "floats", "memory_mb", "compared_images", "repeats", "window"), COUNT),
+    **dict.fromkeys(("compared", "floats", "memory_mb", "compared_images", "repeats", "window"), COUNT),
+    "threads": whole(1, 256),
 }
 """What each parameter may be, whichever notebook has it; a notebook may ask for more (`check`)."""
 

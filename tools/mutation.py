@@ -121,12 +121,12 @@ def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Out
                 yield Outcome(mutation, "error", f"its tests fail without the fault: {control.noticed_by}")
                 continue
             changed = copy / mutation.file
-            text = changed.read_text()
-            changed.write_text(text.replace(mutation.old, mutation.new))
+            text = changed.read_text(encoding="utf-8")
+            changed.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
             try:
                 yield _ask(mutation, copy)
             finally:
-                changed.write_text(text)
+                changed.write_text(text, encoding="utf-8")
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

@@ -27,7 +27,7 @@ def ship(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise LowbitError(f"{folder} holds no run.json: it is not the folder of a finished `lowbit train`")
-    card = json.loads((folder / "run.json").read_text())
+    card = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     card["run"].pop("name", None)
     run = RunConfig.from_dict({"name": card["name"], **card["run"]})
     run.train.__dict__["out"] = None

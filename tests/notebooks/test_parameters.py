@@ -83,7 +83,7 @@ OWN = {  # values that exclude each other, or that only one notebook refuses
     "12_confidence_guided_annealing": [{"boundary": 0.25}, {"boundaries": [0.005, 0.6]}, {"boundaries": [0.0, 0.005]}],
     "13_ofq_ladder": [{"published_bits": [3]}, {"cost_models": ["banana"]}, {"boundary": 0.6}],
     "14_where_the_papers_meet": [{"sigma": 0.02}, {"alike": 0.0}, {"model_name": "resnet20"}],
-    "15_shift_kernel": [{"bits_tried": [2, 5]}, {"repeats": 4}],
+    "15_shift_kernel": [{"bits_tried": [8]}, {"bits_tried": [2, 5]}, {"repeats": 4}],
     "16_deploy": [
         {"batches_timed": [1, 512]},
         {"compared_images": 361},
@@ -91,7 +91,13 @@ OWN = {  # values that exclude each other, or that only one notebook refuses
         {"activation_bits": 5},
         {"bits": 5},
     ],
-    "17_what_a_bit_costs": [{"activation_bits": 5}, {"methods": ["banana"]}, {"bits_tried": [2, 8]}],
+    "17_what_a_bit_costs": [
+        {"bits_tried": [1]},
+        {"bits_tried": [5]},
+        {"activation_bits": 5},
+        {"methods": ["banana"]},
+        {"bits_tried": [2, 8]},
+    ],
     "18_open_questions": [
         {"conv_methods": ["s3", "pot", "lsq"]},
         {"boundary": 0.1},
