@@ -21,6 +21,7 @@ from benchmarks.cases import check_close
 from benchmarks.kernels import Outcome, select
 from benchmarks.processes import BURST, Built, Workers
 from benchmarks.report import Result
+from lowbit.files import replacing
 
 BASELINE = "torch fp32"
 CALIBRATION = 8  # inputs
@@ -191,32 +192,36 @@ def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
     path = folder / f"{model.name}.{kind}.onnx"
     if path.exists():
         return path
-    unfinished = path.with_suffix(".part")
+    with replacing(path) as unfinished:
+        _write_onnx(model, folder, kind, unfinished)
+    return path
+
+
+def _write_onnx(model: Model, folder: Path, kind: str, path: Path) -> None:
     if kind == "fp32":
         import onnxscript  # noqa: F401  (torch needs it and would say so in many more words)
 
         made, x = model.create(), model.inputs()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(made, (x,), str(unfinished), dynamo=True, external_data=False, verbose=False)
-        return unfinished.rename(path)
+            torch.onnx.export(made, (x,), str(path), dynamo=True, external_data=False, verbose=False)
+        return
     import onnxruntime.quantization as tools
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if kind == "ready":  # all shapes are fixed, so that symbolic ones, which fail on spectrograms, are not needed
-        quant_pre_process(str(_onnx(model, folder)), str(unfinished), skip_symbolic_shape=True)
-        return unfinished.rename(path)
+        quant_pre_process(str(_onnx(model, folder)), str(path), skip_symbolic_shape=True)
+        return
     ready = _onnx(model, folder, "ready")
     front = {"nodes_to_exclude": _front(ready)} if model.pixels is None else {}
     if kind == "dynamic":
-        tools.quantize_dynamic(ready, unfinished, weight_type=tools.QuantType.QInt8, per_channel=True, **front)
+        tools.quantize_dynamic(ready, path, weight_type=tools.QuantType.QInt8, per_channel=True, **front)
     else:
         reader = _Calibration(ready, model.inputs(CALIBRATION))
         # The operators that hold the work, and those between them; the others stay in float32.
         types = ["Conv", "MatMul", "Gemm", "Add", "GlobalAveragePool", "MaxPool"]
         options = {"per_channel": True, "quant_format": tools.QuantFormat.QDQ, "op_types_to_quantize": types}
-        tools.quantize_static(ready, unfinished, reader, **options, **front)
-    return unfinished.rename(path)
+        tools.quantize_static(ready, path, reader, **options, **front)
 
 
 def _front(path: Path) -> list[str]:

@@ -1,44 +1,59 @@
-"""Files that are whole or not there: `write_atomically`."""
+"""Files that are whole or not there: written beside their place first, then moved to it."""
 
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lowbit.errors import StorageError
 
 PART = ".part"
-"""How the names of half-written files end."""
+"""How the names of unfinished files end; they begin with a dot."""
 
 
-def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
-    """Call ``write(file)`` on a temporary binary file beside ``path``, then move it there: old file or new, never half.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a new name beside ``path``; the file written under that name takes the place of ``path`` at the end.
 
-    Args:
-        path: the file; its folder is made if need be.
-        write: gets the open file.
+    Readers see the old file or the new one. Missing folders are made.
 
     Raises:
-        StorageError: the disk is full, or the place cannot be written to. Nothing is left behind, and a file that was
-            at ``path`` before is unchanged. Other errors of ``write`` pass through, with the same promise.
+        StorageError: the disk is full, or the place cannot be written to. As after any other error, the file that was
+            at ``path`` before is unchanged and the unfinished one is removed.
     """
-    temporary = None
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
+        yield beside
+        with open(beside, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; results are for everyone who may read the folder
-        os.replace(temporary, path)
+        os.replace(beside, path)
     except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # its folder is no folder
+            beside.unlink(missing_ok=True)
         if (reason := _refusal(error)) is not None:
             raise cannot_write(path, reason) from error
         raise
+
+
+def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
+    """Call ``write(file)`` with a binary file that takes the place of ``path`` once it is complete."""
+    with replacing(path) as beside, open(beside, "xb") as file:
+        write(file)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8, newlines as given) atomically."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the unfinished files that a killed writer left in ``folder``."""
+    for path in folder.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> StorageError:

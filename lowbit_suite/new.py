@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lowbit import paths
 from lowbit.errors import LowbitError
+from lowbit.files import write_text
 from lowbit_suite.running.junit import clean
-from lowbit_suite.running.run_json import show_path, write_text
+from lowbit_suite.running.run_json import show_path
 
 if TYPE_CHECKING:
     import nbformat

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from lowbit import paths
 from lowbit.errors import LowbitError
+from lowbit.files import write_text
 from lowbit_suite import claims, skip_grammars
 from lowbit_suite.accepted import baselines
 from lowbit_suite.records.record import show
 from lowbit_suite.running.progress import LOOK, clock
-from lowbit_suite.running.run_json import Entry, Run, write_text
+from lowbit_suite.running.run_json import Entry, Run
 
 FILE = "report.html"
 NOT_STARTED = "not started yet"

@@ -19,8 +19,9 @@ def mutate(
     from tqdm.auto import tqdm
 
     from lowbit import paths
+    from lowbit.files import write_text
     from lowbit_suite.cli import wide_console
-    from lowbit_suite.running.run_json import show_path, write_text
+    from lowbit_suite.running.run_json import show_path
     from tools import mutation
 
     if write and names:

@@ -18,8 +18,8 @@ from pathlib import Path
 from lowbit import paths
 from lowbit.command import plain_errors
 from lowbit.errors import LowbitError
+from lowbit.files import write_text
 from lowbit_suite import claims
-from lowbit_suite.running.run_json import write_text
 
 QUOTE = re.compile(r"(?P<shown>[-−+]?\d[\d.,]*)?<!--=(?P<binding>.*?)-->", re.DOTALL)
 VERDICTS = re.compile(r"(?<=<!-- verdicts -->\n)(?P<shown>.*?)(?=<!-- /verdicts -->)", re.DOTALL)

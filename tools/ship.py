@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lowbit.command import plain_errors
 from lowbit.errors import LowbitError
+from lowbit.files import write_text
 from lowbit.models.zoo import CHECKPOINTS
 from lowbit.serialization import load, save
 
@@ -42,7 +43,7 @@ def ship(folder: str | Path) -> Path:
         raise LowbitError(f"{target.name} would have {size:,} bytes; a shipped checkpoint has at most {LARGEST:,}")
     kept["stored"] = {"dtype": "float16", "bytes": target.stat().st_size}
     kept["stored"]["test_acc"] = evaluate(load(target), run.load_data())["acc"]
-    target.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+    write_text(target.with_suffix(".json"), json.dumps(kept, indent=1) + "\n")
     return target
 
 

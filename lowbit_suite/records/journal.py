@@ -9,13 +9,13 @@ has changed, it starts anew.
 import base64
 import hashlib
 import json
-import os
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lowbit import environment, paths
+from lowbit.files import write_text
 from lowbit_suite.records.context import current
 
 ARRAY = "array"
@@ -60,10 +60,7 @@ def begin(
     else:
         same = digest and lines and all(lines[0].get(part) == head[part] for part in ("of", "machine"))
         kept = lines if same else [head]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text("".join(_line(line) for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(_line(line) for line in kept))
 
 
 def machine() -> dict[str, Any]:

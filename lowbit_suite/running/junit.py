@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+from lowbit.files import write_text
 from lowbit_suite.accepted.baselines import Row
 from lowbit_suite.records.record import show
-from lowbit_suite.running.run_json import Entry, Run, write_text
+from lowbit_suite.running.run_json import Entry, Run
 
 RUN = "junit.xml"
 CHECK = "junit-check.xml"

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lowbit.errors import LowbitError
-from lowbit.files import PART, write_atomically
+from lowbit.files import write_text
 from lowbit_suite.profiles import Profile
 from lowbit_suite.records.record import decode, encode
 
@@ -116,19 +116,8 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, tree: object) -> None:
-    """Writes strict JSON (NaN refused) atomically: a temporary neighbour first, then a rename."""
+    """Write strict JSON (NaN refused) atomically."""
     write_text(path, json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def remove_parts(folder: Path) -> None:
-    """Removes the half-written files that a killed writer left in ``folder``."""
-    for path in folder.glob(f".*{PART}"):
-        path.unlink(missing_ok=True)
 
 
 def show_path(path: Path) -> str:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from lowbit import paths
 from lowbit.errors import LowbitError
+from lowbit.files import remove_parts
 from lowbit_suite import notebooks, profiles, report
 from lowbit_suite.records import journal
 from lowbit_suite.running import executors, fingerprint, junit
@@ -142,7 +143,7 @@ def _alone(folder: Path) -> Iterator[None]:
         pass  # some network file systems have no locks
     try:
         end_strays(folder)
-        runfile.remove_parts(folder)
+        remove_parts(folder)
         yield
     finally:
         lock.release()

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from lowbit.files import write_text
 from lowbit_suite import skip_grammars
 from lowbit_suite.running.outputs import digest_of
 
@@ -172,11 +173,7 @@ def _one_line(text: str, limit: int = 300) -> str:
 
 
 def _write(path: str | Path, tree: dict) -> None:
-    """Atomic, and without the libraries of the package: this module has to start quickly."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

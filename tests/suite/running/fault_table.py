@@ -23,7 +23,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from lowbit import paths
-from lowbit_suite.running.run_json import write_text
+from lowbit.files import write_text
 
 PROFILES = """
 smoke: {description: small, timeout_minutes: 3, threads: 1, may_skip: [skippable]}
