@@ -29,7 +29,7 @@ _lazy, _dir, __all__ = lazy_loader.attach(
         "nn": ["QuantConfig", "calibrate", "quantize_"],
         "nn.deploy": ["pack"],
         "nn.fuse": ["fuse"],
-        "serialization": ["load", "save"],
+        "serialization": ["load", "load_into", "save"],
         "training": ["RunRecord", "TrainConfig", "train"],
     },
 )
@@ -53,5 +53,5 @@ if TYPE_CHECKING:
     from lowbit.nn import QuantConfig, calibrate, quantize_
     from lowbit.nn.deploy import pack
     from lowbit.nn.fuse import fuse
-    from lowbit.serialization import load, save
+    from lowbit.serialization import load, load_into, save
     from lowbit.training import RunRecord, TrainConfig, train

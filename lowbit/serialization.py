@@ -1,97 +1,83 @@
-"""`save` and `load`: a model, quantised or not, in one safetensors file that says what is in it.
+"""`save`, `load` and `load_into`: a model, quantised or not, in one safetensors file that says what is in it.
 
-The file's metadata holds one JSON document: format version, how to rebuild the model (`lowbit.models.create`),
-the quantisation, which layers have it, and a checksum over all tensors. Everything is checked before any of it
-is used; a file that fails is refused by `CheckpointError`.
+The file's metadata holds one JSON document (`lowbit.container`): format version, how to rebuild a model of
+`lowbit.models.create`, the quantisation, which layers have it, and a checksum over all tensors. Everything is checked
+before any of it is used; a file that fails is refused by `CheckpointError`. Of a module of the user's own the file says
+what its layers are, but not how to build it: `load_into` takes the module that the user's code has built.
 """
 
-import hashlib
+import copy
 import json
-import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lowbit import container
+from lowbit.container import DTYPES, FORMAT, load_weights_, read
+from lowbit.container import checksum as _checksum  # noqa: F401  (its name here before there was the container)
 from lowbit.errors import CheckpointError, LowbitError
 
-FORMAT = 2
-"""1 had neither low-bit attention nor packed layers, and its checksum left the header out; it is read as before."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["DTYPES", "FORMAT", "load", "load_into", "load_weights_", "read", "save"]
 
 
-def save(model: nn.Module, path: str | Path, dtype: str = "float32", card: dict[str, Any] | None = None) -> Path:
-    """Writes ``model`` to ``path``, atomically.
+def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dict[str, Any] | None = None) -> Path:
+    """Write ``model`` to ``path``, atomically.
 
     Args:
-        model: from `lowbit.models.create`, quantised by `lowbit.quantize_` or not.
+        model: any module, quantised by `lowbit.quantize_`, packed by `lowbit.pack`, or neither. One of
+            `lowbit.models.create` is rebuilt by `load`; for any other `load_into` needs the module.
         path: the file; its folder is made if need be.
-        dtype: how floating-point tensors are stored: "float32", or "float16"/"bfloat16" at half the size.
+        dtype: how floating-point tensors are stored: None as they are, or "float32", "float16", "bfloat16".
         card: anything worth keeping beside the weights (JSON), e.g. how the model was trained.
 
     Raises:
-        LowbitError: the model does not know how it was made, or ``dtype`` is unknown.
+        LowbitError: ``dtype`` is unknown, or the model holds something that a file cannot.
     """
-    from safetensors.torch import save as to_bytes
-
     from lowbit.models.spec import check
     from lowbit.nn.deploy import description
+    from lowbit.nn.fuse import FUSED
 
-    if dtype not in DTYPES:
-        raise LowbitError(f"dtype={dtype!r} is not allowed; {', '.join(DTYPES)} are")
+    if dtype is not None and dtype not in DTYPES:
+        raise LowbitError(f"dtype={dtype!r} is not allowed; None, {', '.join(DTYPES)} are")
     spec = getattr(model, "spec", None)
-    if spec is None:
-        raise LowbitError(
-            "this model does not say how to rebuild it: make it with lowbit.models.create(name, ...), or set "
-            "model.spec = {'name': ..., ...} with the arguments of create"
-        )
-    check(spec, LowbitError)
-    tensors, tied, shared = {}, _tied(model), _shared(model)
-    for name, tensor in model.state_dict().items():
-        if name in tied:
-            continue
-        stored = tensor.detach().cpu().contiguous()
-        tensors[name] = stored.to(DTYPES[dtype], copy=True) if stored.is_floating_point() else stored.clone()
+    spec = spec if isinstance(spec, dict) else None  # a module of the user's own may use the name for something else
+    if spec is not None:
+        own = "model.spec is what lowbit.models.create noted; give an attribute of your own another name"
+        check(spec, lambda message: LowbitError(f"{message}; {own}"))
+    if getattr(model, "meta", None) == FUSED:
+        raise LowbitError("a fused model cannot be saved; save the packed model, and fuse it again after loading")
+    tensors, shared = container.collect(model, dtype)
     header = {
-        "format": FORMAT,
         "model": spec,
+        "module": None if spec is not None else type(model).__name__[:200],
         "quantization": _quantization(model),
         "packed": description(model),
+        "dtype": dtype,
+        "shared": shared,
         "card": card or {},
     }
-    header |= {key: names for key, names in (("tied", tied), ("shared", shared)) if names}
-    header["sha256"] = _checksum(tensors, header)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(to_bytes(tensors, metadata={"lowbit": json.dumps(header)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    return container.write(path, header, tensors)
 
 
 def load(path: str | Path) -> nn.Module:
-    """Rebuilds the model that `save` wrote, with its quantisers, in eval mode.
+    """Rebuild the model that `save` wrote, with its quantisers, in eval mode.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, not one of ours, or newer than this library.
+        CheckpointError: the file is missing, truncated, altered, not one of ours, newer than this library, or holds a
+            module that is not from `lowbit.models.create`.
     """
     from lowbit.models import create
     from lowbit.models.spec import check, check_size
-    from lowbit.nn.deploy import restore_
 
     header, tensors = read(path)
     spec = header["model"]
+    if spec is None:
+        raise CheckpointError(
+            f"{path} holds a module of your own ({header.get('module') or 'unnamed'}), which a file cannot build: "
+            f"build it by your code and call lowbit.load_into(module, {str(path)!r})"
+        )
     check(spec, lambda message: CheckpointError(f"{path}: {message}"))
     try:
         check_size(partial(create, **spec), spec["name"], Path(path).stat().st_size)
@@ -100,87 +86,82 @@ def load(path: str | Path) -> nn.Module:
         raise
     except (LowbitError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} describes a model that cannot be built ({error!s:.200})") from None
-    _share_(model, header.get("shared", {}), path)
-    try:
-        _restore_quantization(model, header["quantization"], path)
-        if header.get("packed"):
-            restore_(model, header["packed"], tensors)
-    except CheckpointError:
-        raise
-    except (LowbitError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit the model {spec['name']!r}: {error!r:.200}") from None
-    _fill(model, tensors, path)
-    _tie_(model, header.get("tied", {}), path)
+    tensors = container.expand(header, tensors, path)
+    floats = {
+        tensors[name].dtype for name in model.state_dict() if name in tensors and tensors[name].is_floating_point()
+    }
+    if len(floats) == 1 and not container.was_converted(header):
+        model.to(floats.pop())
+    _restore_(model, header, tensors, path, f"the model {spec['name']!r}", ours=True)
     return model.eval()
 
 
-def load_weights_(model: nn.Module, path: str | Path) -> nn.Module:
-    """Copies the weights saved in ``path`` into ``model`` (same architecture, both full precision), in place.
+def load_into(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put what `save` wrote into a module that your own code has built, in place.
+
+    Args:
+        model: built as the saved one was before `lowbit.quantize_`; its quantisers or packed layers come from the file,
+            and so do all tensors. A module that is quantised already has to be quantised as the saved one.
+        path: the file.
+
+    Returns:
+        The same module, in eval mode.
 
     Raises:
-        CheckpointError: as `load`; also where the file is of another model or holds a quantised one.
+        CheckpointError: as `load`; or names, shapes, dtypes or tied tensors differ. One error names all layers that do
+            not fit (the first few of many), and the module is unchanged.
     """
     header, tensors = read(path)
-    if header["quantization"] is not None or header.get("packed"):
-        raise CheckpointError(f"{path} holds a quantised model; lowbit.load({str(path)!r}) rebuilds it whole")
-    _fill(model, tensors, path)
-    return model
+    tensors = container.expand(header, tensors, path)
+    what = f"this {type(model).__name__}"
+    lazy = [name for name, held in model.state_dict(keep_vars=True).items() if nn.parameter.is_lazy(held)]
+    if lazy:
+        raise CheckpointError(
+            f"{what} has tensors without a shape ({', '.join(lazy[:3])}): run one batch through it first"
+        )
+    # On a copy first: what does not fit is found before the module is touched.
+    _restore_(copy.deepcopy(model), header, tensors, path, what)
+    _restore_(model, header, tensors, path, what)
+    return model.eval()
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The checked header and tensors of a file that `save` wrote; see `load` for what is refused."""
-    from safetensors import SafetensorError, safe_open
+def _restore_(
+    model: nn.Module,
+    header: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: str | Path,
+    what: str,
+    ours: bool = False,
+) -> None:
+    """Put quantisers, packed layers and tensors of the file into ``model``, called ``what`` in messages.
 
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
+    ``ours``: the model was just built by `load`, so that floating-point tensors may be converted to its dtypes, and its
+    tensors be tied as those of the file are.
+    """
+    from lowbit.nn.deploy import restore_
+
+    before = set(model.state_dict())
+    described = header.get("packed")
     try:
-        with safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get("lowbit")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); get it anew") from None
-    if raw is None:
-        raise CheckpointError(f"{path} is a safetensors file that lowbit.save did not write: it has no header of ours")
-    header = _header(raw, path)
-    if header["format"] > FORMAT:
-        version = header["format"]
-        raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
-    if _checksum(tensors, header) != header["sha256"]:
-        raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
-    for name, first in header.get("tied", {}).items():
-        if name in tensors or not isinstance(first, str) or first not in tensors:
-            raise CheckpointError(f"{path} has a damaged header: it ties {name!r:.80} to {first!r:.80}; get it anew")
-    return header, tensors | {name: tensors[first] for name, first in header.get("tied", {}).items()}
-
-
-def _header(raw: str, path: Path) -> dict[str, Any]:
-    """The header as JSON holds it, with every entry of the kind that `save` writes."""
-    kinds = {"format": int, "sha256": str, "model": dict, "quantization": dict | None}
-    optional = {"packed": dict | None, "card": dict, "tied": dict, "shared": dict}
+        wrong = _restore_quantization_(model, header["quantization"], packed=bool(described))
+        if described and not wrong:
+            wrong = restore_(model, described, tensors)
+    except (LowbitError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit {what}: {error!r:.200}") from None
+    container.refuse(path, what, wrong)
+    if ours:
+        container.tie_(model, header)
+    own = model.state_dict(keep_vars=True)
+    # Quantisers come from the file, with its dtypes; the latents behind them are the module's.
+    made = {name for name in own if name not in before and "original" not in name.rsplit(".", 1)[-1]}
+    container.refuse(path, what, container.mismatches(model, header, tensors, set(own) if ours else made))
+    for name in made:
+        if own[name].is_floating_point() and not container.was_converted(header):
+            own[name].data = own[name].data.to(tensors[name].dtype)
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        header = None
-    entries = header.items() if isinstance(header, dict) else ()
-    right = kinds.keys() <= {key for key, _ in entries} and all(
-        isinstance(value, (kinds | optional).get(key, object)) and not isinstance(value, bool) for key, value in entries
-    )
-    if not right:
-        raise CheckpointError(f"{path} has a damaged header; get it anew")
-    return header
-
-
-def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    digest = hashlib.sha256()
-    if header["format"] > 1:
-        said = {key: value for key, value in header.items() if key != "sha256"}
-        digest.update(json.dumps(said, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        model.load_state_dict(tensors)
+    except (RuntimeError, TypeError, ValueError) as error:  # by a module's own rules for its state
+        raise CheckpointError(f"{path} does not fit {what}: {error!s:.300}") from None
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
@@ -212,87 +193,39 @@ def _attention_settings(attention: nn.Module) -> dict[str, Any]:
     return settings | {kind: QuantConfig(**{kind: settings[kind]}).to_dict()[kind] for kind in ("weight", "activation")}
 
 
-def _restore_quantization(model: nn.Module, quantization: dict[str, Any] | None, path: str | Path) -> None:
+def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None, packed: bool) -> list[str]:
+    """Put the file's quantisers into ``model``; return what does not fit, one text for each layer."""
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
-    from lowbit.nn.convert import attach_, replace_
+    from lowbit.nn.convert import QUANTIZABLE, attach_
+    from lowbit.nn.deploy import description, replace_
 
+    if description(model) is not None:
+        return ["the module is packed already; give one as it was before lowbit.quantize_"]
+    has = json.loads(json.dumps(_quantization(model)))
+    if has is not None:
+        if not packed and has == quantization:
+            return []
+        return ["the module is quantised already, and not as the saved one; give one as it was before lowbit.quantize_"]
     if quantization is None:
-        return
+        return []
+    wrong = []
     for name, settings in quantization.get("attention", {}).items():
         modules = dict(model.named_modules())
         if name not in modules or not is_attention(modules[name]):
-            raise CheckpointError(f"{path} quantises an attention {name!r} that {model.spec['name']!r} has not")
+            wrong.append(f"there is no attention {name!r}")
+            continue
         methods = QuantConfig(**{kind: settings[kind] for kind in ("weight", "activation")})
         settings = settings | {"weight": methods.weight, "activation": methods.activation}
         replace_(model, modules[name], LowBitAttention(modules[name], **settings))
     modules = dict(model.named_modules())
     for name, methods in quantization["layers"].items():
-        if name not in modules:
-            raise CheckpointError(f"{path} quantises a layer {name!r} that the model {model.spec['name']!r} has not")
+        layer = modules.get(name)
+        if not isinstance(layer, QUANTIZABLE):
+            wrong.append(
+                f"there is no layer {name!r} to quantise" + ("" if layer is None else f" ({type(layer).__name__})")
+            )
+            continue
         config = QuantConfig(**methods)
-        attach_(modules[name], config.weight, config.activation)
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()
-        raise CheckpointError(
-            f"{path} does not fit the model: {' '.join(line.strip() for line in reason[1:3])}"
-        ) from None
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names in the state dict whose tensor has come before, each with the first name of that tensor."""
-    first: dict[Any, str] = {}
-    made = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.numel() and not name.endswith("_extra_state"):
-            key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if (before := first.setdefault(key, name)) != name:
-                made[name] = before
-    return made
-
-
-def _tie_(model: nn.Module, tied: dict[str, str], path: str | Path) -> None:
-    """Makes parameters and buffers that were one tensor one again; they have the same values already."""
-    for name, first in tied.items():
-        owner, _, last = name.rpartition(".")
-        holder, other = model.get_submodule(owner), model.get_submodule(first.rpartition(".")[0])
-        for kind in ("_parameters", "_buffers"):
-            own, tensor = (getattr(m, kind) for m in (holder, other))
-            tensor = tensor.get(first.rpartition(".")[2])
-            if last in own and tensor is not None and own[last].shape == tensor.shape:
-                own[last] = tensor
-                break
-        else:
-            raise CheckpointError(f"{path} ties {name!r} to {first!r}, which does not fit the model")
-
-
-def _shared(model: nn.Module) -> dict[str, str]:
-    """Further names of modules that have several, each with the first name."""
-    first: dict[int, str] = {}
-    made: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        before = first.setdefault(id(module), name)
-        if before != name and not any(name.startswith(f"{outer}.") for outer in made):
-            made[name] = before
-    return made
-
-
-def _share_(model: nn.Module, shared: dict[str, str], path: str | Path) -> None:
-    """Gives modules their further names back, in the place of modules of the same kind and shape."""
-    for name, first in shared.items():
-        modules = dict(model.named_modules(remove_duplicate=False))
-        own, module = modules.get(name), modules.get(str(first))
-        if not name or own is None or module is None or _shape(own) != _shape(module):
-            raise CheckpointError(f"{path} shares a module as {name!r:.80} and {first!r:.80}, which the model has not")
-        model.set_submodule(name, module)
-
-
-def _shape(module: nn.Module) -> list[Any]:
-    """What modules that can stand for each other have in common; no module has it in common with a part of itself."""
-    parts = [(name, type(part)) for name, part in module.named_modules(remove_duplicate=False)]
-    return [parts, [(name, tensor.shape) for name, tensor in module.state_dict().items()]]
+        attach_(layer, config.weight, config.activation)
+    return wrong

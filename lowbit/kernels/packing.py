@@ -17,11 +17,15 @@ N is padded to a multiple of 16 and K to one of 64. What the pads decode to has 
 zero or drop them.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lowbit.errors import LowbitError
 
@@ -169,6 +173,10 @@ class PackedWeight:
             stored with an offset by it.
         bits: 2, 3, 4 or 8.
         shape: the weight's: ``(N, K)``, or ``(N, C, ky, kx)``.
+        dtype: floating-point type of the dequantized weight.
+
+    Where a model's own code expects a tensor (``F.linear(x, layer.weight)``, ``layer.weight.abs()``), a packed weight
+    stands for its `dequantize`: torch's functions and methods take it. Each of them unpacks the weight anew.
     """
 
     data: Tensor
@@ -177,6 +185,28 @@ class PackedWeight:
     sums: Tensor
     bits: int
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed bytes are."""
+        return self.data.device
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Hand the dequantized weight to a function of torch that was given a packed one."""
+
+        def dense(leaf: Any) -> Any:
+            return leaf.dequantize() if isinstance(leaf, PackedWeight) else leaf
+
+        args, kwargs = tree_map(dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a tensor has besides: that of the dequantized weight."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"a packed weight has no attribute {name!r}")
+        return getattr(self.dequantize(), name)
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -198,8 +228,11 @@ class PackedWeight:
         """Bytes of the packed codes, scales and sums."""
         return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.sums))
 
-    def to(self, device: torch.device | str) -> "PackedWeight":
-        """The same weight with its tensors on ``device``."""
+    def to(self, *args: Any, **kwargs: Any) -> "PackedWeight | Tensor":
+        """The same weight with its tensors on a device; with a dtype among the arguments, the dequantized weight."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None or device is None:
+            return self.dequantize().to(*args, **kwargs)
         return replace(self, data=self.data.to(device), scale=self.scale.to(device), sums=self.sums.to(device))
 
     def codes(self) -> Tensor:
@@ -212,8 +245,50 @@ class PackedWeight:
         return torch.tensor(self.levels, dtype=torch.int16, device=self.data.device)[self.codes().long()]
 
     def dequantize(self) -> Tensor:
-        """The weight itself, float32, of its shape."""
-        return self.integers() * self.scale.reshape(-1, *(1,) * (len(self.shape) - 1))
+        """The weight itself, of its shape and ``dtype``; the product is rounded to float32 first."""
+        return (self.integers() * self.scale.reshape(-1, *(1,) * (len(self.shape) - 1))).to(self.dtype)
+
+    def check(self) -> None:
+        """Refuse tensors and numbers that `pack_weight` does not make.
+
+        Raises:
+            LowbitError: naming the first that does not fit.
+        """
+        _check_bits(self.bits)
+        if len(self.shape) not in (2, 4) or min(self.shape) < 1:
+            raise LowbitError(
+                f"a packed weight of shape {list(self.shape)} is not allowed; [N, K] and [N, C, ky, kx] are"
+            )
+        low, high = self.levels[0], self.levels[-1]
+        ascending = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        if not 2 <= len(self.levels) <= 2**self.bits or not ascending or max(-low, high) > LARGEST_LEVEL:
+            raise LowbitError(f"levels {low} ... {high} are not ascending integers of {self.bits} bits")
+        if self.bits == 8 and (len(self.levels) != high - low + 1 or high > 127):
+            raise LowbitError(f"levels {low} ... {high} of 8 bits are not consecutive integers from -128 to 127")
+        if math.prod(self.shape[1:]) > largest_k(self.levels):
+            raise LowbitError(f"a packed weight {list(self.shape)} has so many inputs that its sums could leave int32")
+        n = self.shape[0]
+        wanted = {
+            "data": (torch.uint8, packed_shape(self.bits, n, self.k)),
+            "scale": (torch.float32, (n,)),
+            "sums": (torch.int32, (n,)),
+        }
+        for name, (dtype, shape) in wanted.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise LowbitError(f"{name} is {tensor.dtype} {list(tensor.shape)}; it should be {dtype} {list(shape)}")
+        if len(self.levels) < 2**self.bits:
+            first, last = (int(bound) for bound in self.codes().aminmax())
+            if first < 0 or last >= len(self.levels):
+                raise LowbitError(f"codes go from {first} to {last}; there are {len(self.levels)} levels")
+
+
+def _of_dense(name: str) -> Callable:
+    return lambda self, *args: getattr(self.dequantize(), name)(*args)
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow", "radd", "rsub", "rmul", "matmul", "neg", "abs", "getitem", "len"):
+    setattr(PackedWeight, f"__{_name}__", _of_dense(f"__{_name}__"))  # operators are looked up in the class
 
 
 def weight_codes(data: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:

@@ -122,6 +122,8 @@ def create(
     except TypeError as error:
         raise LowbitError(f"the model {name!r} does not take these options: {error}") from None
     model.spec = spec
+    # One input for `lowbit.pack`, without the batch: a second of sound, or an image.
+    model.example_shape = (options.get("sample_rate", 8000),) if name in _speech else (in_chans, img_size, img_size)
     if isinstance(pretrained, str | Path):
         _load_checkpoint(model, pretrained)
     return model
@@ -179,7 +181,7 @@ def checkpoints() -> dict[str, dict[str, Path]]:
 
 
 def _load_checkpoint(model: nn.Module, which: str | Path) -> None:
-    from lowbit.serialization import load_weights_
+    from lowbit.container import load_weights_
 
     shipped = checkpoints().get(model.spec["name"], {})
     path = shipped.get(str(which), Path(which))

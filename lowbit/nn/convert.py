@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.nn.attention import INPUT, LowBitAttention, check_reparameterizable, is_attention, low_bit_attentions
+from lowbit.nn.calls import calls_of, listed
 from lowbit.nn.config import QuantConfig, check_not_empty
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.nn.refusals import check_attention, check_model, check_ties, check_weight
@@ -265,13 +266,16 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
             in training: those gathered before may not fit quantised weights at all. The model's mode, gradients and
             running statistics stay as they were.
 
+    Warns of quantized layers that the pass does not call: their input stays in full precision.
+
     Raises:
         LowbitError: a batch without items.
     """
     if len(x) == 0:
         raise LowbitError(f"calibrate needs a batch with items, not one of shape {list(x.shape)}")
-    if all(module.calibrated for module in model.modules() if isinstance(module, ActivationQuantizer)):
+    if not any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         return model
+    layers = {found.layer: found.name for found in quantized_layers(model) if found.activation is not None}
     was_training = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -280,7 +284,7 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
         for norm in norms:
             norm.train()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), calls_of(layers) as called:
             model(x)
     finally:
         for module, training in was_training.items():
@@ -288,6 +292,13 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
         for norm, kept in zip(norms, statistics, strict=True):
             for name, buffer in norm.named_buffers():
                 buffer.copy_(kept[name])
+    if uncalled := [name for layer, name in layers.items() if layer not in called]:
+        warnings.warn(
+            f"{len(uncalled)} of {len(layers)} layers with quantized inputs were not called, so that their inputs stay "
+            f"in full precision (the model reads their weights without calling them, or does not use them): "
+            f"{listed(uncalled)}; quantize_'s filter_fn leaves them out",
+            stacklevel=2,
+        )
     return model
 
 

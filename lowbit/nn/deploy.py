@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,15 +17,23 @@ from torch.utils._pytree import tree_leaves
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import BITS, pack_weight
 from lowbit.nn.attention import INPUT
-from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers, replace_
+from lowbit.nn.calls import calls_of, computes_as, listed, own_class
+from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, store_
-from lowbit.quantizers import ActivationQuantizer
+from lowbit.quantizers import ActivationQuantizer, WeightQuantizer
 from lowbit.quantizers.base import IntegerForm
 
 if TYPE_CHECKING:
     import pandas
 
 KINDS = {PackedLinear: "linear", PackedConv2d: "conv2d"}
+OF_TORCH = {"linear": nn.Linear, "conv2d": nn.Conv2d}
+GEOMETRY = ("stride", "padding", "dilation")
+HOOKS = (_quantize_input,)
+# How far a packed layer may be from its own on the example, as a share of the output's norm: sums of float32 differ in
+# their last bits, a value at the border between two steps becomes the other one, bf16 rounds, and inputs that were
+# floats become 8 bits.
+CLOSE, CLOSE_IN_HALF, CLOSE_IF_DYNAMIC, CLOSE_AS_A_WHOLE = 0.01, 0.05, 0.25, 0.5
 # What a question about a tensor gives whose answer does not depend on the numbers in it: shape, dtype, ...
 _FACTS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 
@@ -34,63 +44,235 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     Linear layers and convolutions of 2, 3 or 4 bits become `PackedLinear` and `PackedConv2d`. Their input's quantiser
     goes into the kernel; where a layer has none, its input becomes 8-bit numbers with a scale that follows each row (of
     a convolution: each image). So do layers of 5 to 8 bits, mostly the first and last, whose input is quantised; they
-    take 8 bits. Other quantised layers (depthwise, other widths) keep calculating with floats but store codes. What is
-    in full precision stays.
+    take 8 bits.
+
+    Only layers that compute exactly what the kernels compute are packed. A layer with a forward of its own (a subclass,
+    an override on the object, a hook), one whose weight is read without a call, and one that no kernel serves
+    (depthwise, other widths) keeps its class, its forward and its floats, and stores its weight as codes. What is in
+    full precision stays.
 
     Outputs equal those of ``model`` in evaluation mode up to the rounding of float32 sums, as far as all inputs are
     quantised.
 
     Args:
         model: quantised by `lowbit.quantize_` and trained; it stays as it is.
-        example: an input batch, by which is found out which BatchNorm follows which convolution; None makes one up for
-            models of `lowbit.models.create`, and else folds nothing.
+        example: an input batch of the dtype and on the device of the model. It shows which BatchNorm follows which
+            convolution and which layers are called; each packed layer and the whole packed model are compared with
+            ``model`` on it. None makes one up for models of `lowbit.models.create`; for others nothing is folded and
+            nothing compared.
 
     Returns:
-        The packed model in evaluation mode. `lowbit.save` and `lowbit.load` know it.
+        The packed model in evaluation mode. `lowbit.save`, `lowbit.load` and `lowbit.load_into` know it.
 
     Raises:
-        LowbitError: nothing is quantised, an activation quantiser has seen no batch, or no layer can be packed.
+        LowbitError: nothing is quantised, an activation quantiser has seen no batch, a layer cannot be copied, no layer
+            can be packed, or the packed model answers otherwise than ``model``.
     """
     found = list(quantized_layers(model))
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
+    if any(isinstance(module, PackedLayer) or is_stored(module) for module in model.modules()):
         raise LowbitError("this model is packed already")
     if not found:
         raise LowbitError("there is nothing to pack: quantise the model with lowbit.quantize_ and train it first")
-    if not all(module.calibrated for module in model.modules() if isinstance(module, ActivationQuantizer)):
-        raise LowbitError(
-            "an activation quantiser has seen no batch yet: train the model, or lowbit.calibrate(model, x) with a batch"
-        )
+    _refuse_uncalibrated(model, found)
+    _refuse_uncopied(found)
     model = copy.deepcopy(model).eval()
-    follows = _batchnorms(model, _example(model) if example is None else example)
-    packed = _replace_(model)
-    if not packed:
+    layers = {found.layer: found for found in quantized_layers(model)}
+    own = {layer for layer in layers if not any(computes_as(layer, kind, HOOKS) for kind in QUANTIZABLE)}
+    candidates = {layer: packed for layer, found in layers.items() if (packed := _packed(found)) is not None}
+    shown = made_up(model) if example is None else example
+    expected, follows, wrong = None, {}, set()
+    uncalled = {layer for layer, found in layers.items() if _never_called(found)}
+    if shown is not None and (example is not None or _runs(model, shown)):
+        expected, called, wrong = _rehearse(model, layers, candidates, shown)
+        follows = _batchnorms(model, shown)
+        if wrong:
+            warnings.warn(
+                "layers whose packed form gives other numbers for the example keep floats and store codes: "
+                + listed(layers[layer].name for layer in wrong),
+                stacklevel=2,
+            )
+        uncalled = layers.keys() - called
+        candidates = {layer: made for layer, made in candidates.items() if layer not in uncalled | wrong}
+    # Layers that are left out for what the model does with them, rather than for their bits or shape.
+    kept = [layer for layer, found in layers.items() if found.weight is not None and layer in uncalled | wrong | own]
+    packed = _replace_(model, layers, candidates)
+    if not packed and not kept:
         kinds = ", ".join(sorted({type(layer.weight.config).__name__ for layer in found if layer.weight is not None}))
         raise LowbitError(
             f"no layer of this model can be packed: kernels take 2 to 4 bits in linear layers and 2-d convolutions "
-            f"without groups, and up to 8 where the input is quantised too (its weights: {kinds or 'full precision'})"
+            f"without groups that have torch's own forward and are called, and up to 8 bits where the input is "
+            f"quantised too (its weights: {kinds or 'full precision'})"
         )
     model.folded = [follows[name] for name in packed if name in follows and _fold_(model, name, follows[name])]
+    if example is not None:
+        _compare(model, example, expected)
     return model
 
 
-def _replace_(model: nn.Module) -> list[str]:
-    """Replaces every layer that can be; returns the names of the packed ones."""
+def _refuse_uncalibrated(model: nn.Module, found: list[QuantizedLayer]) -> None:
+    """Layers that no batch has reached are let through where other quantisers have seen one: nobody calls them."""
+    # Only methods that need a batch say anything here.
+    asked = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationQuantizer) and type(module).calibrated is not ActivationQuantizer.calibrated
+    }
+    waiting = {name for name, module in asked.items() if not module.calibrated}
+    uncalled = {f"{layer.name}.{INPUT}" for layer in found if _never_called(layer)}
+    if waiting and (len(waiting) == len(asked) or waiting - uncalled):
+        raise LowbitError(
+            "an activation quantiser has seen no batch yet: train the model, or lowbit.calibrate(model, x) with a "
+            f"batch ({listed(sorted(waiting))})"
+        )
+
+
+def _never_called(found: QuantizedLayer) -> bool:
+    """Whether the layer's own input quantiser has seen no batch."""
+    return INPUT in found.layer._modules and not found.activation.calibrated
+
+
+def _refuse_uncopied(found: list[QuantizedLayer]) -> None:
+    """Refuse, by name, layers of which a copy would not be the layer itself with codes in the place of its weight."""
+    quantized = [layer for layer in found if layer.weight is not None]
+    if others := [layer.name for layer in quantized if not _only_quantized(layer.layer)]:
+        raise LowbitError(
+            f"layers have another parametrization beside that of the quantised weight: {listed(others)}; remove it "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or keep these layers out by quantize_'s filter_fn"
+        )
+    own = [layer for layer in quantized if "forward" in layer.layer.__dict__]
+    unbound = [layer.name for layer in own if getattr(layer.layer.forward, "__self__", None) is not layer.layer]
+    if unbound:
+        raise LowbitError(
+            "layers have a function in the place of their forward, which cannot be copied with them: "
+            f"{listed(unbound)}; write a subclass with that forward, or assign a bound method (types.MethodType)"
+        )
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    """Whether the model takes ``x``: some of timm's take one size only, which they do not tell."""
+    try:
+        model(x)
+    except Exception:  # whatever its code raises
+        return False
+    return True
+
+
+@torch.no_grad()
+def _rehearse(
+    model: nn.Module,
+    layers: dict[nn.Module, QuantizedLayer],
+    candidates: dict[nn.Module, PackedLayer],
+    example: Tensor,
+) -> tuple[Any, set[nn.Module], set[nn.Module]]:
+    """Run ``example`` and compare each packed layer with the layer that it is made of, on the same input.
+
+    Returns:
+        The model's output, the layers that were called, and those whose packed form gives something else.
+    """
+    inputs: dict[nn.Module, Tensor] = {}
+    wrong: set[nn.Module] = set()
+
+    def enters(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if _never_called(layers[layer]):
+            raise LowbitError(
+                f"the activation quantiser of layer {layers[layer].name!r} has seen no batch yet, and the example "
+                "calls the layer: train the model, or lowbit.calibrate(model, x) with a batch"
+            )
+        inputs[layer] = args[0] if args else kwargs["input"]
+
+    def leaves(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        packed = candidates[layer](inputs.pop(layer))
+        loose = CLOSE if packed.dtype in (torch.float32, torch.float64) else CLOSE_IN_HALF
+        if not _close(packed, output, CLOSE_IF_DYNAMIC if candidates[layer].x_scale is None else loose):
+            wrong.add(layer)
+
+    # Before anything else sees the input, and before what a hook makes of the output.
+    hooks = [layer.register_forward_pre_hook(enters, prepend=True, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(leaves) for layer in candidates]
+    try:
+        with calls_of(layers) as called:
+            output = model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return output, called, wrong
+
+
+def _close(found: Tensor, expected: Tensor, share: float) -> bool:
+    """Whether the norm of the difference is a small share of the expected norm; what is not finite is not judged."""
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.double(), expected.double()
+    if not expected.isfinite().all():
+        return True
+    return bool((found - expected).norm() <= share * expected.norm() + 1e-6)
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, example: Tensor, expected: Any) -> None:
+    """Refuse a packed model that does not run, or says something else than the quantised one."""
+    try:
+        found = model(example)
+    except Exception as error:  # whatever the model's own code raises when it meets a packed layer
+        first = (str(error).splitlines() or [""])[0]
+        raise LowbitError(
+            f"{type(model).__name__} cannot be packed, its own code fails with packed layers ({type(error).__name__}: "
+            f"{first}); keep the layers that it reads in another way out by quantize_'s filter_fn"
+        ) from error
+    found, expected = (
+        [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        for tree in (found, expected)
+    )
+    dtypes = [[leaf.dtype for leaf in leaves] for leaves in (found, expected)]
+    close = dtypes[0] == dtypes[1] and all(map(partial(_close, share=CLOSE_AS_A_WHOLE), found, expected))
+    if not close:
+        raise LowbitError(
+            f"{type(model).__name__} cannot be packed, for the example the packed model answers otherwise than the "
+            f"quantised one: by more than {CLOSE_AS_A_WHOLE:.0%} of the output, or with another shape or dtype"
+        )
+
+
+def _replace_(
+    model: nn.Module, layers: dict[nn.Module, QuantizedLayer], candidates: dict[nn.Module, PackedLayer]
+) -> list[str]:
+    """Replace every layer that can be, under all its names; return the names of the packed ones."""
     made = []
-    for found in list(quantized_layers(model)):
+    for layer, found in layers.items():
         if found.weight is None:
             continue
-        layer = _packed(found) or _stored(found)
-        if layer is not None:
-            replace_(model, found.layer, layer)
-        if isinstance(layer, PackedLayer):
+        if layer in candidates:
+            replace_(model, layer, candidates[layer])
             made.append(found.name)
+        else:
+            _store_codes_(found)
     return made
+
+
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old`` under all names that ``old`` has in ``model``.
+
+    Raises:
+        LowbitError: ``old`` is the model itself.
+    """
+    if old is model:
+        raise LowbitError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced inside itself; wrap it: "
+            "torch.nn.Sequential(layer)"
+        )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def _packed(found: QuantizedLayer) -> PackedLayer | None:
     """The packed form of a layer; None if the kernels don't do it."""
-    layer, linear = found.layer, isinstance(found.layer, nn.Linear)
-    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros"
+    if found.weight is None or _never_called(found):
+        return None
+    layer = found.layer
+    linear = computes_as(layer, nn.Linear, HOOKS)
+    plain = computes_as(layer, nn.Conv2d, HOOKS) and layer.groups == 1 and layer.padding_mode == "zeros"
     levels = found.weight.levels.numel()
     if not (linear or (plain and isinstance(layer.padding, tuple))) or levels > 2 ** max(BITS):
         return None
@@ -99,10 +281,10 @@ def _packed(found: QuantizedLayer) -> PackedLayer | None:
     try:
         form = _input_form(found)
         weight = pack_weight(found.codes(), found.weight.levels, found.weight.scale(*found.latents))
+        weight = dataclasses.replace(weight, dtype=layer.weight.dtype)
         if linear:
             return PackedLinear(weight, layer.bias, form)
-        geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        return PackedConv2d(weight, layer.bias, form, **geometry)
+        return PackedConv2d(weight, layer.bias, form, **{name: getattr(layer, name) for name in GEOMETRY})
     except LowbitError:  # levels that are no whole numbers, or an input that cannot be stored as such
         return None
 
@@ -122,32 +304,54 @@ def _input_form(found: QuantizedLayer) -> IntegerForm | None:
     return dataclasses.replace(form, before=before)
 
 
-def _stored(found: QuantizedLayer) -> nn.Module | None:
-    """The layer with its weight kept as codes, its input quantiser in front; None if they do not fit into bytes."""
+def _store_codes_(found: QuantizedLayer) -> None:
+    """Keep the layer's weight as codes, in place, unless they do not fit into bytes; its hooks and forward stay."""
+    layer = found.layer
     if found.weight.levels.numel() > 256:
+        return
+    weight = found.codes(), found.weight.levels, found.weight.scale(*found.latents), layer.weight.dtype
+    _drop_quantizer_(layer)
+    store_(layer, *weight)
+    if _never_called(found):
+        del layer._modules[INPUT]
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook in HOOKS]:
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _drop_quantizer_(layer: nn.Module) -> None:
+    """Leave a quantised layer without its weight; torch's function for it changes the class of copies too."""
+    layer.__class__ = own_class(layer)
+    del layer._modules["parametrizations"]
+
+
+def _only_quantized(layer: nn.Module) -> bool:
+    """Whether a layer has no parametrization besides the quantiser of its weight, if that."""
+    return not parametrize.is_parametrized(layer) or (
+        set(layer.parametrizations) == {"weight"}
+        and isinstance(layer.parametrizations.weight[0], WeightQuantizer)
+        and len(layer.parametrizations.weight) == 1
+    )
+
+
+def made_up(model: nn.Module, random: bool = False) -> Tensor | None:
+    """One input of the shape that ``model.example_shape`` says (`lowbit.models.create` sets it), or None.
+
+    Args:
+        model: on whose device and in whose dtype it is made.
+        random: normal numbers, always the same; else zeros.
+    """
+    shape = getattr(model, "example_shape", None)
+    if shape is None:
         return None
-    # torch's remove_parametrizations would change the class, which the model that was copied has in common.
-    parametrized = found.layer
-    bare = object.__new__(type(parametrized).__bases__[0])
-    bare.__dict__.update(parametrized.__dict__)
-    bare._modules = {name: child for name, child in parametrized._modules.items() if name != "parametrizations"}
-    bare._parameters, bare._buffers = dict(parametrized._parameters), dict(parametrized._buffers)
-    return store_(bare, found.codes(), found.weight.levels, found.weight.scale(*found.latents))
+    like = next(tensor for tensor in model.state_dict().values() if tensor.is_floating_point())
+    packed = next((module.like for module in model.modules() if isinstance(module, PackedLayer)), like)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)) if random else torch.zeros(1, *shape)
+    return x.to(device=packed.device, dtype=packed.dtype)
 
 
-def _example(model: nn.Module) -> Tensor | None:
-    spec = getattr(model, "spec", {})
-    if "img_size" in spec:
-        return torch.zeros(1, spec["in_chans"], spec["img_size"], spec["img_size"])
-    if spec.get("name") in ("kws_resnet", "ds_cnn"):
-        return torch.zeros(1, spec.get("sample_rate", 8000))
-    return None
-
-
-def _batchnorms(model: nn.Module, example: Tensor | None) -> dict[str, str]:
+def _batchnorms(model: nn.Module, example: Tensor) -> dict[str, str]:
     """Which BatchNorm takes all outputs of which convolution, and nothing else does: names, by running ``example``."""
-    if example is None:
-        return {}
     made: dict[int, tuple[Tensor, nn.Module]] = {}  # outputs of convolutions; kept alive, so that ids stay theirs
     takers: dict[int, list[nn.Module]] = {}
     sources: dict[nn.Module, set[nn.Module | None]] = {}  # of a BatchNorm; None: something else than a convolution
@@ -210,24 +414,41 @@ def _fold_(model: nn.Module, name: str, norm_name: str) -> bool:
     if norm.running_var is None:
         warnings.warn(f"BatchNorm {norm_name!r} has no running statistics and stays", stacklevel=3)
         return False
-    gain = (norm.running_var + norm.eps).rsqrt()
+    if not _foldable(norm):
+        return False
+    gain = (norm.running_var.float() + norm.eps).rsqrt()
     if norm.weight is not None:
-        gain = gain * norm.weight.detach()
-    shift = -norm.running_mean * gain + (0 if norm.bias is None else norm.bias.detach())
-    model.get_submodule(name).fold_(gain.detach(), shift.detach())
+        gain = gain * norm.weight.detach().float()
+    shift = -norm.running_mean.float() * gain + (0 if norm.bias is None else norm.bias.detach().float())
+    model.get_submodule(name).fold_(gain, shift)
     replace_(model, norm, without_norm(norm))
     return True
+
+
+def _foldable(norm: nn.Module) -> bool:
+    """Whether the BatchNorm computes what torch's does, or timm's with an activation behind it."""
+    if not type(norm).__module__.startswith("timm."):
+        return computes_as(norm, nn.BatchNorm2d) and not parametrize.is_parametrized(norm)
+    from timm.layers import BatchNormAct2d
+
+    return type(norm) is BatchNormAct2d and computes_as(norm, BatchNormAct2d)
 
 
 def description(model: nn.Module) -> dict[str, Any] | None:
     """What `lowbit.save` has to know of a packed model besides its tensors (JSON); None if it is not packed."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
-    if not layers:
+    stored = [name for name, layer in model.named_modules() if is_stored(layer)]
+    if not layers and not stored:
         return None
     return {
         "layers": {name: {"kind": KINDS[type(layer)]} | layer.settings() for name, layer in layers.items()},
-        "stored": [name for name, layer in model.named_modules() if is_stored(layer)],
-        "folded": list(model.folded),
+        "stored": stored,
+        "folded": [
+            f"{name}.{norm}" if name else norm
+            for name, module in model.named_modules()
+            if isinstance(folded := module.__dict__.get("folded"), list)
+            for norm in folded
+        ],
     }
 
 
@@ -259,18 +480,88 @@ def summary(model: nn.Module) -> "pandas.DataFrame":
     return pandas.DataFrame(rows, columns=["layer", "how", "weights", "bits", "bytes"])
 
 
-def restore_(model: nn.Module, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Gives a model in full precision the packed layers of a `description`; ``tensors`` are those of the whole file."""
-    for name, settings in described["layers"].items():
-        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        kind = {word: cls for cls, word in KINDS.items()}[settings["kind"]]
-        replace_(model, model.get_submodule(name), kind.restore(settings, own))
-    for name in described["stored"]:
-        store_(model.get_submodule(name), *(tensors[f"{name}.{part}"] for part in ("codes", "levels", "row_scale")))
-    for name in described["folded"]:
-        norm = model.get_submodule(name)
-        replace_(model, norm, without_norm(norm))
+def restore_(model: nn.Module, described: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
+    """Give a model in full precision the packed layers of a `description`, as far as they fit it.
+
+    Args:
+        model: changed in place.
+        described: the `description`, of the kinds that `lowbit.container.Packed` says.
+        tensors: those of the whole file.
+
+    Returns:
+        What does not fit, one text for each layer; then the model is of no more use.
+    """
+    wrong = []
+    for restore, entries in (
+        (_restore_packed_, described["layers"].items()),
+        (_restore_stored_, [(name, None) for name in described["stored"]]),
+        (_restore_folded_, [(name, None) for name in described["folded"]]),
+    ):
+        for name, settings in entries:
+            try:
+                layer = model.get_submodule(name)
+            except AttributeError:
+                wrong.append(f"there is no layer {name!r}")
+                continue
+            own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+            try:
+                restore(model, layer, settings, own)
+            except LowbitError as error:
+                wrong.append(f"{name!r}: {error}")
     model.folded = list(described["folded"])
+    return wrong
+
+
+def _restore_packed_(model: nn.Module, layer: nn.Module, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    kind = OF_TORCH[settings["kind"]]
+    if not computes_as(layer, kind, HOOKS) or not _only_quantized(layer):
+        raise LowbitError(
+            f"it is a {type(layer).__name__}; a packed layer takes the place of a plain nn.{kind.__name__}"
+        )
+    geometry = {name: list(settings.get(name) or ()) for name in GEOMETRY}
+    has = {name: list(getattr(layer, name, ())) for name in GEOMETRY}
+    if settings["shape"] != list(layer.weight.shape) or geometry != has:
+        raise LowbitError(
+            f"its weight is {list(layer.weight.shape)}, {has}; in the file it is {settings['shape']}, {geometry}"
+        )
+    if kind is nn.Conv2d and (layer.groups != 1 or layer.padding_mode != "zeros"):
+        raise LowbitError("a packed convolution has groups=1 and padding_mode='zeros'")
+    packed_kind = {word: cls for cls, word in KINDS.items()}[settings["kind"]]
+    packed = packed_kind.restore(settings, tensors, layer.weight.dtype)
+    replace_(model, layer, packed.to(layer.weight.device))
+
+
+def _restore_stored_(model: nn.Module, layer: nn.Module, settings: None, tensors: dict[str, Tensor]) -> None:
+    if not isinstance(layer, QUANTIZABLE) or not _only_quantized(layer):
+        kinds = ", ".join(f"nn.{cls.__name__}" for cls in QUANTIZABLE)
+        raise LowbitError(f"it is a {type(layer).__name__}; stored codes take the place of the weight of a {kinds}")
+    missing = [name for name in ("codes", "levels", "row_scale") if name not in tensors]
+    if missing:
+        raise LowbitError(f"stored codes need {', '.join(missing)}")
+    codes, levels, scale = (tensors[name] for name in ("codes", "levels", "row_scale"))
+    if codes.dtype != torch.uint8 or codes.shape != layer.weight.shape:
+        raise LowbitError(
+            f"its weight is {list(layer.weight.shape)}, in the file it has codes {codes.dtype} {list(codes.shape)}"
+        )
+    fits = scale.ndim <= codes.ndim and all(
+        size in (1, of) for size, of in zip(reversed(scale.shape), reversed(codes.shape), strict=False)
+    )
+    floats = levels.is_floating_point() and scale.is_floating_point()
+    if not floats or levels.ndim != 1 or not fits or (codes.numel() and int(codes.max()) >= len(levels)):
+        raise LowbitError(
+            f"its codes, levels {levels.dtype} {list(levels.shape)} and row_scale {scale.dtype} {list(scale.shape)} do "
+            "not belong together"
+        )
+    device, dtype = layer.weight.device, layer.weight.dtype
+    if parametrize.is_parametrized(layer):  # query-key reparameterisation makes quantised layers
+        _drop_quantizer_(layer)
+    store_(layer, codes.to(device), levels.to(device), scale.to(device), dtype)
+
+
+def _restore_folded_(model: nn.Module, norm: nn.Module, settings: None, tensors: dict[str, Tensor]) -> None:
+    if not _foldable(norm):
+        raise LowbitError(f"it is a {type(norm).__name__}; a folded BatchNorm was an nn.BatchNorm2d")
+    replace_(model, norm, without_norm(norm))
 
 
 def without_norm(norm: nn.Module) -> nn.Module:

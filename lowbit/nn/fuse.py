@@ -16,10 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import ops  # noqa: F401  (registers the operators)
-from lowbit.nn.deploy import _example
-from lowbit.nn.packed import PackedConv2d, PackedLayer
+from lowbit.nn.calls import computes_as
+from lowbit.nn.deploy import made_up
+from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear
 
 ATTENTION = ("keep", "plain")
+FUSED = {"made_by": "lowbit.fuse"}
+"""``meta`` of what `fuse` returns."""
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _IDENTITIES = (nn.Identity, nn.Dropout)  # in evaluation mode
@@ -34,13 +37,18 @@ def fuse(model: nn.Module, example: Tensor | None = None, attention: str = "keep
        those whole numbers, int8 or uint8, itself.
     3. What does nothing in evaluation mode disappears.
 
-    The result equals ``model``'s output to the bit; on the CPU this is checked with the example.
+    The result equals ``model``'s output to the bit; on the CPU this is checked with the example. Under autocast it is
+    more precise: fused layers put out float32.
+
+    Layers are fused where activations are float32, as the example shows (without one, as the model's own dtype says).
+    Where they are of another dtype, the packed layers stay what they are.
 
     Args:
         model: made by `lowbit.pack` (or loaded), of one input; it stays as it is, its tensors are shared.
         example: an input batch, of the size of later ones (their number may differ). By it additions that broadcast or
             change the layout, which kernels don't do, are told from residual ones. None makes one up for models of
-            `lowbit.models.create`, and else leaves additions alone and checks nothing.
+            `lowbit.models.create`, and else leaves additions alone and checks nothing. Its dtype is the one that the
+            fused model takes.
         attention: "keep" leaves attention alone. "plain" writes PyTorch's fused attention out as two products and a
             softmax, which some CPUs do quicker and others slower, so measure it; equal up to the rounding of float32
             sums.
@@ -61,10 +69,12 @@ def fuse(model: nn.Module, example: Tensor | None = None, attention: str = "keep
             f"{type(model).__name__} cannot be fused, torch.fx does not get through it ({first}); use the packed model "
             "as it is, or under torch.compile"
         ) from error
-    example = _made_up(model) if example is None else example
+    example = made_up(model, random=True) if example is None else example
     made = fx.GraphModule(root, graph, f"Fused{type(model).__name__}")
     _redirect(made)
     _simplify(made)
+    if example is not None:
+        _note_shapes(made, example)
     _inline_layers(made)
     if example is not None:
         _note_shapes(made, example)
@@ -78,6 +88,7 @@ def fuse(model: nn.Module, example: Tensor | None = None, attention: str = "keep
     if attention == "plain":
         _write_attention_out(graph)
         _finish(made)
+    made.meta.update(FUSED)
     return made.eval()
 
 
@@ -105,7 +116,12 @@ class _Tracer(fx.Tracer):
 def _parts(model: nn.Module, node: fx.Node) -> list[nn.Module]:
     """The modules that a call of one means, one after the other."""
     module = model.get_submodule(node.target)
-    return list(module) if isinstance(module, nn.Sequential) else [module]
+    return list(module) if computes_as(module, nn.Sequential) else [module]
+
+
+def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a call of ``module`` runs the code of one of these classes, and nothing else."""
+    return any(computes_as(module, kind) for kind in kinds)
 
 
 def _calls(node: fx.Node | None, targets: set) -> bool:
@@ -115,7 +131,7 @@ def _calls(node: fx.Node | None, targets: set) -> bool:
 def _changed(made: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The tensor that a node changes in place and returns; None if it changes none."""
     if node.op == "call_module":
-        parts = [part for part in _parts(made, node) if type(part) not in _IDENTITIES]
+        parts = [part for part in _parts(made, node) if not _is(part, _IDENTITIES)]
         in_place = bool(parts) and getattr(parts[0], "inplace", False) is True
     elif node.op in ("call_function", "call_method"):
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -142,8 +158,8 @@ def _simplify(made: fx.GraphModule) -> None:
         if _calls(node, _RELUS):
             relu = True
         elif node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            rest = [type(part) for part in _parts(made, node) if type(part) not in _IDENTITIES]
-            if any(kind is not nn.ReLU for kind in rest):
+            rest = [part for part in _parts(made, node) if not _is(part, _IDENTITIES)]
+            if not all(_is(part, (nn.ReLU,)) for part in rest):
                 continue
             relu = bool(rest)
         else:
@@ -159,7 +175,11 @@ def _inline_layers(made: fx.GraphModule) -> None:
     graph = made.graph
     for node in list(graph.nodes):
         layer = made.get_submodule(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, PackedLayer) or layer.before is not None or len(node.args) != 1:
+        if not _is(layer, (PackedLinear, PackedConv2d)) or layer.before is not None or len(node.args) != 1:
+            continue
+        dtypes = {dtype for _, dtype, _ in node.args[0].meta.get("shapes", ())}
+        floats = {dtype for dtype in dtypes if dtype.is_floating_point}
+        if (floats or {layer.like.dtype}) != {torch.float32}:  # the layer's output is rounded to that dtype
             continue
         if layer.x_scale is not None and layer.x_scale.numel() > 1:  # a step for each token: the layer's own business
             continue
@@ -167,7 +187,7 @@ def _inline_layers(made: fx.GraphModule) -> None:
         tensors["x_scale"] = None if layer.x_scale is None else layer.x_scale.reshape(1)
         with graph.inserting_before(node):
             # As the layer does, lest whole numbers that come from elsewhere are taken for steps.
-            kwargs: dict[str, Any] = {"x": graph.call_method("float", (node.args[0],)), "bits": layer.bits}
+            kwargs: dict[str, Any] = {"x": graph.call_function(as_floats, (node.args[0],)), "bits": layer.bits}
             kwargs |= {"levels": list(layer.weight.table), "low": layer.low, "high": layer.high}
             for name, tensor in tensors.items():
                 # On the root: each step of a path of modules costs every call half a microsecond.
@@ -185,10 +205,19 @@ def _inline_layers(made: fx.GraphModule) -> None:
         graph.erase_node(node)
 
 
-def _made_up(model: nn.Module) -> Tensor | None:
-    shape = _example(model)
-    device = next(module.data.device for module in model.modules() if isinstance(module, PackedLayer))
-    return None if shape is None else torch.randn(shape.shape, generator=torch.Generator().manual_seed(0)).to(device)
+def as_floats(x: Tensor) -> Tensor:
+    """``x`` as float32, as a packed layer takes it.
+
+    Raises:
+        LowbitError: ``x`` is of another floating-point dtype than the graph was fused for, so that a packed layer would
+            have rounded its output to it.
+    """
+    if x.is_floating_point() and x.dtype != torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        raise LowbitError(
+            f"this model was fused for float32 activations and got {str(x.dtype).removeprefix('torch.')}; fuse it for "
+            "that dtype: lowbit.fuse(packed, example) with an example of it"
+        )
+    return x.float()
 
 
 class _Shapes(fx.Interpreter):
@@ -206,6 +235,8 @@ class _Shapes(fx.Interpreter):
 def _note_shapes(made: fx.GraphModule, example: Tensor) -> None:
     """With one input more, too, so that shapes that only agree at that number are seen to differ."""
     made.graph.lint()
+    for node in made.graph.nodes:
+        node.meta.pop("shapes", None)
     for batch in (example, torch.cat([example, example[:1]])):
         _Shapes(made).run(batch.clone())
 
@@ -266,7 +297,7 @@ def _hand_on(graph: fx.Graph) -> None:
     Not through max-pooling: PyTorch's does not take whole numbers in channels-last memory, but of the smallest images.
     """
     for node in list(graph.nodes):
-        if node.op == "call_method" and node.target == "float" and _is_layer(node.args[0]):
+        if node.target is as_floats and _is_layer(node.args[0]):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in graph.nodes:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
+from lowbit.files import write_atomically
 from lowbit.kernels import reference
 from lowbit.nn.convert import replace_
-from lowbit.nn.packed import PackedConv2d, PackedLayer
+from lowbit.nn.packed import PackedConv2d, PackedLayer, output_dtype
 
 
 class StandardLayer(nn.Module):
@@ -26,12 +27,13 @@ class StandardLayer(nn.Module):
         self.register_buffer("whole", whole.to(torch.int8) if max(layer.levels) < 128 else whole)
         for name in ("scale", "bias", "x_scale", "before"):
             self.register_buffer(name, getattr(layer, name))
-        self.low, self.high, self.geometry = layer.low, layer.high, layer.geometry
+        self.low, self.high, self.geometry, self.dtype = layer.low, layer.high, layer.geometry, layer.like.dtype
         self.convolution = isinstance(layer, PackedConv2d)
 
     def forward(self, x: Tensor) -> Tensor:
         """As of the layer."""
-        x = x if self.before is None else x + self.before
+        dtype = output_dtype(x, self.dtype)
+        x = x.float() if self.before is None else x.float() + self.before
         over = (1, 2, 3) if self.convolution else (-1,)
         scale = self.x_scale
         if scale is not None and scale.numel() == 1:  # the exporter joins factors without dims, in another order
@@ -46,7 +48,7 @@ class StandardLayer(nn.Module):
             acc = F.linear(q, self.whole.float())
             shape = (-1,)
         y = acc * scale * self.scale.reshape(shape)
-        return y if self.bias is None else y + self.bias.reshape(shape)
+        return (y if self.bias is None else y + self.bias.reshape(shape)).to(dtype)
 
 
 def standard(model: nn.Module) -> nn.Module:
@@ -78,8 +80,6 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise LowbitError(f"ONNX export needs the package {error.name!r}: pip install 'lowbit[onnx]'") from None
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         made = torch.onnx.export(model, (example,), dynamo=True, verbose=False).model_proto
     # The exporter notes for each node where in this machine's files it comes from: nobody else's business, and large.
@@ -88,5 +88,5 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
     for function in made.functions:
         for node in function.node:
             del node.metadata_props[:]
-    onnx.save(made, str(path))
-    return path
+    write_atomically(path, lambda file: onnx.save(made, file))
+    return Path(path)

@@ -311,11 +311,68 @@ def test_any_network_is_equal_to_the_bit(steps):
         assert torch.equal(fused(SMALL), model(SMALL))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int8])
 def test_inputs_of_other_types_are_converted_as_packed_layers_do(dtype):
     model = packed("resnet8")
     x = (40 * inputs("resnet8", 2)).clamp(0 if dtype == torch.uint8 else -128, 127).to(dtype)
-    assert equal(lowbit.fuse(model), model, x)
+    fused = lowbit.fuse(model, x)
+    assert equal(fused, model, x)
+    assert fused(x).dtype == (dtype if dtype.is_floating_point else torch.float32)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_a_fused_model_refuses_floats_of_another_type_than_it_was_fused_for(example):
+    model, x = packed("resnet8"), inputs("resnet8", 2)
+    del model.example_shape
+    fused = lowbit.fuse(model, x if example else None)
+    with pytest.raises(LowbitError, match="fused for float32 activations and got bfloat16"):
+        fused(x.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vit_nano"])
+def test_models_in_half_precision_are_fused_as_they_are(name):
+    model = packed(name).bfloat16()
+    x = inputs(name, 2).bfloat16()
+    fused = lowbit.fuse(model)
+    assert equal(fused, model, x) and fused(x).dtype == torch.bfloat16
+    fused = lowbit.fuse(packed(name), attention="plain")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert fused(inputs(name, 2)).isfinite().all()
+
+
+def keep(module, args, output):
+    return output + 1
+
+
+OWN = {
+    "a hook on ReLU": lambda net: net.relu.register_forward_hook(keep),
+    "a hook on what does nothing": lambda net: net.nothing.register_forward_hook(keep),
+    "a pre-hook on ReLU": lambda net: net.relu.register_forward_pre_hook(lambda module, args: (args[0] - 1,)),
+    "ReLU's forward": lambda net: setattr(net.relu, "forward", lambda x: x.clamp(-1)),
+    "a hook on a sequence": lambda net: net.both.register_forward_hook(keep),
+    "a hook on a packed layer": lambda net: net.b.register_forward_hook(keep),
+}
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize("change", [*OWN, "a sequence with its own forward"])
+def test_what_a_module_does_beside_its_class_stays(change):
+    def function(net, x):
+        return net.c(net.both(net.nothing(net.b(net.relu(net.a(x))))))
+
+    model = small(function)
+    model.nothing = nn.Identity()
+    model.both = Residual(nn.ReLU()) if change not in OWN else nn.Sequential(nn.ReLU(), nn.Identity())
+    with torch.no_grad():
+        before = model(SMALL)
+    if change in OWN:
+        OWN[change](model)
+        assert not equal(lambda _: before, model, SMALL)
+    assert equal(lowbit.fuse(model), model, SMALL)
 
 
 def test_the_packed_model_stays_as_it_was():

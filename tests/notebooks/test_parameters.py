@@ -11,7 +11,7 @@ import pytest
 import lowbit
 from lowbit_suite import parameters
 from lowbit.errors import LowbitError
-from lowbit.suite import notebooks
+from lowbit_suite import notebooks, profiles
 
 NOTEBOOKS = {name: path for name, path in notebooks.available().items() if name[:2].isdigit()}
 
@@ -198,8 +198,8 @@ def test_values_that_exclude_each_other_are_refused(name):
 
 
 def test_the_profiles_values_are_taken():
-    profiles = lowbit.suite.profiles.load()
-    for name, changes in profiles["embedded"].notebooks.items():
+    held = profiles.load()
+    for name, changes in held["embedded"].notebooks.items():
         start(name, **changes)
 
 
