@@ -87,13 +87,17 @@ def load(path: str | Path) -> nn.Module:
     except (LowbitError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} describes a model that cannot be built ({error!s:.200})") from None
     tensors = container.expand(header, tensors, path)
-    floats = {
-        tensors[name].dtype for name in model.state_dict() if name in tensors and tensors[name].is_floating_point()
-    }
+    kept = [name for name in model.state_dict() if name in tensors and name.rpartition(".")[0] not in _packed(header)]
+    floats = {tensors[name].dtype for name in kept if tensors[name].is_floating_point()}
     if len(floats) == 1 and not container.was_converted(header):
         model.to(floats.pop())
     _restore_(model, header, tensors, path, f"the model {spec['name']!r}", ours=True)
     return model.eval()
+
+
+def _packed(header: dict[str, Any]) -> dict[str, Any]:
+    """The packed layers, whose own numbers are float32 in a model of any dtype."""
+    return (header.get("packed") or {}).get("layers", {})
 
 
 def load_into(model: nn.Module, path: str | Path) -> nn.Module:
@@ -158,6 +162,9 @@ def _restore_(
     for name in made:
         if own[name].is_floating_point() and not container.was_converted(header):
             own[name].data = own[name].data.to(tensors[name].dtype)
+    if container.was_converted(header):  # a tensor that waits for its first batch would take the file's dtype
+        waiting = {name: held.dtype for name, held in own.items() if held.shape == (0,)}
+        tensors = tensors | {name: tensors[name].to(dtype) for name, dtype in waiting.items()}
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:  # by a module's own rules for its state

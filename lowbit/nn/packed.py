@@ -3,6 +3,7 @@
 `lowbit.pack` makes them out of a quantised model. They hold buffers only: nothing in them can be trained.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class PackedLayer(nn.Module):
         bias = None if bias is None else bias.detach().float()
         if form is not None and form.after is not None:
             # x̂ = s·q + after: the second term's share of the output is a constant.
-            share = self._product_with(weight.dequantize(), form.after.float())
+            share = self._product_with(replace(weight, dtype=torch.float32).dequantize(), form.after.float())
             bias = share if bias is None else bias + share
         self.register_buffer("bias", bias)
         self.register_buffer("x_scale", None if form is None else form.scale.detach().float().clone())
@@ -91,6 +92,14 @@ class PackedLayer(nn.Module):
         for name, held in (("x_scale", self.x_scale), ("before", self.before), ("bias", self.bias)):
             if held is not None and not held.is_floating_point():
                 raise LowbitError(f"{name} is {held.dtype}; it should be floating-point")
+        channel, scale, before = 1 if len(self.shape) == 4 else -1, self.x_scale, self.before
+        tokens = scale is not None and channel == -1 and scale.ndim > 1 and scale.shape[0] == scale.shape[-1] == 1
+        if scale is not None and scale.numel() != 1 and not tokens:
+            raise LowbitError(f"x_scale is {list(scale.shape)}; one number, or one for each token, is allowed")
+        if before is not None and before.numel() != 1:
+            of_channel = before.ndim > max(channel, 0) and before.shape[channel] == before.numel() == self.shape[1]
+            if not of_channel:
+                raise LowbitError(f"before is {list(before.shape)}; one number, or one for each input, is allowed")
         if self.bias is not None and self.bias.shape != self.scale.shape:
             raise LowbitError(f"bias is {list(self.bias.shape)}; it should be {list(self.scale.shape)}")
 
@@ -142,6 +151,9 @@ class PackedLinear(PackedLayer):
         scale = None if scale is None else scale.reshape(-1)
         return kernels.shift_linear(x, self.weight, self.bias, scale, self.low, self.high).to(dtype)
 
+    in_features = property(lambda self: self.shape[1], doc="K, as torch's layer calls it.")
+    out_features = property(lambda self: self.shape[0], doc="N, as torch's layer calls it.")
+
     def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
         return weight @ after.expand(*(1,) * (after.ndim - 1), weight.shape[1]).reshape(-1)
 
@@ -156,6 +168,14 @@ class PackedConv2d(PackedLayer):
         scale = None if self.x_scale is None else self.x_scale.reshape(-1)
         y = kernels.shift_conv2d(x, self.weight, self.bias, scale, low=self.low, high=self.high, **self.geometry)
         return y.to(dtype)
+
+    in_channels = property(lambda self: self.shape[1], doc="C, as torch's layer calls it.")
+    out_channels = property(lambda self: self.shape[0], doc="N, as torch's layer calls it.")
+    kernel_size = property(lambda self: self.shape[2:], doc="(ky, kx).")
+    stride = property(lambda self: self.geometry.get("stride", (1, 1)), doc="(y, x).")
+    padding = property(lambda self: self.geometry.get("padding", (0, 0)), doc="(y, x).")
+    dilation = property(lambda self: self.geometry.get("dilation", (1, 1)), doc="(y, x).")
+    groups, padding_mode = 1, "zeros"
 
     def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
         # A place outside the image holds q = 0 but no `after`, so that only unpadded convolutions could fold it.

@@ -75,13 +75,13 @@ class QueryKeyProduct(WeightQuantizer):
         return query_key_product(wq, wk, self.heads)
 
     def forward(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """The quantised product, float ``[heads·C, C]``."""
+        """The quantised product, ``[heads·C, C]``, of the dtype of the factors."""
         product = self.product(wq, wk)
         if self.quantizer is None:
-            return product
+            return product.to(wq.dtype)
         if self.boundary is not None:
             product = _MaskGradient.apply(product, cga_mask(product.detach(), self.config.bits, self.boundary))
-        return self.quantizer(product)
+        return self.quantizer(product).to(wq.dtype)
 
     @property
     def levels(self) -> Tensor:
