@@ -433,6 +433,13 @@ JSON = st.recursive(
 )
 
 
+@pytest.fixture(scope="module")
+def zoo_file(tmp_path_factory):
+    model = lowbit.quantize_(lowbit.models.create("resnet8", 10, width=4), CONFIG)
+    packed = lowbit.pack(lowbit.calibrate(model, images()))
+    return lowbit.save(packed, tmp_path_factory.mktemp("files") / "m.safetensors")
+
+
 def places(tree, path=()):
     yield path
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -461,3 +468,19 @@ def test_any_value_anywhere_in_the_header_loads_the_same_or_is_refused(data, pac
             assert module(images()).isfinite().all()
         with pytest.raises(CheckpointError):
             lowbit.load(path)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_in_the_header_of_a_packed_zoo_model_too(data, zoo_file, tmp_path):
+    header, tensors = read(zoo_file)
+    header = copy.deepcopy(header)
+    parts = [path for path in places(header) if path and path[0] in ("packed", "quantization", "shared", "dtype")]
+    where = data.draw(st.sampled_from(parts))
+    at(header, *where[:-1])[where[-1]] = data.draw(JSON)
+    path = rewritten(tmp_path / "m.safetensors", header, tensors)
+    try:
+        model = lowbit.load(path)
+    except CheckpointError:
+        return
+    assert model(images()).isfinite().all()

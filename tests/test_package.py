@@ -1,7 +1,9 @@
 """The package as a whole: what importing it costs, what it offers, how settings and commands refuse."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -39,6 +41,64 @@ def test_the_library_does_without_the_suite_and_what_only_the_course_needs():
 def test_what_notebooks_write_by_is_there_too():
     assert lowbit.record is lowbit_suite.record and lowbit.save_table is lowbit_suite.save_table
     assert {"record", "save_table", "skip"} <= set(dir(lowbit))
+
+
+def imports() -> dict[str, set[str]]:
+    """Which module of the library imports which others, at its top or inside a function."""
+    root = Path(lowbit.__file__).parent
+    modules = {
+        ".".join(file.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in root.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        taken = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lowbit"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                taken |= (names & modules.keys()) or {node.module}
+            elif isinstance(node, ast.Import):
+                taken |= {alias.name for alias in node.names if alias.name in modules}
+        found[name] = taken - {name}
+    return found
+
+
+LAYERS = (
+    {"lowbit.errors", "lowbit.files", "lowbit.settings", "lowbit.paths"},
+    {"lowbit.container", "lowbit.kernels", "lowbit.quantizers"},
+    {"lowbit.nn"},
+    {"lowbit.models"},
+    {"lowbit.serialization"},
+)
+COMMANDS = ("lowbit.kernels.cli",)  # it stands beside what it runs, and uses all of the library
+
+
+def test_the_library_s_layers_go_one_way():
+    level = {name: index for index, names in enumerate(LAYERS) for name in names}
+
+    def of(module: str) -> int | None:
+        return next((level[name] for name in level if f"{module}.".startswith(f"{name}.")), None)
+
+    taken = {name: others for name, others in imports().items() if of(name) is not None and name not in COMMANDS}
+    assert len(taken) > 50
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in taken.items()
+        for other in others
+        if of(other) is None or of(other) > of(name)
+    ]
+    assert not wrong
+
+
+def test_packing_names_no_model_of_the_zoo():
+    from lowbit.models import names
+
+    for file in (Path(lowbit.__file__).parent / "nn").glob("*.py"):
+        assert not [name for name in (*names(), *names("speech")) if name in file.read_text()], file.name
 
 
 @pytest.mark.parametrize("name", lowbit.__all__)

@@ -57,10 +57,11 @@ def standard(model: nn.Module) -> nn.Module:
     Raises:
         LowbitError: the model is not packed.
     """
-    if not any(isinstance(layer, PackedLayer) for layer in model.modules()):
-        raise LowbitError("this model is not packed; lowbit.pack(model) does that")
     model = copy.deepcopy(model).eval()
-    for layer in [layer for layer in model.modules() if isinstance(layer, PackedLayer)]:
+    packed = [layer for layer in model.modules() if isinstance(layer, PackedLayer)]
+    if not packed:
+        raise LowbitError("this model is not packed; lowbit.pack(model) does that")
+    for layer in packed:
         replace_(model, layer, StandardLayer(layer))
     return model
 

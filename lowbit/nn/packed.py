@@ -1,6 +1,6 @@
 """Layers as they are shipped: packed low-bit weights that integer kernels multiply, and codes that stand for floats.
 
-`lowbit.pack` makes them out of a quantised model. They hold buffers only: nothing in them can be trained.
+`lowbit.pack` makes them out of a quantised model. Nothing in them can be trained.
 """
 
 from dataclasses import replace
@@ -32,8 +32,10 @@ class PackedLayer(nn.Module):
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, form: IntegerForm | None, **geometry: Any):
         super().__init__()
-        # Follows `.to(dtype)`: the dtype that `weight` is said to have.
-        self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
+        # Follows `.to(dtype)`: the dtype that `weight` is said to have. A parameter, for models whose code asks
+        # `next(self.parameters())` for dtype and device; it is not saved.
+        like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        self.like = nn.Parameter(like, requires_grad=False)
         self.bits, self.levels, self.shape = weight.bits, weight.levels, tuple(weight.shape)
         self.geometry = geometry
         for name, tensor in (("data", weight.data), ("scale", weight.scale), ("sums", weight.sums)):
@@ -112,9 +114,16 @@ class PackedLayer(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            if name != "like" and buffer is not None and buffer.dtype != before[name].dtype:
+            if buffer is not None and buffer.dtype != before[name].dtype:
                 self._buffers[name] = before[name].to(buffer.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}like")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict({**state_dict, f"{prefix}like": self.like}, prefix, *args)
 
     def extra_repr(self) -> str:
         """Shape, bits, and the range of the input's whole numbers."""
