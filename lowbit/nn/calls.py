@@ -7,6 +7,7 @@ else takes part: no method of a subclass, no override on the object, no hook.
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import CellType
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -16,6 +17,8 @@ _DECIDES = (
     "forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__",
     "weight", "bias",
 )  # fmt: skip
+
+_EMPTY = CellType()
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -39,6 +42,14 @@ def computes_as(module: nn.Module, kind: type[nn.Module], allowed: Iterable[Call
     ):
         return False
     return not module._forward_hooks and all(hook in allowed for hook in module._forward_pre_hooks.values())
+
+
+def holds_module(function: Callable) -> bool:
+    """Whether ``function`` is bound to a module or has one in its closure, which its copies keep calling."""
+    cells = getattr(function, "__closure__", None) or ()
+    held = [getattr(function, "__self__", None), *(cell.cell_contents for cell in cells if cell != _EMPTY)]
+    held += [getattr(one, "__self__", None) for one in held] + list(getattr(function, "args", ()))
+    return any(isinstance(one, nn.Module) for one in held)
 
 
 @contextmanager

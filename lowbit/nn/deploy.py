@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import BITS, pack_weight
 from lowbit.nn.attention import INPUT
-from lowbit.nn.calls import calls_of, computes_as, listed, own_class
+from lowbit.nn.calls import calls_of, computes_as, holds_module, listed, own_class
 from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, store_
 from lowbit.quantizers import ActivationQuantizer, WeightQuantizer
@@ -73,17 +73,24 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         raise LowbitError("this model is packed already")
     if not found:
         raise LowbitError("there is nothing to pack: quantise the model with lowbit.quantize_ and train it first")
-    _refuse_uncalibrated(model, found)
-    _refuse_uncopied(found)
+    shown = made_up(model) if example is None else example
+    _refuse_uncalibrated(model, found, shown is not None)
+    _refuse_uncopied(model, found)
     model = copy.deepcopy(model).eval()
     layers = {found.layer: found for found in quantized_layers(model)}
     own = {layer for layer in layers if not any(computes_as(layer, kind, HOOKS) for kind in QUANTIZABLE)}
     candidates = {layer: packed for layer, found in layers.items() if (packed := _packed(found)) is not None}
-    shown = made_up(model) if example is None else example
     expected, follows, wrong = None, {}, set()
     uncalled = {layer for layer, found in layers.items() if _never_called(found)}
-    if shown is not None and (example is not None or _runs(model, shown)):
-        expected, called, wrong = _rehearse(model, layers, candidates, shown)
+    if shown is not None:
+        try:
+            expected, called, wrong = _rehearse(model, layers, candidates, shown)
+        except Exception as error:
+            # Some of timm's models take one size of images only, and do not tell.
+            if example is not None or isinstance(error, LowbitError):
+                raise
+            shown = None
+    if shown is not None:
         follows = _batchnorms(model, shown)
         if wrong:
             warnings.warn(
@@ -109,8 +116,11 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     return model
 
 
-def _refuse_uncalibrated(model: nn.Module, found: list[QuantizedLayer]) -> None:
-    """Layers that no batch has reached are let through where other quantisers have seen one: nobody calls them."""
+def _refuse_uncalibrated(model: nn.Module, found: list[QuantizedLayer], shown: bool) -> None:
+    """Let layers that no batch has reached through only where nobody calls them.
+
+    So it is where other quantisers have seen a batch; where none has, an example (``shown``) has to tell.
+    """
     # Only methods that need a batch say anything here.
     asked = {
         name: module
@@ -119,10 +129,11 @@ def _refuse_uncalibrated(model: nn.Module, found: list[QuantizedLayer]) -> None:
     }
     waiting = {name for name, module in asked.items() if not module.calibrated}
     uncalled = {f"{layer.name}.{INPUT}" for layer in found if _never_called(layer)}
-    if waiting and (len(waiting) == len(asked) or waiting - uncalled):
+    if waiting and (waiting - uncalled or (len(waiting) == len(asked) and not shown)):
         raise LowbitError(
             "an activation quantiser has seen no batch yet: train the model, or lowbit.calibrate(model, x) with a "
-            f"batch ({listed(sorted(waiting))})"
+            "batch; if that was done, the model never calls these layers, and lowbit.pack(model, x) finds that out "
+            f"({listed(sorted(waiting))})"
         )
 
 
@@ -131,31 +142,27 @@ def _never_called(found: QuantizedLayer) -> bool:
     return INPUT in found.layer._modules and not found.activation.calibrated
 
 
-def _refuse_uncopied(found: list[QuantizedLayer]) -> None:
-    """Refuse, by name, layers of which a copy would not be the layer itself with codes in the place of its weight."""
+def _refuse_uncopied(model: nn.Module, found: list[QuantizedLayer]) -> None:
+    """Refuse, by name, modules of which a copy would not be the module itself with codes in the place of weights."""
     quantized = [layer for layer in found if layer.weight is not None]
     if others := [layer.name for layer in quantized if not _only_quantized(layer.layer)]:
         raise LowbitError(
             f"layers have another parametrization beside that of the quantised weight: {listed(others)}; remove it "
             "(torch.nn.utils.parametrize.remove_parametrizations), or keep these layers out by quantize_'s filter_fn"
         )
-    own = [layer for layer in quantized if "forward" in layer.layer.__dict__]
-    unbound = [layer.name for layer in own if getattr(layer.layer.forward, "__self__", None) is not layer.layer]
+    layers = {layer.layer for layer in quantized}
+    overridden = {name: module for name, module in model.named_modules() if "forward" in module.__dict__}
+    unbound = [
+        name
+        for name, module in overridden.items()
+        if getattr(module.forward, "__self__", None) is not module
+        and (module in layers or holds_module(module.forward))
+    ]
     if unbound:
         raise LowbitError(
-            "layers have a function in the place of their forward, which cannot be copied with them: "
+            "modules have a function in the place of their forward, which cannot be copied with them: "
             f"{listed(unbound)}; write a subclass with that forward, or assign a bound method (types.MethodType)"
         )
-
-
-@torch.no_grad()
-def _runs(model: nn.Module, x: Tensor) -> bool:
-    """Whether the model takes ``x``: some of timm's take one size only, which they do not tell."""
-    try:
-        model(x)
-    except Exception:  # whatever its code raises
-        return False
-    return True
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`lowbit.pack` and layers that do more than torch's own: they keep doing it, or are refused by name."""
 
+import functools
 import types
 import warnings
 
@@ -160,6 +161,10 @@ def closure(layer):
 
 REFUSED = {
     "a function in the place of the forward": (closure, "function in the place of their forward.*'1'"),
+    "a partial in the place of the forward": (
+        lambda layer: setattr(layer, "forward", functools.partial(bound, layer)),
+        "function in the place of their forward.*'1'",
+    ),
     "spectral norm": (lambda layer: parametrizations.spectral_norm(layer), "another parametrization.*'1'"),
     "a parametrized bias": (lambda layer: parametrizations.weight_norm(layer, "bias"), "another parametrization.*'1'"),
 }
@@ -176,6 +181,30 @@ def test_what_cannot_be_copied_is_refused_by_name(kind):
         with pytest.raises(LowbitError, match=message):
             lowbit.pack(model, x)
         assert torch.equal(model(x), before)
+
+
+def test_a_parent_s_function_that_keeps_calling_the_old_layers_is_refused():
+    torch.manual_seed(0)
+    model, x = linear(nn.Sequential(nn.Linear(8, 8)))
+    inner = quantized(model, x)[1]
+    inner.forward = lambda x: inner[0](x) * 2
+    with pytest.raises(LowbitError, match=r"function in the place of their forward.*'1'"):
+        lowbit.pack(model, x)
+    inner.forward = torch.tanh  # which holds nothing
+    check_equal(lowbit.pack(model, x), model, x)
+
+
+def test_layers_that_are_never_called_are_told_by_an_example():
+    torch.manual_seed(0)
+    config = lowbit.QuantConfig(weight=StatsQ(bits=3), activation=LSQ(bits=8), first_last="same")
+    model, x = lowbit.quantize_(Reader(), config, lambda layer, name: name == "read").eval(), torch.randn(16, 8)
+    with pytest.warns(UserWarning, match="'read'"):
+        lowbit.calibrate(model, x)
+    with pytest.raises(LowbitError, match=r"seen no batch.*lowbit\.pack\(model, x\).*'read"):
+        lowbit.pack(model)
+    packed = lowbit.pack(model, x)
+    check_equal(packed, model, x)
+    assert is_stored(packed.read)
 
 
 def test_a_wrapper_around_a_layer_keeps_wrapping():
