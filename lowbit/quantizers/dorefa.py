@@ -49,7 +49,16 @@ class _ScaledSign(torch.autograd.Function):
 def _position(w: Tensor, bits: int) -> Tensor:
     """``(2^bits - 1)·(tanh(w)/(2·max|tanh w|) + ½)``: where on the grid 0 ... 2^bits - 1 a weight lies, unrounded."""
     t = torch.tanh(as_float(w))
-    return (t / (2 * t.abs().amax().clamp_min(SMALLEST_RANGE)) + 0.5) * _steps(bits)
+    largest = t.abs().amax()
+    # Not clamp_min: torch 2.14 changed its gradient at the bound.
+    largest = torch.where(largest < SMALLEST_RANGE, SMALLEST_RANGE, largest)
+    return (t / (2 * largest) + 0.5) * _steps(bits)
+
+
+def _clip(x: Tensor) -> Tensor:
+    """``clip(x, 0, 1)``, whose gradient passes for 0 <= x <= 1; that of clamp stops at 0 and 1 since torch 2.14."""
+    inside = (x >= 0) & (x <= 1)
+    return torch.where(inside, x, x.detach().clamp(0, 1))
 
 
 def dorefa(w: Tensor, bits: int) -> Tensor:
@@ -57,9 +66,10 @@ def dorefa(w: Tensor, bits: int) -> Tensor:
 
     quantize_k(v) = round(v·(2^k-1))/(2^k-1), straight through. The levels are the odd multiples of 1/(2^k-1) from -1
     to 1: zero is not among them. The maximum runs over the whole layer and is differentiated like the tanh, as
-    automatic differentiation does it in the authors' code. The result has a size of about 1 whatever that of ``w``:
-    a normalisation is expected to follow. At 1 bit the mean runs over the whole layer, without gradient, the gradient
-    is the identity everywhere, and ±0 counts as positive (the authors' code gives 0).
+    automatic differentiation does it in the authors' code; equally large weights share its gradient equally. The result
+    has a size of about 1 whatever that of ``w``: a normalisation is expected to follow. At 1 bit the mean runs over the
+    whole layer, without gradient, the gradient is the identity everywhere, and ±0 counts as positive (the authors' code
+    gives 0).
 
     Args:
         w: float, any shape.
@@ -104,7 +114,7 @@ def dorefa_activation(x: Tensor, bits: int) -> Tensor:
         LowbitError: ``bits`` out of range.
     """
     steps = _steps(bits)
-    return (_Round.apply(torch.clamp(as_float(x), 0, 1) * steps) / steps).to(x.dtype)
+    return (_Round.apply(_clip(as_float(x)) * steps) / steps).to(x.dtype)
 
 
 def dorefa_activation_codes(x: Tensor, bits: int) -> Tensor:

@@ -183,4 +183,5 @@ class S3Weight(WeightQuantizer):
     def penalty(self, *latents: Tensor) -> Tensor:
         if self.config.sparse_penalty == 0:
             return latents[1].new_zeros(())
-        return self.config.sparse_penalty * torch.relu(-as_float(latents[1])).sum()
+        w_sparse = as_float(latents[1])
+        return self.config.sparse_penalty * torch.where(w_sparse >= 0, 0.0, -w_sparse).sum()  # no gradient at 0

@@ -18,7 +18,8 @@ from lowbit.quantizers.base import as_float, nearest
 def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """``Σ (q - clip(w, low, high))²``, no gradient through q or the bounds (the paper's regulariser, without its λ).
 
-    The gradient to ``w`` is ``2·(w - q)`` inside the clip range and zero outside, so that a clipped weight is free.
+    The gradient to ``w`` is ``2·(w - q)`` inside the clip range, its ends included, and zero outside, so that a clipped
+    weight is free.
 
     Args:
         w: latent weights, float, any shape.
@@ -29,7 +30,9 @@ def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | flo
         A scalar tensor.
     """
     low, high = (torch.as_tensor(bound, dtype=w.dtype, device=w.device).detach() for bound in (low, high))
-    return (q.detach() - torch.clamp(w, low, high)).square().sum()
+    # The mask is explicit because torch 2.14 changed the gradient of clamp at its bounds.
+    clipped = torch.where((w >= low) & (w <= high), w, torch.clamp(w.detach(), low, high))
+    return (q.detach() - clipped).square().sum()
 
 
 def cosine(progress: float, start: float, first: float, last: float) -> float:
