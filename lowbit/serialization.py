@@ -204,8 +204,8 @@ def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None
     """Put the file's quantisers into ``model``; return what does not fit, one text for each layer."""
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
-    from lowbit.nn.convert import QUANTIZABLE, attach_
-    from lowbit.nn.deploy import description, replace_
+    from lowbit.nn.convert import QUANTIZABLE, attach_, replace_
+    from lowbit.nn.deploy import description
 
     if description(model) is not None:
         return ["the module is packed already; give one as it was before lowbit.quantize_"]

@@ -111,7 +111,16 @@ def quantize_(
 
 
 def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` in the place of ``old`` under every name that it has in ``model``."""
+    """Put ``new`` in the place of ``old`` under all names that ``old`` has in ``model``.
+
+    Raises:
+        LowbitError: ``old`` is the model itself.
+    """
+    if old is model:
+        raise LowbitError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced inside itself; wrap it: "
+            "torch.nn.Sequential(layer)"
+        )
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:

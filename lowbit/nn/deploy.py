@@ -18,7 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.packing import BITS, pack_weight
 from lowbit.nn.attention import INPUT
 from lowbit.nn.calls import calls_of, computes_as, holds_module, listed, own_class
-from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers
+from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers, replace_
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, store_
 from lowbit.quantizers import ActivationQuantizer, WeightQuantizer
 from lowbit.quantizers.base import IntegerForm
@@ -254,23 +254,6 @@ def _replace_(
         else:
             _store_codes_(found)
     return made
-
-
-def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old`` under all names that ``old`` has in ``model``.
-
-    Raises:
-        LowbitError: ``old`` is the model itself.
-    """
-    if old is model:
-        raise LowbitError(
-            f"the model is a single {type(model).__name__}, which cannot be replaced inside itself; wrap it: "
-            "torch.nn.Sequential(layer)"
-        )
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 def _packed(found: QuantizedLayer) -> PackedLayer | None:
