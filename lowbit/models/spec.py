@@ -87,7 +87,7 @@ def check_size(create: Callable[[], nn.Module], name: str, file_bytes: int) -> N
 
     Args:
         create: builds the model; called with torch's device "meta", where tensors have no memory. What cannot be built
-            there (the project's models of sound, which are small) is not looked at.
+            there is not looked at.
         name: for the message.
         file_bytes: size of the file.
 

@@ -4,12 +4,34 @@ Both nets take sound, float ``[N, T]``, and normalise after every convolution, w
 weights. The front end has no parameters, and nothing of it is stored with the weights.
 """
 
+import math
+
 import torch
-import torchaudio
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from lowbit.errors import LowbitError
+
+
+def mel_bands(n_freqs: int, n_mels: int, sample_rate: int) -> Tensor:
+    """Triangular mel bands with a peak of 1, float32 ``[n_freqs, n_mels]``, for frequencies from 0 to half the rate.
+
+    Bit for bit ``torchaudio.functional.melscale_fbanks`` with its defaults (the HTK scale, no normalization).
+    """
+    mels = torch.linspace(0, 2595 * math.log10(1 + sample_rate // 2 / 700), n_mels + 2)
+    edges = 700 * (10 ** (mels / 2595) - 1)
+    distance = edges - torch.linspace(0, sample_rate // 2, n_freqs)[:, None]
+    width = edges.diff()
+    return torch.minimum(-distance[:, :-2] / width[:-1], distance[:, 2:] / width[1:]).clamp_min(0)
+
+
+def _hide(x: Tensor, most: int, dim: int) -> Tensor:
+    """``x`` ``[N, 1, bands, frames]`` with less than ``most`` neighbors along ``dim`` set to 0, others in each clip."""
+    size = x.shape[dim]
+    width = torch.rand(x.shape[:2], device=x.device) * most
+    first = (torch.rand(x.shape[:2], device=x.device) * (size - width)).long()[..., None, None]
+    place = torch.arange(size, device=x.device).reshape(-1, 1) if dim == 2 else torch.arange(size, device=x.device)
+    return x.masked_fill((place >= first) & (place < first + width.long()[..., None, None]), 0)
 
 
 class LogMel(nn.Module):
@@ -17,7 +39,9 @@ class LogMel(nn.Module):
 
     Windows of 40 ms every 20 ms, as in Zhang et al. 2017, section 3; decibels below the loudest point of the clip,
     cut off at ``top_db``, then brought to zero mean and unit variance over the clip, so that neither how loud a clip
-    is nor the length of the silence around it makes the scale. Computed in float32 under autocast too.
+    is nor the length of the silence around it makes the scale. Computed in float32 under autocast too. The values are
+    those of torchaudio's ``MelSpectrogram`` and ``AmplitudeToDB``; its last release, 2.11, cannot be imported beside
+    newer CUDA builds of torch.
 
     Args:
         sample_rate: samples per second.
@@ -32,38 +56,35 @@ class LogMel(nn.Module):
         self, sample_rate: int = 8000, n_mels: int = 20, top_db: float = 60.0, freq_mask: int = 0, time_mask: int = 0
     ):
         super().__init__()
-        window = sample_rate * 40 // 1000
-        transforms = torchaudio.transforms
-        self.mel = transforms.MelSpectrogram(
-            sample_rate,
-            n_fft=1 << (window - 1).bit_length(),
-            win_length=window,
-            hop_length=window // 2,
-            n_mels=n_mels,
-        )
-        self.decibels = transforms.AmplitudeToDB("power", top_db)
-        self.masks = nn.ModuleList()
-        if freq_mask:
-            self.masks.append(transforms.FrequencyMasking(freq_mask, iid_masks=True))
-        if time_mask:
-            self.masks.append(transforms.TimeMasking(time_mask, iid_masks=True))
-        for module in self.mel.modules():
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, buffer, persistent=False)
+        if n_mels < 1 or min(top_db, freq_mask, time_mask) < 0:
+            given = f"n_mels={n_mels}, top_db={top_db}, freq_mask={freq_mask}, time_mask={time_mask}"
+            raise LowbitError(f"{given}: the number of bands is at least 1, the others are at least 0")
+        length = sample_rate * 40 // 1000
+        self.hop, self.n_fft = length // 2, 1 << (length - 1).bit_length()
+        self.top_db, self.freq_mask, self.time_mask = top_db, freq_mask, time_mask
+        self.register_buffer("window", torch.hann_window(length), persistent=False)
+        self.register_buffer("bands", mel_bands(self.n_fft // 2 + 1, n_mels, sample_rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, 1, n_mels, frames]``, float32, of sound ``[N, T]``; ``1 + T // hop`` frames."""
         if x.ndim != 2:
             raise LowbitError(f"a batch of sound is [N, T], not {list(x.shape)}: this model is for speech")
         with torch.autocast(x.device.type, enabled=False):
-            # With a channel axis top_db counts from each clip's own loudest point, without from the batch's.
-            x = self.decibels(self.mel(x.float()).unsqueeze(1))
+            x = self._decibels(x.float()).unsqueeze(1)
             std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
             x = (x - mean) / (std + 1e-5)
             if self.training:
-                for mask in self.masks:
-                    x = mask(x)
+                x = _hide(x, self.freq_mask, 2) if self.freq_mask else x
+                x = _hide(x, self.time_mask, 3) if self.time_mask else x
         return x
+
+    def _decibels(self, x: Tensor) -> Tensor:
+        """``[N, n_mels, frames]`` of sound ``[N, T]``: the power in each band, cut off at ``top_db``."""
+        window = self.window
+        spectrum = torch.stft(x, self.n_fft, self.hop, len(window), window, pad_mode="reflect", return_complex=True)
+        power = (spectrum.abs().pow(2).transpose(-1, -2) @ self.bands).transpose(-1, -2)
+        decibels = 10 * torch.log10(power.clamp_min(1e-10))
+        return decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - self.top_db)
 
 
 class DSCNN(nn.Module):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torchaudio
 from torch import nn
 
 import lowbit
@@ -10,7 +9,7 @@ from lowbit import QuantConfig, TrainConfig, data, paths, quantize_, train
 from lowbit.data import ArrayDataset, Data
 from lowbit.errors import LowbitError
 from lowbit.models import create, names
-from lowbit.models.speech import LogMel
+from lowbit.models.speech import LogMel, mel_bands
 from lowbit.nn import quantized_layers
 from lowbit.quantizers import LSQ, DenseShift
 from lowbit.training import runfile
@@ -38,16 +37,62 @@ def quick(**settings) -> TrainConfig:
     return TrainConfig(**{"epochs": 2, "batch_size": 8, "optimizer": "sgd", "lr": 0.1, "progress": False, **settings})
 
 
+@pytest.fixture
+def torchaudio():
+    """torchaudio, where it can be imported: its last release refuses torch built for another CUDA version."""
+    try:
+        import torchaudio
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"torchaudio cannot be imported: {error}")
+    return torchaudio
+
+
 @pytest.mark.parametrize(("rate", "window", "n_fft"), [(8000, 320, 512), (16000, 640, 1024)])
-def test_front_end_is_torchaudios_spectrogram_of_each_clip(rate, window, n_fft):
+def test_front_end_is_torchaudios_spectrogram_of_each_clip(torchaudio, rate, window, n_fft):
     mel = torchaudio.transforms.MelSpectrogram(rate, n_fft, win_length=window, hop_length=window // 2, n_mels=20)
+    decibels = torchaudio.transforms.AmplitudeToDB("power", 60.0)
     x = sounds(length=rate)
     made = LogMel(rate)(x)
     assert made.shape == (4, 1, 20, 51) and made.dtype == torch.float32
+    assert torch.equal(LogMel(rate).bands, mel.mel_scale.fb)
     for clip, row in zip(x, made, strict=True):
-        decibels = torchaudio.functional.amplitude_to_DB(mel(clip), 10.0, 1e-10, 0.0, top_db=60.0)
-        expected = (decibels - decibels.mean()) / decibels.std()
-        assert torch.allclose(row[0], expected, atol=1e-4)
+        expected = decibels(mel(clip))
+        assert torch.allclose(row[0], (expected - expected.mean()) / expected.std(), atol=1e-4)
+    expected = decibels(mel(x)[:, None])  # the whole batch, to the last bit
+    std, mean = torch.std_mean(expected, dim=(2, 3), keepdim=True)
+    assert torch.equal(made, (expected - mean) / (std + 1e-5))
+
+
+def test_masks_are_torchaudios(torchaudio):
+    transforms = torchaudio.transforms
+    x, front = sounds(16), LogMel(freq_mask=4, time_mask=9)
+    torch.manual_seed(0)
+    made = front.train()(x)
+    torch.manual_seed(0)
+    expected = transforms.FrequencyMasking(4, iid_masks=True)(front.eval()(x))
+    assert torch.equal(made, transforms.TimeMasking(9, iid_masks=True)(expected))
+
+
+def test_bands_by_hand():
+    """One band over 0, 2000 and 4000 Hz: its peak is where half of 2595·log10(1 + 4000/700) mel lie, at 1114 Hz."""
+    peak = 700 * ((1 + 4000 / 700) ** 0.5 - 1)
+    assert mel_bands(3, 1, 8000).flatten().tolist() == pytest.approx([0, (4000 - 2000) / (4000 - peak), 0], abs=1e-6)
+
+
+def test_a_tone_is_loudest_in_its_band_and_top_db_cuts_off_the_rest():
+    time = torch.arange(8000) / 8000
+    front = LogMel(top_db=30.0)
+    band = int(front.bands[64].argmax())  # 1000 Hz is row 64 of 512 points at 8000 a second
+    decibels = front._decibels((2 * torch.pi * 1000 * time).sin()[None])[0]
+    assert (decibels[:, 10:-10].argmax(0) == band).all()
+    assert decibels.max() - decibels.min() == pytest.approx(30, abs=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"n_mels": 0}, {"top_db": -1.0}, {"freq_mask": -1}, {"time_mask": -1}])
+def test_front_end_refuses_sizes_below_its_least(wrong):
+    (name,) = wrong
+    with pytest.raises(LowbitError, match=name):
+        LogMel(**wrong)
 
 
 def test_front_end_knows_neither_loudness_nor_the_other_clips():
