@@ -107,6 +107,8 @@ def _told(error: Exception) -> int:
         text = error.format_message() + hint
     elif isinstance(error, LowbitError):
         text = str(error)
+    elif isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lowbit"):
+        text = f"this command needs {error.name.partition('.')[0]}: pip install 'lowbit[course]'"
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{error.strerror or error}; give a place that is there and may be read and written"

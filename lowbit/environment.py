@@ -8,9 +8,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import psutil
+from lowbit.extras import extra
 
-PACKAGES = ("torch", "torchvision", "torchaudio", "timm", "numpy", "papermill")
+with extra("train", "describing this machine"):
+    import psutil
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "papermill")
 """The packages whose versions can change a measured number."""
 
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon")

@@ -23,3 +23,7 @@ class StorageError(LowbitError, OSError):
 
 class DivergedError(LowbitError):
     """A loss is no longer a finite number: the settings do not suit the model."""
+
+
+class MissingExtraError(LowbitError, ImportError):
+    """A feature needs a package of an optional part of the installation; the message says how to get it."""

@@ -4,9 +4,8 @@ import contextlib
 import os
 from pathlib import Path
 
-import platformdirs
-
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 
 SOURCES = Path(__file__).resolve().parent.parent
 
@@ -79,4 +78,8 @@ def archives() -> list[Path]:
 
 def cache() -> Path:
     """The user's cache folder for decoded data and downloads; ``LOWBIT_CACHE`` moves it."""
-    return Path(os.environ.get("LOWBIT_CACHE") or platformdirs.user_cache_dir("lowbit"))
+    if given := os.environ.get("LOWBIT_CACHE"):
+        return Path(given)
+    with extra("data", "the cache folder"):
+        import platformdirs
+    return Path(platformdirs.user_cache_dir("lowbit"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit import container
 from lowbit.container import DTYPES, FORMAT, load_weights_, read
 from lowbit.container import checksum as _checksum  # noqa: F401  (its name here before there was the container)
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError, LowbitError, MissingExtraError
 
 __all__ = ["DTYPES", "FORMAT", "load", "load_into", "load_weights_", "read", "save"]
 
@@ -82,7 +82,7 @@ def load(path: str | Path) -> nn.Module:
     try:
         check_size(partial(create, **spec), spec["name"], Path(path).stat().st_size)
         model = create(**spec)
-    except CheckpointError:
+    except (CheckpointError, MissingExtraError):
         raise
     except (LowbitError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} describes a model that cannot be built ({error!s:.200})") from None

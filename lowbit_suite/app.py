@@ -6,14 +6,17 @@ Exit status: 0 all is well, 1 something asked for did not pass, 2 a mistake in w
 import sys
 from pathlib import Path
 
-import typer
+from lowbit.extras import extra
 
-from lowbit.command import NAMES, Group
-from lowbit.data import cli as data
-from lowbit.kernels import cli as kernels
-from lowbit.training import cli as training
-from lowbit_suite import cli as suite
-from lowbit_suite.study import cli as study
+with extra("train", "the lowbit command"):
+    import typer
+
+    from lowbit.command import NAMES, Group
+    from lowbit.data import cli as data
+    from lowbit.kernels import cli as kernels
+    from lowbit.training import cli as training
+    from lowbit_suite import cli as suite
+    from lowbit_suite.study import cli as study
 
 app = typer.Typer(
     cls=Group,

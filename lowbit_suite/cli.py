@@ -328,6 +328,7 @@ def _claims_of(run, folder: Path) -> None:
 
 def _told(files: list[Path]) -> None:
     from lowbit_suite.running.run_json import show_path
+
     for file in files:
         typer.echo(f"wrote {show_path(file)}")
 

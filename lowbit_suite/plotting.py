@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lowbit import metrics, paths
+from lowbit.extras import extra
+
+with extra("course", "lowbit_suite.plotting"):
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 from lowbit_suite.records.context import current
 
 PALETTE = sns.color_palette("colorblind")
@@ -167,7 +171,8 @@ def apart(values: Sequence[float], least: float) -> np.ndarray:
     Returns:
         float ``[n]``; unchanged where ``values`` are far enough from each other already.
     """
-    from sklearn.isotonic import isotonic_regression
+    with extra("course", "keeping labels apart"):
+        from sklearn.isotonic import isotonic_regression
 
     array = np.asarray(values, dtype=float)
     if not len(array):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowbit import paths
-from lowbit.errors import DataError
+from lowbit.errors import DataError, MissingExtraError
 from lowbit.files import write_atomically
 
 CHUNK = 1 << 20
@@ -100,7 +100,7 @@ def decoded_file(
     check(path, expected)
     try:
         contents = decode(path)
-    except DataError:
+    except (DataError, MissingExtraError):
         raise
     except Exception as error:
         raise DataError(f"{file} could not be decoded ({type(error).__name__}: {error}); get it anew") from error

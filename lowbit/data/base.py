@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lowbit.errors import DataError, LowbitError
+from lowbit.extras import extra
 
 Task = Literal["classification", "speech", "detection"]
 Kind = Literal["embedded", "generated", "archive", "download", "folder"]
@@ -159,7 +160,8 @@ class Data:
 
 def _column(split: Dataset, name: str, data: str) -> Tensor:
     """A column of the split's ``meta`` as group numbers from 0, int64 ``[N]``, in the order of the sorted values."""
-    import pandas as pd
+    with extra("data", "grouping a data set by a column"):
+        import pandas as pd
 
     meta = getattr(split, "meta", None)
     there = [] if meta is None else list(meta.columns)

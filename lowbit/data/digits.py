@@ -3,6 +3,7 @@
 import torch
 
 from lowbit.data.base import ArrayDataset, Data, _stratified_order, dataset, pixel_statistics
+from lowbit.extras import extra
 
 TEST = 360
 
@@ -21,7 +22,8 @@ TEST = 360
 )
 def digits() -> Data:
     """The digits, uint8 ``[N, 1, 8, 8]`` with the original 17 grey levels spread over 0 ... 255."""
-    from sklearn.datasets import load_digits
+    with extra("data", "the data set digits"):
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     x = torch.from_numpy((bunch.images * 255 / 16).round()).to(torch.uint8)[:, None]

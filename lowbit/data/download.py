@@ -8,6 +8,7 @@ from pathlib import Path
 from lowbit import paths
 from lowbit.data.archive import CHUNK, checksum
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 TIMEOUT = 30  # seconds without a byte
 
@@ -66,7 +67,8 @@ def _checked(path: Path, expected: str) -> Path:
 
 def _continue(url: str, part: Path) -> None:
     """Appends to ``part`` what it lacks of ``url``; starts afresh where the server cannot continue."""
-    from tqdm.auto import tqdm
+    with extra("data", "downloading"):
+        from tqdm.auto import tqdm
 
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})

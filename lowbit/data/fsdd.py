@@ -12,6 +12,7 @@ from lowbit.data import sounds
 from lowbit.data.archive import decoded
 from lowbit.data.base import ArrayDataset, Data, dataset
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -70,7 +71,8 @@ def decode(path: Path) -> dict[str, Any]:
 )
 def fsdd(speaker: str | None = None) -> Data:
     """The digits, int16 ``[N, 8000]``; ``speaker`` (a name) makes that person's 500 recordings the test set."""
-    import pandas as pd
+    with extra("speech", "the data set fsdd"):
+        import pandas as pd
 
     if speaker is not None and speaker not in SPEAKERS:
         raise DataError(f"fsdd: speaker={speaker!r} is not one of {', '.join(SPEAKERS)}")

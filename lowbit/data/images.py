@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from lowbit.errors import DataError
+from lowbit.extras import extra
+
+with extra("data", "reading images"):
+    from PIL import Image, ImageOps
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
 DIRECT = ("RGB", "L", "1", "CMYK", "YCbCr")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 FLOATING = ("FLOAT", "DOUBLE")
 UNKNOWN_LENGTH = (0, 0xFFFFFFFF)  # what a program writes that could not go back to the header
@@ -26,7 +27,8 @@ def read(source: bytes | Path, rate: int, name: str) -> np.ndarray:
     Raises:
         DataError: naming the recording, and what is wrong with it.
     """
-    import soundfile
+    with extra("speech", "reading sound"):
+        import soundfile
 
     content = source.read_bytes() if isinstance(source, Path) else source
     try:

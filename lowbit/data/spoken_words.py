@@ -13,6 +13,7 @@ from lowbit.data.archive import check
 from lowbit.data.base import ArrayDataset, Data, dataset
 from lowbit.data.fsdd import fit
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 CLASSES = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 RATE = 8000
@@ -49,7 +50,8 @@ def spoken_words() -> Data:
     Raises:
         DataError: a file is missing, truncated or altered.
     """
-    import pandas as pd
+    with extra("speech", "the data set spoken-words"):
+        import pandas as pd
 
     sums = manifest()
     if not sums:

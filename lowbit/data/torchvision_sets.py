@@ -13,6 +13,7 @@ from lowbit.data import images
 from lowbit.data.base import ArrayDataset, Data, dataset, pixel_statistics
 from lowbit.data.download import fetch
 from lowbit.errors import DataError
+from lowbit.extras import extra
 
 CIFAR = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -64,7 +65,8 @@ def _cifar(name: str, archive: Path, kind: type) -> Data:
 )
 def cifar10() -> Data:
     """CIFAR-10 from the publisher's archive of Python pickles."""
-    from torchvision.datasets import CIFAR10
+    with extra("data", "the data set cifar10"):
+        from torchvision.datasets import CIFAR10
 
     return _cifar("cifar10", fetch(CIFAR10.url, "md5:c58f30108f718f92721af3b95e74349a"), CIFAR10)
 
@@ -83,7 +85,8 @@ def cifar10() -> Data:
 )
 def cifar100() -> Data:
     """CIFAR-100 from the publisher's archive of Python pickles."""
-    from torchvision.datasets import CIFAR100
+    with extra("data", "the data set cifar100"):
+        from torchvision.datasets import CIFAR100
 
     return _cifar("cifar100", fetch(CIFAR100.url, "md5:eb9058c3a382ffc7106e4002c42a8d85"), CIFAR100)
 
@@ -105,7 +108,8 @@ def fashion_mnist() -> Data:
     import gzip
     import shutil
 
-    from torchvision.datasets import FashionMNIST
+    with extra("data", "the data set fashion-mnist"):
+        from torchvision.datasets import FashionMNIST
 
     archives = [fetch(FASHION + file, expected) for file, expected in FASHION_FILES.items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +133,8 @@ def _is_image(left_out: list[str], path: str) -> bool:
 
 
 def _folder(name: str, path: str | None, img_size: int) -> Data:
-    from torchvision.datasets import ImageFolder
+    with extra("data", "a folder of images"):
+        from torchvision.datasets import ImageFolder
 
     if path is None:
         if name != "imagenet":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowbit import paths
 from lowbit.data.archive import checksum, sha256
 from lowbit.data.base import Card, card, names
+from lowbit.extras import extra
 from lowbit.files import write_atomically
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def check_files(chosen: list[str] | None = None) -> Iterator[FileStatus]:
 
 def describe() -> "pandas.DataFrame":
     """One row a data set: name, what it is, task, items, classes, where it is from, whether it is ``here``."""
-    import pandas as pd
+    with extra("data", "the table of data sets"):
+        import pandas as pd
 
     rows = []
     for name in names():

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from lowbit.extras import extra
+
+with extra("train", "the lowbit command"):
+    import typer
 
 
 def pack(
@@ -14,8 +17,9 @@ def pack(
 
     They become 2 to 4 bits each, of first and last layers 8.
     """
-    from rich.console import Console
-    from rich.table import Table
+    with extra("train", "lowbit pack"):
+        from rich.console import Console
+        from rich.table import Table
 
     from lowbit import load, save
     from lowbit.nn.deploy import pack as pack_model

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.nn.attention import low_bit_attentions
 from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
@@ -54,7 +55,8 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> "pandas.DataFrame":
     Raises:
         LowbitError: the model does not take such an input.
     """
-    import pandas
+    with extra("train", "the table of costs"):
+        import pandas
 
     macs = _macs(model, input_shape)
     rows = [_layer_row(layer, macs.get(layer.name, 0)) for layer in _layers(model)]
@@ -102,7 +104,8 @@ def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"
     Raises:
         LowbitError: another optimiser.
     """
-    import pandas
+    with extra("train", "the table of costs"):
+        import pandas
 
     if optimizer not in STATES:
         raise LowbitError(f"optimizer={optimizer!r} is not allowed; {', '.join(map(repr, STATES))} are")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.metrics.tracking import FlatCodes, Trajectories, tracked_layers
 from lowbit.quantizers import Method
 
@@ -240,7 +241,8 @@ class OscillationTracker:
         }
 
     def _frame(self, sums: dict[str, Tensor], total: bool) -> "pandas.DataFrame":
-        import pandas
+        with extra("train", "the table of oscillations"):
+            import pandas
 
         names = [layer.name for layer in self.codes.layers]
         weights = torch.tensor([layer.weights for layer in self.codes.layers])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 
 if TYPE_CHECKING:
     import pandas
@@ -32,7 +33,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     Raises:
         LowbitError: no value, one that is not finite, or a confidence out of range.
     """
-    from scipy import stats
+    with extra("train", "a confidence interval"):
+        from scipy import stats
 
     if not 0 < confidence < 1:
         raise LowbitError(f"confidence={confidence!r} is not allowed; numbers between 0 and 1 are, e.g. 0.95")
@@ -164,7 +166,8 @@ def verdict(
 
 def standard_error(effect: Effect) -> float:
     """The standard error of the mean behind an interval: half its width divided by Student's quantile; NaN for one."""
-    from scipy import stats
+    with extra("train", "a standard error"):
+        from scipy import stats
 
     if effect.n == 1:
         return math.nan
@@ -182,7 +185,8 @@ def detectable(effect: Effect, power: float = 0.8, error: float = 0.05) -> float
         power: the wanted probability of detection.
         error: of the two-sided test.
     """
-    from scipy import stats
+    with extra("train", "a test over seeds"):
+        from scipy import stats
 
     if effect.n == 1:
         return math.nan
@@ -203,7 +207,8 @@ def p_against(effect: Effect, expected: str, margin: float = 0.0) -> float:
     Returns:
         A number from 0 to 1; 1 where the mean itself lies on the claim's side.
     """
-    from scipy import stats
+    with extra("train", "a test over seeds"):
+        from scipy import stats
 
     mean, error = effect.mean, standard_error(effect)
     beyond = {  # how far the mean lies on the other side of the claim's boundary
@@ -252,7 +257,8 @@ def summarize(
     Raises:
         LowbitError: a missing column, a value that is not finite, or a seed that occurs twice.
     """
-    import pandas
+    with extra("train", "a summary over seeds"):
+        import pandas
 
     by = [by] if isinstance(by, str) else list(by)
     missing = [column for column in (*by, value) if column not in frame.columns]

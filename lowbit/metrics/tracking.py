@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.nn.config import QuantConfig
 from lowbit.nn.convert import QuantizedLayer, _plan, quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
@@ -193,7 +194,8 @@ class Trajectories:
 
     def frame(self) -> "pandas.DataFrame":
         """One row a layer, step and weight: layer, weight (flat index), step, latent_0, ..., value."""
-        import pandas
+        with extra("train", "the table of trajectories"):
+            import pandas
 
         frames = []
         for name, held in self._watched.items():

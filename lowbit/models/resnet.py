@@ -6,7 +6,11 @@ shape is a 1x1 convolution (option B).
 """
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+
+from lowbit.extras import extra
+
+with extra("models", "a small ResNet"):
+    from torchvision.models.resnet import BasicBlock
 
 
 class SmallResNet(nn.Module):

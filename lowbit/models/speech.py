@@ -8,9 +8,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
+
+with extra("speech", "a model of sound"):
+    from torchvision.models.resnet import BasicBlock
 
 
 def mel_bands(n_freqs: int, n_mels: int, sample_rate: int) -> Tensor:

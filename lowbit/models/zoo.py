@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -51,7 +52,8 @@ def vit_nano(
 
     64 tokens for 32x32 images, 4 for 8x8 ones.
     """
-    from timm.models.vision_transformer import VisionTransformer
+    with extra("models", "the model vit_nano"):
+        from timm.models.vision_transformer import VisionTransformer
 
     settings = {"embed_dim": 128, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"} | options
     return VisionTransformer(
@@ -136,15 +138,15 @@ def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained
             raise LowbitError(f"pretrained=True: say which checkpoint of {name!r}; there is {have}")
         shape = {} if name in _speech else {"in_chans": in_chans, "img_size": img_size}
         return _small[name](num_classes=num_classes, **shape, **options)
-    import timm
+    with extra("models", f"the model {name!r}"):
+        import timm
+        import torchvision
 
     if timm.is_model(name):
         sized = {"img_size": img_size} if "vit" in name or "deit" in name or "swin" in name else {}
         return timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **sized, **options
         )
-    import torchvision
-
     if name in torchvision.models.list_models(module=torchvision.models):  # detectors and the like fetch a backbone
         if in_chans != 3:
             raise LowbitError(f"in_chans={in_chans} is not allowed for torchvision's {name!r}; 3 is")

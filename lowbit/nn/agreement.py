@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lowbit.extras import extra
 from lowbit.nn.packed import PackedLayer
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
 
@@ -36,7 +37,8 @@ def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
         first difference in whole numbers is here, and of these ``first_step``, the largest difference (steps), and
         ``from_border``, how far from the border between its two whole numbers a value was at most (steps).
     """
-    import pandas as pd
+    with extra("train", "the table of differences"):
+        import pandas as pd
 
     forms = {name: form for name, module in packed.named_modules() if (form := _form(module)) is not None}
     inputs = zip(_inputs(model, forms, x), _inputs(packed, forms, x), strict=True)

@@ -29,6 +29,8 @@ def is_attention(module: nn.Module) -> bool:
     Raises:
         LowbitError: timm is older than `OLDEST_TIMM`.
     """
+    if not type(module).__module__.startswith("timm."):  # so that models without timm's parts do without timm
+        return False
     try:
         from timm.layers.attention import Attention, maybe_add_mask, resolve_self_attn_mask  # noqa: F401
         from timm.models.swin_transformer import WindowAttention

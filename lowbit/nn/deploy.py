@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.kernels.packing import BITS, pack_weight
 from lowbit.nn.attention import INPUT
 from lowbit.nn.calls import calls_of, computes_as, holds_module, listed, own_class
@@ -448,7 +449,8 @@ def summary(model: nn.Module) -> "pandas.DataFrame":
     ``how`` is "packed", "codes" (see `lowbit.nn.packed.store_`) or "float32"; the last row is all that is not a layer's
     weight.
     """
-    import pandas
+    with extra("train", "the table of a packed model"):
+        import pandas
 
     rows, counted = [], set()
     for name, layer in model.named_modules():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.files import write_atomically
 from lowbit.kernels import reference
 from lowbit.nn.convert import replace_
@@ -76,11 +77,9 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
         LowbitError: the model is not packed, or a package is missing.
     """
     model = standard(model)
-    try:
+    with extra("onnx", "ONNX export"):
         import onnx
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise LowbitError(f"ONNX export needs the package {error.name!r}: pip install 'lowbit[onnx]'") from None
     with torch.no_grad():
         made = torch.onnx.export(model, (example,), dynamo=True, verbose=False).model_proto
     # The exporter notes for each node where in this machine's files it comes from: nobody else's business, and large.

@@ -7,10 +7,10 @@ labels of fixed crops. Here the crops are those of ``TrainConfig.crops``.
 import hashlib
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from lowbit import paths
+from lowbit.extras import extra
 from lowbit.files import write_atomically
 from lowbit.training import distillation
 from lowbit.training.batches import Batches
@@ -30,6 +30,9 @@ def stored_answers(teacher: nn.Module, batches: Batches) -> torch.Tensor:
         batches: of a configuration with ``crops``.
     """
     from safetensors.torch import load_file, save
+
+    with extra("train", "keeping a teacher's answers"):
+        from filelock import FileLock
 
     path = paths.cache() / "answers" / f"{_key(teacher, batches)}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.training import seeds
 
 RANDAUGMENT_LEAST = 64  # pixels; below, its shears and rotations leave little of a picture
@@ -114,7 +115,8 @@ class Erase:
     """
 
     def __init__(self, p: float):
-        from torchvision.transforms import v2
+        with extra("data", "random erasing"):
+            from torchvision.transforms import v2
 
         self.choose = v2.RandomErasing(p=p)
 
@@ -148,7 +150,8 @@ def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
     Images of a folder come in all sizes: random-resized crop and flip in training, resize and centre crop with
     ``kind="none"``. Images in memory have their size already: padded random crop and flip.
     """
-    from torchvision.transforms import v2
+    with extra("data", "augmenting images"):
+        from torchvision.transforms import v2
 
     channels, height, width = shape
     size = [height, width]
@@ -167,7 +170,8 @@ def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
     if kind == "randaugment":
         steps.append(v2.RandAugment(num_ops=2, magnitude=9))
     if kind == "deit":
-        from timm.data.auto_augment import rand_augment_transform
+        with extra("models", "augment='deit'"):
+            from timm.data.auto_augment import rand_augment_transform
 
         shifts = {"translate_const": int(0.45 * min(size)), "img_mean": (124, 116, 104)}
         steps.append(rand_augment_transform("rand-m9-mstd0.5-inc1", shifts))

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from lowbit.extras import extra
+
+with extra("train", "the lowbit command"):
+    import typer
 
 Config = Annotated[Path, typer.Argument(help="The YAML run file, e.g. configs/digits_vit_nano.yaml.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write to; results/scratch/<name> if not given.")]
@@ -37,8 +40,9 @@ def train(config: Config, out: Out = None, set_: Set = None, resume: Resume = Tr
 
 
 def _show(name: str, record, folder: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    with extra("train", "lowbit train"):
+        from rich.console import Console
+        from rich.table import Table
 
     table = Table(title=name)
     columns = ("epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds", "images_per_s")

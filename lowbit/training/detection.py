@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.data import ArrayDataset
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.training import augment, seeds
 from lowbit.training.batches import Batches, check_labels
 from lowbit.training.config import TrainConfig
@@ -199,7 +200,9 @@ def average_precision(
     Raises:
         LowbitError: there is no box in ``targets``.
     """
-    from torchmetrics.detection import MeanAveragePrecision
+    with extra("detection", "mean average precision"):
+        import pycocotools  # noqa: F401
+        from torchmetrics.detection import MeanAveragePrecision
 
     present = torch.cat([target["labels"] for target in targets]).unique().tolist() if targets else []
     if not present:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import DivergedError, LowbitError
+from lowbit.extras import extra
 from lowbit.training import checkpoint, distillation, optim, run_card, seeds
 from lowbit.training.annealing import ConfidenceGuidedAnnealing, adam_like
 from lowbit.training.answers import stored_answers
@@ -383,7 +384,8 @@ def _autocast(config: TrainConfig, here: Processes) -> torch.autocast:
 
 
 def _progress(config: TrainConfig, here: Processes, steps: int, epochs_done: int):
-    from tqdm.auto import tqdm
+    with extra("train", "lowbit.train"):
+        from tqdm.auto import tqdm
 
     total, initial = config.all_epochs * steps, epochs_done * steps
     hidden = {} if config.progress and here.first else {"disable": True}  # otherwise TQDM_DISABLE decides

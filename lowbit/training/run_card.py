@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit.extras import extra
 from lowbit.files import cannot_write, write_atomically
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class RunRecord:
     @property
     def frame(self) -> "pandas.DataFrame":
         """The history as a pandas frame, one row an epoch."""
-        import pandas
+        with extra("train", "the table of a training"):
+            import pandas
 
         return pandas.DataFrame(self.history)
 

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit import yamls
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit.training.config import TrainConfig
+
+with extra("train", "a run file"):
+    pass
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from lowbit.errors import DivergedError, LowbitError
+from lowbit.extras import extra
 from lowbit_suite.records.journal import TRIALS
 from lowbit_suite.records.sweeps import sweep
 from lowbit_suite.records.tables import save_table
@@ -53,7 +54,8 @@ def choose_rates(
     Raises:
         LowbitError: no factors, or not positive ones; seeds that are also judged; what `sweep` or `best_rates` refuses.
     """
-    import pandas as pd
+    with extra("course", "choosing learning rates"):
+        import pandas as pd
 
     factors = list(factors)
     if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):

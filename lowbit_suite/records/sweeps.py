@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
 from lowbit_suite.records.journal import Journal, plain
 from lowbit_suite.records.tables import save_table, tables
 
@@ -45,7 +46,8 @@ def sweep(
         LowbitError: nothing to run; or a run failed: which one, and why. What had been measured until then is kept
             by `lowbit.save_table`, and the message says where.
     """
-    from tqdm.auto import tqdm
+    with extra("course", "a sweep"):
+        from tqdm.auto import tqdm
 
     jobs = [(dict(arm), seed) for arm in arms for seed in seeds]
     if not jobs:
@@ -101,7 +103,8 @@ def _no_semaphores() -> str:
 
 
 def _table(jobs: Sequence[tuple[dict[str, Any], int]], found: Mapping[int, Any]):
-    import pandas as pd
+    with extra("course", "a sweep"):
+        import pandas as pd
 
     rows = []
     for job in sorted(found):

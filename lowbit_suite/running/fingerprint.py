@@ -27,7 +27,7 @@ SAYS = {
 }
 """The parts, in words."""
 
-EXTRAS = ("", "onnx", "bench")
+EXTRAS = ("", "course", "onnx", "bench")
 """The optional dependencies that notebooks use where they are installed."""
 
 SWITCHES = ("LOWBIT_ISA", "LOWBIT_NATIVE")
