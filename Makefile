@@ -4,30 +4,41 @@
 # make lab:   open the course in JupyterLab
 # make bench: what quantised training costs on this machine
 # make notebooks: execute the notebooks at their defaults and store the outputs (before committing a changed one)
+# make lock:  write the installed versions into constraints.txt
+# make versions: the fast tests with the lowest, the locked and the newest versions, in environments of their own
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= test
+# The exact versions to install; /dev/null for the newest ones that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# Where torch is looked for first: on Linux pip's own index has builds for CUDA, of several GB. Empty where there is a GPU,
+# which takes pip's index; so does a machine that does not reach this one.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 JOBS ?= 2
 PYTEST_ARGS ?=
 # A folder for the test results as JUnit XML; the suite's are always beside its run.json.
 JUNIT ?=
 
-.PHONY: setup suite test lint lab bench notebooks clean
+.PHONY: setup suite test lint lab bench notebooks lock versions clean
 
 setup: $(VENV)/.installed lowbit/kernels/_native.so
 
-# The environment is made once and used again until pyproject.toml changes. The mark is its checksum, not its date,
-# since a fresh clone has new dates.
-$(VENV)/.installed: pyproject.toml
-	@if [ -f $@ ] && cksum pyproject.toml | cmp -s - $@; then touch $@; else \
+# The environment is made once and used again until pyproject.toml or the lock changes. The mark is their checksum, not
+# their date, since a fresh clone has new dates.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@if [ -f $@ ] && cksum pyproject.toml $(CONSTRAINTS) | cmp -s - $@; then touch $@; else \
 	  set -e; \
 	  $(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}; say make PYTHON=..."'; \
 	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	  $(BIN)/python -m pip install --quiet --upgrade pip; \
-	  $(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'; \
-	  cksum pyproject.toml > $@; \
+	  test -z "$(TORCH_INDEX)" || \
+	  $(BIN)/python -m pip install --quiet --no-deps --constraint $(CONSTRAINTS) --index-url $(TORCH_INDEX) \
+	    --retries 0 --timeout 5 torch torchvision torchaudio 2> /dev/null || \
+	  echo "torch without CUDA cannot be had from $(TORCH_INDEX): pip's own index is asked, on Linux for several GB"; \
+	  $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'; \
+	  cksum pyproject.toml $(CONSTRAINTS) > $@; \
 	fi
 
 # Made while installing, and again when its sources change. Without a compiler everything works in PyTorch, more slowly.
@@ -52,12 +63,19 @@ lab: setup
 	$(BIN)/jupyter lab notebooks
 
 bench: setup
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'
 	$(BIN)/lowbit bench training --json results/bench/training.json
 
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: setup
 	$(BIN)/python -m tools.tidy notebooks/*.ipynb
+
+lock: setup
+	@{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
+	@mv constraints.new constraints.txt
+
+versions:
+	$(PYTHON) tools/versions.py
 
 clean:
 	rm -rf $(VENV) results/runs results/scratch build ./*.egg-info

@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from lowbit.errors import LowbitError, MissingExtraError
 from lowbit.extras import extra
@@ -105,6 +107,29 @@ def test_the_library_imports_the_core_and_the_extra_that_it_names(path):
                 if guard
                 else "without extra(...), but it is optional"
             )
+
+
+def locked() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line) for line in lines), (
+        "exact versions, nothing else"
+    )
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_the_lock_is_exact_and_has_an_allowed_version_of_everything_that_tests_need():
+    versions = locked()
+    for text in [*PROJECT["dependencies"], *(one for name in EXTRAS if name != "bench" for one in EXTRAS[name])]:
+        requirement = Requirement(text)
+        if requirement.name != "lowbit":
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
+
+
+def test_make_installs_the_lock_and_conda_too():
+    installs = re.findall(r"-m pip install [^;\n]*(?:\\\n[^;\n]*)*", (ROOT / "Makefile").read_text())
+    assert len([line for line in installs if "--constraint $(CONSTRAINTS)" in line]) == 3
+    assert [line for line in installs if "CONSTRAINTS" not in line] == ["-m pip install --quiet --upgrade pip"]
+    assert "- -c constraints.txt" in (ROOT / "environment.yml").read_text()
 
 
 def notebook(path: Path) -> ast.AST:
