@@ -87,6 +87,7 @@ class Header(BaseModel):
     module: Annotated[str, Field(max_length=200)] | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     shared: dict[Name, Name] = {}
+    modules: dict[Name, Name] = {}
     card: dict[str, Any] = {}
 
 
@@ -185,7 +186,7 @@ def collect(model: nn.Module, dtype: str | None) -> tuple[dict[str, Tensor], dic
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
     for name, held in model.state_dict(keep_vars=True).items():
         if not isinstance(held, Tensor):
             raise LowbitError(f"the state {name!r} is a {type(held).__name__}; a file holds tensors only")
@@ -193,14 +194,20 @@ def collect(model: nn.Module, dtype: str | None) -> tuple[dict[str, Tensor], dic
             raise LowbitError(f"the tensor {name!r} has no values yet; run one batch through the model, then save it")
         if held.layout != torch.strided or held.dtype not in STORABLE:
             raise LowbitError(f"the tensor {name!r} is {held.dtype}, {held.layout}; a file holds dense plain numbers")
-        if id(held) in first:
-            shared[name] = first[id(held)]
+        if (before := first.setdefault(_place(held), name)) != name:
+            shared[name] = before
             continue
-        first[id(held)] = name
         stored = held.detach().cpu()
         stored = stored.to(DTYPES[dtype]) if dtype is not None and stored.is_floating_point() else stored
         tensors[name] = stored.clone(memory_format=torch.contiguous_format)  # views of one storage come apart
     return tensors, shared
+
+
+def _place(tensor: Tensor) -> Any:
+    """The same for tensors that are one, be it as one object or by one memory."""
+    if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.is_meta and tensor.numel():
+        return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return id(tensor)
 
 
 def expand(header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
@@ -267,11 +274,11 @@ def mismatches(
             wrong.append(f"{name!r} is {_kind(held)} in the module, {_kind(saved)} in the file")
     shared = header.get("shared", {})
     for name, first in shared.items():
-        if name in own and first in own and own[name] is not own[first]:
+        if name in own and first in own and _place(own[name]) != _place(own[first]):
             wrong.append(f"{name!r} and {first!r} are one tensor in the file, two in the module")
-    firsts: dict[int, str] = {}
+    firsts: dict[Any, str] = {}
     for name, held in own.items():
-        first = firsts.setdefault(id(held), name)
+        first = firsts.setdefault(_place(held), name)
         tied = shared.get(name, name) == shared.get(first, first)
         if name in tensors and first in tensors and not tied and not torch.equal(tensors[name], tensors[first]):
             wrong.append(f"{name!r} and {first!r} are one tensor in the module, two in the file")

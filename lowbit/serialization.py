@@ -56,6 +56,7 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
         "packed": description(model),
         "dtype": dtype,
         "shared": shared,
+        "modules": _shared(model) if spec is not None else {},
         "card": card or {},
     }
     return container.write(path, header, tensors)
@@ -86,6 +87,7 @@ def load(path: str | Path) -> nn.Module:
         raise
     except (LowbitError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path} describes a model that cannot be built ({error!s:.200})") from None
+    _share_(model, header.get("modules", {}), path)
     tensors = container.expand(header, tensors, path)
     kept = [name for name in model.state_dict() if name in tensors and name.rpartition(".")[0] not in _packed(header)]
     floats = {tensors[name].dtype for name in kept if tensors[name].is_floating_point()}
@@ -169,6 +171,33 @@ def _restore_(
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:  # by a module's own rules for its state
         raise CheckpointError(f"{path} does not fit {what}: {error!s:.300}") from None
+
+
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Further names of modules that have several, each with the first name."""
+    first: dict[int, str] = {}
+    made: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        before = first.setdefault(id(module), name)
+        if before != name and not any(name.startswith(f"{outer}.") for outer in made):
+            made[name] = before
+    return made
+
+
+def _share_(model: nn.Module, shared: dict[str, str], path: str | Path) -> None:
+    """Give modules their further names back, in the place of modules of the same kind and shape."""
+    for name, first in shared.items():
+        modules = dict(model.named_modules(remove_duplicate=False))
+        own, module = modules.get(name), modules.get(first)
+        if not name or own is None or module is None or _shape(own) != _shape(module):
+            raise CheckpointError(f"{path} shares a module as {name!r:.80} and {first!r:.80}, which the model has not")
+        model.set_submodule(name, module)
+
+
+def _shape(module: nn.Module) -> list[Any]:
+    """What modules that can stand for each other have in common; no module has it in common with a part of itself."""
+    parts = [(name, type(part)) for name, part in module.named_modules(remove_duplicate=False)]
+    return [parts, [(name, tensor.shape) for name, tensor in module.state_dict().items()]]
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:

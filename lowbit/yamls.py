@@ -7,9 +7,11 @@ text, and so is ``1_000``. A key given twice is an error.
 import re
 from typing import Any, ClassVar
 
-import yaml
-
 from lowbit.errors import LowbitError
+from lowbit.extras import extra
+
+with extra("train", "reading YAML"):
+    import yaml
 
 
 class _Loader(yaml.SafeLoader):

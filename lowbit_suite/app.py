@@ -11,11 +11,11 @@ from lowbit.extras import extra
 with extra("train", "the lowbit command"):
     import typer
 
-    from lowbit.command import NAMES, Group
     from lowbit.data import cli as data
     from lowbit.kernels import cli as kernels
     from lowbit.training import cli as training
     from lowbit_suite import cli as suite
+    from lowbit_suite.command import NAMES, Group
     from lowbit_suite.study import cli as study
 
 app = typer.Typer(

@@ -23,12 +23,10 @@ IMPORTED_AS = {
     "beautifulsoup4": "bs4", "ipython": "IPython", "pillow": "PIL", "pytest-xdist": "xdist", "pyyaml": "yaml",
     "scikit-learn": "sklearn",
 }  # fmt: skip
-SUITE = (
-    "lowbit/suite", "lowbit_suite", "lowbit/plotting.py", "lowbit/environment.py", "lowbit/cli.py",
-    "lowbit/training/sweeps.py", "lowbit/training/selection.py",
-)  # fmt: skip
-BENCHMARKS = ("lowbit/benchmarks", "benchmarks")
-UNGUARDED = {("lowbit/nn/attention.py", "timm")}  # reached with layers of timm's only
+SUITE = ("lowbit_suite",)
+BENCHMARKS = ("benchmarks",)
+UNGUARDED = {("lowbit/nn/attention.py", "timm"), ("lowbit/nn/deploy.py", "timm")}  # reached with timm's layers only
+OURS = ("lowbit", "lowbit_suite", "benchmarks", "tools")
 
 
 def packages(requirements: list[str]) -> set[str]:
@@ -61,7 +59,7 @@ def imports(tree: ast.AST, guard: str | None = None):
             names = [node.module]
         for name in names:
             package = name.partition(".")[0]
-            if package not in sys.stdlib_module_names and package not in ("lowbit", "lowbit_suite"):
+            if package not in sys.stdlib_module_names and package not in OURS:
                 yield package, guard
         inner = guard
         if isinstance(node, ast.With):
@@ -170,7 +168,7 @@ import importlib, pkgutil, lowbit
 from lowbit.errors import MissingExtraError
 refused = []
 for info in pkgutil.walk_packages(lowbit.__path__, "lowbit."):
-    if not info.name.startswith(("lowbit.suite", "lowbit.benchmarks", "lowbit.__main__", "lowbit.kernels._native")):
+    if info.name not in ("lowbit.__main__", "lowbit.kernels._native"):
         try:
             importlib.import_module(info.name)
         except MissingExtraError:
@@ -195,8 +193,8 @@ lowbit.functional.denseshift(torch.ones(2), torch.ones(2))
 def test_the_core_works_without_any_extra():
     """Every module but those of an extra can be imported; a network of one's own is quantized, trained and packed."""
     assert set(ast.literal_eval(run(OWN_NETWORK, OPTIONAL))) <= {
-        "cli", "environment", "plotting", "data.cli", "kernels.cli", "training.cli", "training.runfile",
-        "models.detection", "models.resnet", "models.speech", "training.selection", "training.sweeps",
+        "environment", "yamls", "data.cli", "kernels.cli", "training.cli", "training.runfile", "data.images",
+        "models.detection", "models.resnet", "models.speech",
     }  # fmt: skip
 
 
@@ -246,9 +244,9 @@ FEATURES = [
     ("psutil", "train", TRAIN),
     ("yaml", "train", "lowbit.training.RunConfig"),
     ("onnx", "onnx", ONNX),
-    ("matplotlib", "course", "lowbit.plotting"),
-    ("joblib", "course", "lowbit.training.sweep(lambda: 0, {}, [0])"),
-    ("typer", "train", "import lowbit.cli"),
+    ("matplotlib", "course", "import lowbit_suite.plotting"),
+    ("joblib", "course", "import lowbit_suite; lowbit_suite.sweep(lambda: 0, {}, [0])"),
+    ("typer", "train", "import lowbit_suite.app"),
 ]
 
 
@@ -291,7 +289,7 @@ def test_a_missing_package_is_told_in_one_sentence_with_its_extra(messages, inde
 def test_a_command_without_its_packages_ends_with_one_line_and_status_2(package, command):
     start = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['lowbit', *{command.split()!r}]; "
     done = subprocess.run(
-        [sys.executable, "-c", start + "from lowbit.__main__ import main; main()"],
+        [sys.executable, "-c", start + "from lowbit_suite.__main__ import main; main()"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -68,7 +68,7 @@ def imports() -> dict[str, set[str]]:
 
 
 LAYERS = (
-    {"lowbit.errors", "lowbit.files", "lowbit.settings", "lowbit.paths"},
+    {"lowbit.errors", "lowbit.extras", "lowbit.files", "lowbit.settings", "lowbit.paths"},
     {"lowbit.container", "lowbit.kernels", "lowbit.quantizers"},
     {"lowbit.nn"},
     {"lowbit.models"},

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit import paths
-from lowbit.command import plain_errors
 from lowbit.errors import LowbitError
 from lowbit.files import write_text
 from lowbit_suite import claims
+from lowbit_suite.command import plain_errors
 
 QUOTE = re.compile(r"(?P<shown>[-−+]?\d[\d.,]*)?<!--=(?P<binding>.*?)-->", re.DOTALL)
 VERDICTS = re.compile(r"(?<=<!-- verdicts -->\n)(?P<shown>.*?)(?=<!-- /verdicts -->)", re.DOTALL)

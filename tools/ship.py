@@ -8,11 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from lowbit.command import plain_errors
 from lowbit.errors import LowbitError
 from lowbit.files import write_text
 from lowbit.models.zoo import CHECKPOINTS
 from lowbit.serialization import load, save
+from lowbit_suite.command import plain_errors
 
 LARGEST = 2 * 1024 * 1024  # bytes
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import nbformat
 
-from lowbit.command import plain_errors
 from lowbit_suite import claims
+from lowbit_suite.command import plain_errors
 
 SHOW = re.compile(r"^claims\.show\((.+)\)$", re.MULTILINE)
 

@@ -96,7 +96,7 @@ def test_ties_survive_save_and_load(weight, tmp_path):
     held = [layer.weight if weight is None else layer.parametrizations.weight.original for layer in layers]
     assert held[0] is held[1]
     assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters()) - 16
-    tied = read(tmp_path / "model.safetensors")[0]["tied"]
+    tied = read(tmp_path / "model.safetensors")[0]["shared"]
     assert len(tied) == 2 and all(name.startswith("blocks.1") for name in tied)
 
 
@@ -167,14 +167,14 @@ def test_attention_under_two_names_is_replaced_under_both():
 @pytest.mark.parametrize(
     ("key", "wrong"),
     [
-        ("tied", {"head.bias": "norm.weight"}),  # given already
-        ("tied", {"blocks.7.norm1.weight": "norm.weight"}),  # no such place
-        ("tied", {"x": ["norm.weight"]}),
-        ("shared", {"blocks.1": "blocks"}),  # a part of itself
-        ("shared", {"": ""}),
-        ("shared", {"blocks.1.mlp": "blocks.0.attn"}),  # of another kind
-        ("shared", {"blocks.1": ["blocks.0"]}),
-        ("shared", 3),
+        ("shared", {"head.bias": "norm.weight"}),  # given already
+        ("shared", {"blocks.7.norm1.weight": "norm.weight"}),  # no such place
+        ("shared", {"x": ["norm.weight"]}),
+        ("modules", {"blocks.1": "blocks"}),  # a part of itself
+        ("modules", {"": ""}),
+        ("modules", {"blocks.1.mlp": "blocks.0.attn"}),  # of another kind
+        ("modules", {"blocks.1": ["blocks.0"]}),
+        ("modules", 3),
     ],
 )
 def test_files_that_tie_what_does_not_fit_are_refused(key, wrong, tmp_path):

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit import paths
-from lowbit.command import Group
 from lowbit.errors import LowbitError
 from lowbit_suite.app import app
+from lowbit_suite.command import Group
 
 DIGITS = str(paths.project() / "configs" / "digits_vit_nano.yaml")
 
