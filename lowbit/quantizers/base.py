@@ -152,7 +152,7 @@ UNCALIBRATED = "this activation quantizer has seen no batch yet, so it has no st
 class CalibratedQuantizer(ActivationQuantizer):
     """An activation quantizer whose parameters get their starting values from the first batch.
 
-    Until then they are NaN, in their final shape wherever it is known, and else empty (``[0]``). So what copies
+    Until then they are infinite, in their final shape wherever it is known, and else empty (``[0]``). So what copies
     parameters (DistributedDataParallel, averaged copies of a model) also copies whether they have values. The parameter
     objects stay the same, so an optimizer built earlier keeps them. An empty batch says nothing and is handed on as it
     is. A subclass writes `begin`, and asks `ready` in its ``forward``.
@@ -179,7 +179,7 @@ class CalibratedQuantizer(ActivationQuantizer):
         return self._known != UNSEEN
 
     def _blank(self) -> bool:
-        return any(parameter.numel() == 0 or bool(parameter.isnan().any()) for parameter in self.parameters())
+        return any(parameter.numel() == 0 or not parameter.isfinite().all() for parameter in self.parameters())
 
     def ready(self, x: Tensor) -> bool:
         """Whether the parameters have their values, after a look at ``x`` if it is the first batch."""
@@ -256,7 +256,7 @@ class CalibratedQuantizer(ActivationQuantizer):
         for name, saved in held.items():
             own = self._parameters[name]
             if empty:
-                own.data = own.new_empty(0) if name in self._grown else torch.full_like(own, torch.nan)
+                own.data = own.new_empty(0) if name in self._grown else torch.full_like(own, torch.inf)
                 state_dict[prefix + name] = own.detach()
             elif own.numel() == 0:
                 self._grown.add(name)

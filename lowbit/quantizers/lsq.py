@@ -317,7 +317,7 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
         for name, wanted in self._shapes(shape).items():
             own = self._parameters[name]
             if wanted is not None and own is not None and own.numel() == 0:
-                own.data = torch.full(wanted, torch.nan if name == "step" else 0.0, dtype=own.dtype, device=own.device)
+                own.data = torch.full(wanted, torch.inf if name == "step" else 0.0, dtype=own.dtype, device=own.device)
 
     def _shapes(self, shape: tuple[int | None, ...]) -> dict[str, tuple[int, ...] | None]:
         """Of step and biases for an input of ``shape``; None where that does not tell."""

@@ -158,8 +158,8 @@ class LSQPlusActivation(PositiveStep, CalibratedQuantizer):
     def __init__(self, config: LSQPlus):
         super().__init__()
         self.config = config
-        self.step = nn.Parameter(torch.tensor(torch.nan))
-        self.offset = nn.Parameter(torch.tensor(torch.nan))
+        self.step = nn.Parameter(torch.tensor(torch.inf))
+        self.offset = nn.Parameter(torch.tensor(torch.inf))
 
     def begin(self, x: Tensor) -> tuple[int, dict[str, Tensor]]:
         """See `CalibratedQuantizer.begin`."""

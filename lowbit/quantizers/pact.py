@@ -97,7 +97,7 @@ class PACTActivation(CalibratedQuantizer):
     def __init__(self, config: PACT):
         super().__init__()
         self.config = config
-        self.alpha = nn.Parameter(torch.tensor(torch.nan if config.alpha is None else config.alpha))
+        self.alpha = nn.Parameter(torch.tensor(torch.inf if config.alpha is None else config.alpha))
 
     def positive_alpha(self) -> Tensor:
         """The threshold, kept positive at use without cutting its gradient, so that it can come back."""
