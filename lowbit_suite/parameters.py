@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("lr", "lr_resnet", "lr_vit", "transfer_lr", "cga_lr", "sigma", "least_ms", "alike"), POSITIVE),
     "lr_factors": several(POSITIVE),
     **dict.fromkeys(("weight_decay", "damping", "wide"), FROM_ZERO),
-    "decays": several(FROM_ZERO),
+    "decays": several(FROM_ZERO, least=0),
     "sigmas": several(POSITIVE),
     "boundary": BOUNDARY,
     "boundaries": several(BOUNDARY),

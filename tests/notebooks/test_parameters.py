@@ -31,7 +31,7 @@ FROM_ZERO = {
     "freeze_above",
     "freeze_above_end",
 }
-EMPTY = {"cost_models", "published_bits"}  # lists that may be empty
+EMPTY = {"cost_models", "published_bits", "decays"}  # lists that may be empty
 CHOSEN = {"bits", "activation_bits", "conv_bits", "batch_size", "compared_images", "repeats"}  # 1 is not their smallest
 
 OWN = {  # values that exclude each other, or that only one notebook refuses
