@@ -13,7 +13,7 @@ ORDER, AUGMENT, SAMPLE, MODEL, MIX, CROPS = range(6)  # streams, so that no two 
 
 def derive(seed: int, stream: int, *place: int) -> int:
     """A 63-bit seed for one use (``stream``) at one place (epoch, step, sample, rank): a pure function of both."""
-    return int(np.random.SeedSequence([seed, stream, *place]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, stream, *place]).generate_state(1, np.uint64)[0]) >> 1  # numpy 1.26 too
 
 
 def generator(seed: int, stream: int, *place: int) -> torch.Generator:
