@@ -84,7 +84,8 @@ def _results(run: Callable, jobs: Mapping[int, tuple[dict[str, Any], int]], work
     if workers == 1:  # this process: no start-up, no copies, no semaphores, and a debugger works
         yield from (_one(run, job, *given) for job, given in jobs.items())
         return
-    from joblib import Parallel, delayed, parallel_config
+    with extra("course", "a sweep of several workers"):
+        from joblib import Parallel, delayed, parallel_config
 
     # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
