@@ -2,7 +2,7 @@
 # make test:  set up, run the tests, check the notebooks' stored outputs
 # make lint:  ruff, as it is configured in pyproject.toml
 # make lab:   open the course in JupyterLab
-# make bench: what quantised training costs on this machine
+# make bench: what quantized training costs on this machine
 # make notebooks: execute the notebooks at their defaults and store the outputs (before committing a changed one)
 # make lock:  write the installed versions into constraints.txt
 # make versions: the fast tests with the lowest, the locked and the newest versions, in environments of their own

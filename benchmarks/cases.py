@@ -79,7 +79,7 @@ class Case:
         return pack_weight(self.codes(2**bits), values, torch.full((self.n,), W_SCALE), bits)
 
     def integers(self, bits: int) -> Tensor:
-        """Weights -2^(bits-1) ... 2^(bits-1)-1 for engines that take any whole number, int8, of the weight's shape."""
+        """Weights -2^(bits-1) ... 2^(bits-1)-1 for engines that take any integer, int8, of the weight's shape."""
         return (self.codes(2**bits) - 2 ** (bits - 1)).to(torch.int8)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def rotate(steps: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def exact(case: Case, x: Tensor, weight: PackedWeight) -> Tensor:
-    """What `lowbit.kernels.reference` defines, by float64 products: sums of whole numbers below 2^53 are exact in them.
+    """What `lowbit.kernels.reference` defines, by float64 products: sums of integers below 2^53 are exact in them.
 
     ``x`` is int8 of scale `X_SCALE`, or float32 that gets its scale from its rows or image.
     """

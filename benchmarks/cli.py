@@ -32,7 +32,7 @@ def training(
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads; default: torch's own choice")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """One step of quantised training against one step of full precision, interleaved in one process."""
+    """One step of quantized training against one step of full precision, interleaved in one process."""
     from benchmarks import training as bench
     from benchmarks.report import machine, show
     from lowbit.errors import LowbitError
@@ -121,7 +121,7 @@ def agreement(
         Path | None, typer.Option("--csv", help="also write the table, and what it depends on to NAME.machine.json")
     ] = None,
 ) -> None:
-    """Not a time: how often a packed model answers like the fake-quantised one it was made of, and why it does not."""
+    """Not a time: how often a packed model answers like the fake-quantized one it was made of, and why it does not."""
     import pandas as pd
     from rich.console import Console
     from rich.table import Table
@@ -134,7 +134,7 @@ def agreement(
     about = {"machine": machine()}
     rows = list(tqdm(bench.run(model, widths, count), desc="models", total=len(model or bench.MODELS) * len(widths)))
     frame = pd.DataFrame(rows)
-    table = Table(title="packed and fake-quantised models")
+    table = Table(title="packed and fake-quantized models")
     for column in frame.columns:
         table.add_column(column, overflow="fold")
     for row in rows:

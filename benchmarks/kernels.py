@@ -1,7 +1,7 @@
 """One linear layer or convolution at a time: lowbit's kernels against torch and the peers installed.
 
 Two sorts of engines must not be mixed up: those "int8 in" get activations of 8 bits (as between layers that hand on
-whole numbers), all others get float32 and, if they calculate with whole numbers, quantise inside the time measured.
+integers), all others get float32 and, if they calculate with integers, quantize inside the time measured.
 All give float32 (torch's bf16: bf16).
 """
 

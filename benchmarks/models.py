@@ -1,7 +1,7 @@
 """Whole models, one image or sound at a time: packed models against torch, ONNX Runtime and OpenVINO.
 
 Weights are random and statistics those of random inputs: times hardly depend on either, accuracy is not looked at. But
-no engine is timed while it computes something else: packed models are compared with the quantised ones they are made
+no engine is timed while it computes something else: packed models are compared with the quantized ones they are made
 of, the others with the model in float32. Files of peers are made once a model, in a folder that goes with the run.
 """
 
@@ -186,8 +186,8 @@ def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = 
 def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
     """The model's ONNX file, made if it is not there yet.
 
-    ``kind`` is "fp32"; "ready", the same optimised for quantisation; or made of that by ONNX Runtime's tools, "static"
-    (8-bit quantise and dequantise nodes, calibrated) or "dynamic".
+    ``kind`` is "fp32"; "ready", the same optimized for quantization; or made of that by ONNX Runtime's tools, "static"
+    (8-bit quantize and dequantize nodes, calibrated) or "dynamic".
     """
     path = folder / f"{model.name}.{kind}.onnx"
     if path.exists():
@@ -250,7 +250,7 @@ class _Calibration:
 
 
 def onnxruntime_model(model: Model, threads: int, folder: Path, kind: str = "fp32") -> Built:
-    """ONNX Runtime with the float32 file or a quantised one."""
+    """ONNX Runtime with the float32 file or a quantized one."""
     _begin(threads)
     path, x = _onnx(model, folder, kind), model.inputs()
     step, result = runtimes.onnxruntime_step(runtimes.onnxruntime_session(path, threads), x)

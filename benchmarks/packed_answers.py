@@ -1,6 +1,6 @@
-"""``lowbit bench agreement``: packed models beside the fake-quantised ones they are made of, answer by answer.
+"""``lowbit bench agreement``: packed models beside the fake-quantized ones they are made of, answer by answer.
 
-Small models start from their checkpoint (or from nothing), are trained for a few epochs with quantised weights and
+Small models start from their checkpoint (or from nothing), are trained for a few epochs with quantized weights and
 asked about test images or sounds they have not seen. Models of 224 pixels have no checkpoint here: their weights and
 images are random, so they have answers to compare and no accuracy.
 """
@@ -96,11 +96,11 @@ def _agree(model: nn.Module, x: Tensor, y: Tensor | None) -> dict[str, Any]:
         accuracy = {k: 100 * (z.argmax(1) == y).float().mean().item() for k, z in (("fake", one), ("packed", two))}
     return {
         "inputs": len(x),
-        "accuracy, fake-quantised, %": accuracy.get("fake"),
+        "accuracy, fake-quantized, %": accuracy.get("fake"),
         "accuracy, packed, %": accuracy.get("packed"),
         "other answers": int((one.argmax(1) != two.argmax(1)).sum()),
-        "inputs with a whole number that differs": int(layers["first"].sum()),
-        "whole numbers that differ, %": 100 * layers["steps_differ"].sum() / layers["numbers"].sum(),
+        "inputs with an integer that differs": int(layers["first"].sum()),
+        "integers that differ, %": 100 * layers["steps_differ"].sum() / layers["numbers"].sum(),
         "first differences: largest, steps": int(layers["first_step"].max()),
         "first differences: farthest from a border, steps": layers["from_border"].max(),
     }

@@ -10,7 +10,7 @@ from lowbit.nn import first_and_last
 
 
 def training(model: nn.Module, bits: int) -> Iterator[tuple[str, nn.Module]]:
-    """Copies of ``model`` prepared for quantisation-aware training by brevitas and torchao, whichever is installed.
+    """Copies of ``model`` prepared for quantization-aware training by brevitas and torchao, whichever is installed.
 
     First and last layers stay in full precision, as in our own arms.
     """
@@ -23,7 +23,7 @@ def training(model: nn.Module, bits: int) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _brevitas(model: nn.Module, bits: int) -> nn.Module:
-    """Per-channel weights and per-tensor activations with learnt scales, by brevitas's drop-in layers."""
+    """Per-channel weights and per-tensor activations with learned scales, by brevitas's drop-in layers."""
     from brevitas.nn import QuantConv2d, QuantLinear
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 
@@ -55,7 +55,7 @@ def _brevitas(model: nn.Module, bits: int) -> nn.Module:
 
 
 def _torchao(model: nn.Module, bits: int) -> nn.Module:
-    """torchao's fake-quantised linear layers: int4-range weights by channel, int8 activations by token."""
+    """torchao's fake-quantized linear layers: int4-range weights by channel, int8 activations by token."""
     import torch
     from torchao.quantization import quantize_
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig

@@ -134,7 +134,7 @@ def _panel(ax: "Axes", points: list[dict[str, Any]], cases: list[str], roofs: li
     from lowbit_suite import plotting
 
     engines = list(dict.fromkeys(point["engine"] for point in points))
-    colours = {
+    colors = {
         "2-bit": plotting.BLUE,
         "3-bit": plotting.ORANGE,
         "4-bit": plotting.GREEN,
@@ -149,8 +149,8 @@ def _panel(ax: "Axes", points: list[dict[str, Any]], cases: list[str], roofs: li
             [cases.index(point["case"]) + 0.8 * ((i + 0.5) / len(engines) - 0.5) for point in own],
             [point["value"] for point in own],
             marks.get(kind, "o"),
-            color=colours.get(kind, plotting.GREY),
-            markerfacecolor=colours.get(kind, plotting.GREY) if filled else "white",
+            color=colors.get(kind, plotting.GREY),
+            markerfacecolor=colors.get(kind, plotting.GREY) if filled else "white",
             markeredgewidth=1.5,
             label=engine.removeprefix("lowbit ") + ("" if filled else ", float in"),
         )

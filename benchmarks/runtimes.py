@@ -1,6 +1,6 @@
 """ONNX Runtime, OpenVINO and torchao as engines of ``lowbit bench kernels``, and the sessions that ``models`` shares.
 
-They get weights that their own grids hold exactly (whole numbers times one power of two), so that their results may be
+They get weights that their own grids hold exactly (integers times one power of two), so that their results may be
 off by the rounding of activations only. Where a case wants copies of the weight, these are shifted by rows: runtimes
 may keep equal ones only once, and then they would stay in the caches.
 """
@@ -85,7 +85,7 @@ def _nbits(case: Case, bits: int) -> tuple[bytes, int, Tensor]:
 
 
 def _qdq(case: Case, copies: int, first: int = 0) -> bytes:
-    """A product or convolution between quantise and dequantise nodes, int8 weights by channel.
+    """A product or convolution between quantize and dequantize nodes, int8 weights by channel.
 
     Copies count from ``first``.
     """
@@ -112,7 +112,7 @@ def _qdq(case: Case, copies: int, first: int = 0) -> bytes:
         if not case.image:
             nodes.append(helper.make_node("MatMul", ["xd", f"wd{i}"], [f"y{i}"]))
             continue
-        # Convolutions are only done in whole numbers if their outputs are quantised as well.
+        # Convolutions are only done in integers if their outputs are quantized as well.
         nodes.append(helper.make_node("Conv", ["xd", f"wd{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
         nodes.append(helper.make_node("QuantizeLinear", [f"c{i}", "ys", "xz"], [f"cq{i}"]))
         nodes.append(helper.make_node("DequantizeLinear", [f"cq{i}", "ys", "xz"], [f"y{i}"]))
@@ -152,7 +152,7 @@ def onnxruntime_step(session: Any, x: Tensor) -> tuple[Step, Callable[[], Tensor
 
 
 def onnxruntime_nbits(case: Case, threads: int, bits: int) -> Built:
-    """MatMulNBits: 2- or 4-bit weights with scales by group, activations quantised inside, int8 arithmetic.
+    """MatMulNBits: 2- or 4-bit weights with scales by group, activations quantized inside, int8 arithmetic.
 
     Copies of the weight, if memory is to be read, are nodes of one graph: sessions would each bring a thread pool.
     """
@@ -164,7 +164,7 @@ def onnxruntime_nbits(case: Case, threads: int, bits: int) -> Built:
 
 
 def onnxruntime_int8(case: Case, threads: int) -> Built:
-    """Int8 weights by channel and uint8 activations, quantised inside, as quantise and dequantise nodes say."""
+    """Int8 weights by channel and uint8 activations, quantized inside, as quantize and dequantize nodes say."""
     weight = case.integers(8)
     copies = case.copies(weight.nbytes)
     step, result = onnxruntime_step(onnxruntime_session(_qdq(case, copies), threads), case.input())
@@ -305,7 +305,7 @@ def torchao_int4(case: Case, threads: int) -> Built:
 
 
 def torchao_int8(case: Case, threads: int) -> Built:
-    """Int8 weights by channel, int8 activations by row, quantised inside, compiled."""
+    """Int8 weights by channel, int8 activations by row, quantized inside, compiled."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return _torchao(case, threads, Int8DynamicActivationInt8WeightConfig(), torch.float32, 8, "default")

@@ -1,4 +1,4 @@
-"""What a quantised training step costs: every engine steps in turn in one process, ratios are taken round by round."""
+"""What a quantized training step costs: every engine steps in turn in one process, ratios are taken round by round."""
 
 import copy
 import time
@@ -87,7 +87,7 @@ def _engine(
 
 
 def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engine]:
-    """Full precision, LSQ and StatsQ in eager, compiled-quantiser and bf16-compiled form, and the peers installed.
+    """Full precision, LSQ and StatsQ in eager, compiled-quantizer and bf16-compiled form, and the peers installed.
 
     LSQ: weights per channel, activations per tensor; StatsQ: weights, with the same LSQ activations. First and
     last layers stay in full precision everywhere.
@@ -109,7 +109,7 @@ def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engin
         made.append(_engine("fp32, attention unfused", unfuse_attention(copy.deepcopy(model)), x, y))
     for name, config in configs.items():
         made.append(_engine(f"{name} eager", quantized(config), x, y))
-        made.append(_engine(f"{name} compiled quantisers", compile_quantizers(quantized(config)), x, y))
+        made.append(_engine(f"{name} compiled quantizers", compile_quantizers(quantized(config)), x, y))
     for name, config in {"fp": None, **configs}.items():
         whole = unfuse_attention(copy.deepcopy(model) if config is None else quantized(config))
         whole.compile()
@@ -120,7 +120,7 @@ def engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 4) -> list[Engin
 def shift_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
     """Full precision and DenseShift at 2, 3 and 4 bits (2, 4 and 8 latents a weight), with SGD as published.
 
-    Eager, and 3 bits also with compiled quantisers, and with a `FreezingTracker` that looks at every step. Convolutions
+    Eager, and 3 bits also with compiled quantizers, and with a `FreezingTracker` that looks at every step. Convolutions
     channels-last everywhere.
     """
     from lowbit.metrics import FreezingTracker
@@ -138,14 +138,14 @@ def shift_engines(model: nn.Module, x: Tensor, y: Tensor) -> list[Engine]:
     after = FreezingTracker(tracked).update
     made.append(_engine("denseshift 3-bit eager, tracked", tracked, x, y, sgd=True, after=after))
     compiled = compile_quantizers(quantized(3))
-    return [*made, _engine("denseshift 3-bit compiled quantisers", compiled, x, y, sgd=True)]
+    return [*made, _engine("denseshift 3-bit compiled quantizers", compiled, x, y, sgd=True)]
 
 
 def ofq_engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 2) -> list[Engine]:
-    """OFQ's recipe with and without query-key reparameterisation (QKR) against full precision.
+    """OFQ's recipe with and without query-key reparameterization (QKR) against full precision.
 
     StatsQ weights; LSQ activations with a step for each token and two biases, in front of every layer and in the
-    attention's products; 8 bits in the first and last layers. Each eager, with compiled quantisers, as a whole under
+    attention's products; 8 bits in the first and last layers. Each eager, with compiled quantizers, as a whole under
     torch.compile, and eager with an `OscillationTracker` that looks at every step.
     """
     from lowbit.metrics import OscillationTracker
@@ -175,7 +175,7 @@ def ofq_engines(model: nn.Module, x: Tensor, y: Tensor, bits: int = 2) -> list[E
         made.append(_engine(f"{name} eager", quantized(qkr), x, y))
         tracked = quantized(qkr)
         made.append(_engine(f"{name} eager, tracked", tracked, x, y, after=OscillationTracker(tracked).update))
-        made.append(_engine(f"{name} compiled quantisers", compile_quantizers(quantized(qkr)), x, y))
+        made.append(_engine(f"{name} compiled quantizers", compile_quantizers(quantized(qkr)), x, y))
         whole = quantized(qkr)
         whole.compile()
         made.append(_engine(f"{name} compile", whole, x, y))

@@ -303,11 +303,11 @@ def load_weights_(model: nn.Module, path: str | Path) -> nn.Module:
     Floating-point tensors are converted to the dtypes of ``model``.
 
     Raises:
-        CheckpointError: as `read`; also where the file is of another model or holds a quantised one.
+        CheckpointError: as `read`; also where the file is of another model or holds a quantized one.
     """
     header, tensors = read(path)
     if header["quantization"] is not None or header.get("packed"):
-        raise CheckpointError(f"{path} holds a quantised model; lowbit.load({str(path)!r}) rebuilds it whole")
+        raise CheckpointError(f"{path} holds a quantized model; lowbit.load({str(path)!r}) rebuilds it whole")
     tensors = expand(header, tensors, path)
     refuse(path, f"the model {type(model).__name__}", mismatches(model, header, tensors, set(tensors)))
     model.load_state_dict(tensors)

@@ -1,7 +1,7 @@
-"""`save`, `load` and `load_into`: a model, quantised or not, in one safetensors file that says what is in it.
+"""`save`, `load` and `load_into`: a model, quantized or not, in one safetensors file that says what is in it.
 
 The file's metadata holds one JSON document (`lowbit.container`): format version, how to rebuild a model of
-`lowbit.models.create`, the quantisation, which layers have it, and a checksum over all tensors. Everything is checked
+`lowbit.models.create`, the quantization, which layers have it, and a checksum over all tensors. Everything is checked
 before any of it is used; a file that fails is refused by `CheckpointError`. Of a module of the user's own the file says
 what its layers are, but not how to build it: `load_into` takes the module that the user's code has built.
 """
@@ -26,7 +26,7 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
     """Write ``model`` to ``path``, atomically.
 
     Args:
-        model: any module, quantised by `lowbit.quantize_`, packed by `lowbit.pack`, or neither. One of
+        model: any module, quantized by `lowbit.quantize_`, packed by `lowbit.pack`, or neither. One of
             `lowbit.models.create` is rebuilt by `load`; for any other `load_into` needs the module.
         path: the file; its folder is made if need be.
         dtype: how floating-point tensors are stored: None as they are, or "float32", "float16", "bfloat16".
@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
 
 
 def load(path: str | Path) -> nn.Module:
-    """Rebuild the model that `save` wrote, with its quantisers, in eval mode.
+    """Rebuild the model that `save` wrote, with its quantizers, in eval mode.
 
     Raises:
         CheckpointError: the file is missing, truncated, altered, not one of ours, newer than this library, or holds a
@@ -106,8 +106,8 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     """Put what `save` wrote into a module that your own code has built, in place.
 
     Args:
-        model: built as the saved one was before `lowbit.quantize_`; its quantisers or packed layers come from the file,
-            and so do all tensors. A module that is quantised already has to be quantised as the saved one.
+        model: built as the saved one was before `lowbit.quantize_`; its quantizers or packed layers come from the file,
+            and so do all tensors. A module that is quantized already has to be quantized as the saved one.
         path: the file.
 
     Returns:
@@ -139,7 +139,7 @@ def _restore_(
     what: str,
     ours: bool = False,
 ) -> None:
-    """Put quantisers, packed layers and tensors of the file into ``model``, called ``what`` in messages.
+    """Put quantizers, packed layers and tensors of the file into ``model``, called ``what`` in messages.
 
     ``ours``: the model was just built by `load`, so that floating-point tensors may be converted to its dtypes, and its
     tensors be tied as those of the file are.
@@ -158,7 +158,7 @@ def _restore_(
     if ours:
         container.tie_(model, header)
     own = model.state_dict(keep_vars=True)
-    # Quantisers come from the file, with its dtypes; the latents behind them are the module's.
+    # Quantizers come from the file, with its dtypes; the latents behind them are the module's.
     made = {name for name in own if name not in before and "original" not in name.rsplit(".", 1)[-1]}
     container.refuse(path, what, container.mismatches(model, header, tensors, set(own) if ours else made))
     for name in made:
@@ -201,7 +201,7 @@ def _shape(module: nn.Module) -> list[Any]:
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
-    """Which layer has which method: enough to put the same quantisers back, whatever configuration made them."""
+    """Which layer has which method: enough to put the same quantizers back, whatever configuration made them."""
     from lowbit.nn import QuantConfig, quantized_layers
     from lowbit.nn.attention import low_bit_attentions
 
@@ -230,7 +230,7 @@ def _attention_settings(attention: nn.Module) -> dict[str, Any]:
 
 
 def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None, packed: bool) -> list[str]:
-    """Put the file's quantisers into ``model``; return what does not fit, one text for each layer."""
+    """Put the file's quantizers into ``model``; return what does not fit, one text for each layer."""
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
     from lowbit.nn.convert import QUANTIZABLE, attach_, replace_
@@ -242,7 +242,7 @@ def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None
     if has is not None:
         if not packed and has == quantization:
             return []
-        return ["the module is quantised already, and not as the saved one; give one as it was before lowbit.quantize_"]
+        return ["the module is quantized already, and not as the saved one; give one as it was before lowbit.quantize_"]
     if quantization is None:
         return []
     wrong = []
@@ -259,7 +259,7 @@ def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None
         layer = modules.get(name)
         if not isinstance(layer, QUANTIZABLE):
             wrong.append(
-                f"there is no layer {name!r} to quantise" + ("" if layer is None else f" ({type(layer).__name__})")
+                f"there is no layer {name!r} to quantize" + ("" if layer is None else f" ({type(layer).__name__})")
             )
             continue
         config = QuantConfig(**methods)

@@ -357,7 +357,7 @@ def new_notebook(
 def new_quantizer(
     name: Annotated[str, typer.Argument(help="Of the file and the method: my_method.")],
 ) -> None:
-    """Write a quantiser in a file of its own, with a test, to be filled with a method."""
+    """Write a quantizer in a file of its own, with a test, to be filled with a method."""
     from lowbit_suite import new as skeletons
 
     made = skeletons.quantizer(name)

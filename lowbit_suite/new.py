@@ -1,4 +1,4 @@
-"""``lowbit new``: a notebook or a quantiser that works and passes the tests, to be made into what one has in mind."""
+"""``lowbit new``: a notebook or a quantizer that works and passes the tests, to be made into what one has in mind."""
 
 import builtins
 import keyword

@@ -1,4 +1,4 @@
-"""The course's drawings: one style, colours that survive colour blindness, tensors drawn as tensors."""
+"""The course's drawings: one style, colors that survive color blindness, tensors drawn as tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from lowbit_suite.records.context import current
 
 PALETTE = sns.color_palette("colorblind")
 BLUE, ORANGE, GREEN, RED, PURPLE = (PALETTE[i] for i in (0, 1, 2, 3, 4))
-DIVERGING = "PuOr"  # for signed values: distinguishable with any colour vision, white at zero
+DIVERGING = "PuOr"  # for signed values: distinguishable with any color vision, white at zero
 GREY = "0.45"
 
 
@@ -62,7 +62,7 @@ def matrix(
         ax: where.
         values: float ``[rows, columns]``.
         title: above it.
-        limit: colours run from -limit to limit; None takes the largest magnitude. Pass one limit to compare matrices.
+        limit: colors run from -limit to limit; None takes the largest magnitude. Pass one limit to compare matrices.
         digits: decimals written.
         size: font size of the numbers, points.
     """
@@ -85,7 +85,7 @@ def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title:
 
     Args:
         ax: where.
-        latent: float, any shape: what the optimiser sees, in the units of ``weight`` (both divided by the scale).
+        latent: float, any shape: what the optimizer sees, in the units of ``weight`` (both divided by the scale).
         weight: same shape: what the layer computes with.
         title: above it.
         bins: of the histogram.
@@ -143,12 +143,12 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
     """
     factors = sorted(rates.lr_factor.unique())
     arms, once = rates[arm].nunique(), [*PALETTE, "black"]
-    colours = [*once, *once][:arms]
-    dashes = [*[""] * len(once), *[(3, 1.5)] * len(once)][:arms]  # a colour that comes again is dashed
+    colors = [*once, *once][:arms]
+    dashes = [*[""] * len(once), *[(3, 1.5)] * len(once)][:arms]  # a color that comes again is dashed
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grids have a layout of their own
         grid = sns.relplot(
             rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=dashes,
-            errorbar=None, height=max(3.2, 0.3 * arms), aspect=1 if panel else 1.6, palette=colours,
+            errorbar=None, height=max(3.2, 0.3 * arms), aspect=1 if panel else 1.6, palette=colors,
         )  # fmt: skip
     for shown, ax in grid.axes_dict.items() if panel else [(None, grid.ax)]:
         chosen = rates[rates.chosen & (True if panel is None else rates[panel] == shown)]
@@ -162,11 +162,11 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
 
 
 def apart(values: Sequence[float], least: float) -> np.ndarray:
-    """``values`` moved as little as possible (in the mean square) until neighbours are ``least`` apart: for labels.
+    """``values`` moved as little as possible (in the mean square) until neighbors are ``least`` apart: for labels.
 
     Args:
         values: ``[n]``, any order, which stays; of equal ones the first gets the lowest place.
-        least: distance between neighbours, at least 0.
+        least: distance between neighbors, at least 0.
 
     Returns:
         float ``[n]``; unchanged where ``values`` are far enough from each other already.

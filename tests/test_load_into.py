@@ -208,7 +208,7 @@ OTHERS = {
     "another dtype": (lambda: CNN().double(), "float64"),
     "quantized otherwise": (
         lambda: lowbit.quantize_(CNN(), lowbit.QuantConfig(DenseShift(bits=2))),
-        "quantised already",
+        "quantized already",
     ),
     "packed": (lambda: lowbit.pack(trained(CNN, images())), "packed already"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "run one batch"),

@@ -28,7 +28,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("weight", names("weight"))
-def test_a_quantised_model_comes_back_whole(tmp_path, weight):
+def test_a_quantized_model_comes_back_whole(tmp_path, weight):
     model = quantized(weight)
     x = torch.randn(2, 1, 8, 8)
     again = load(save(model, tmp_path / "m.safetensors"))
@@ -101,7 +101,7 @@ def test_a_foreign_or_missing_file_is_refused(tmp_path):
 
 
 def test_another_models_weights_are_refused(saved, tmp_path):
-    with pytest.raises(CheckpointError, match="quantised"):
+    with pytest.raises(CheckpointError, match="quantized"):
         load_weights_(create("resnet20", in_chans=1), saved)
     path = save(create("resnet20"), tmp_path / "resnet.safetensors")
     with pytest.raises(CheckpointError, match="does not fit"):

@@ -229,7 +229,7 @@ class Card:
             ``LOWBIT_DATA``, "download" from its publisher, or a "folder" that the user names.
         items: number of training and test items as text.
         classes: number of classes.
-        licence: terms, as far as stated.
+        license: terms, as far as stated.
         citation: whom to cite.
         source: where it is published.
         files: archive file name -> sha256 (or "md5:..." where only that is published).
@@ -243,7 +243,7 @@ class Card:
     kind: Kind
     items: str
     classes: int
-    licence: str
+    license: str
     citation: str
     source: str
     loader: Callable[..., Data]

@@ -63,7 +63,7 @@ def decode(path: Path) -> dict[str, Any]:
     kind="archive",
     items="50,000 + 10,000",
     classes=10,
-    licence="none stated; free for research use",
+    license="none stated; free for research use",
     citation="Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
     source=SOURCE,
     files=FILES,

@@ -52,8 +52,8 @@ def verify(names: Annotated[list[str] | None, typer.Argument(help="default: all 
 
     console, wrong = Console(), False
     for result in check_files(names):
-        colour = {"ok": "green", "missing": "yellow", "wrong": "red"}[result.status]
-        console.print(f"[{colour}]{result.status:8s}[/] {result.data}: {escape(result.detail)}", highlight=False)
+        color = {"ok": "green", "missing": "yellow", "wrong": "red"}[result.status]
+        console.print(f"[{color}]{result.status:8s}[/] {result.data}: {escape(result.detail)}", highlight=False)
         wrong |= result.status == "wrong" or (result.status == "missing" and bool(names))
     if wrong:
         raise typer.Exit(1)

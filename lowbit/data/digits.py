@@ -10,18 +10,18 @@ TEST = 360
 
 @dataset(
     "digits",
-    title="handwritten digits, 8x8, grey",
+    title="handwritten digits, 8x8, gray",
     task="classification",
     kind="embedded",
     items="1,437 + 360",
     classes=10,
-    licence="CC BY 4.0",
+    license="CC BY 4.0",
     citation="Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998",
     source="scikit-learn (sklearn.datasets.load_digits)",
     note="the UCI test part; split here into 1,437 training and 360 test images, balanced over the digits",
 )
 def digits() -> Data:
-    """The digits, uint8 ``[N, 1, 8, 8]`` with the original 17 grey levels spread over 0 ... 255."""
+    """The digits, uint8 ``[N, 1, 8, 8]`` with the original 17 gray levels spread over 0 ... 255."""
     with extra("data", "the data set digits"):
         from sklearn.datasets import load_digits
 

@@ -63,7 +63,7 @@ def decode(path: Path) -> dict[str, Any]:
     kind="archive",
     items="2,700 + 300",
     classes=10,
-    licence="CC BY-SA 4.0",
+    license="CC BY-SA 4.0",
     citation="Jackson et al., Free Spoken Digit Dataset",
     source=SOURCE,
     files=FILES,

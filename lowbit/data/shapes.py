@@ -33,10 +33,10 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, n
             if label == 2:
                 inside &= np.abs(x + 0.5 - cx) <= (y + 0.5 - (cy - radius)) / 2
         background = image[:, inside].mean(1)
-        colour = rng.uniform(0, 255, 3)
-        while np.abs(colour - background).max() < 70:  # visible against what is there
-            colour = rng.uniform(0, 255, 3)
-        image[:, inside] = colour[:, None] + rng.normal(0, 6, (3, int(inside.sum())))
+        color = rng.uniform(0, 255, 3)
+        while np.abs(color - background).max() < 70:  # visible against what is there
+            color = rng.uniform(0, 255, 3)
+        image[:, inside] = color[:, None] + rng.normal(0, 6, (3, int(inside.sum())))
         boxes.append(box)
         labels.append(label)
     return (
@@ -69,7 +69,7 @@ def _scenes(count: int, size: int, seed: int, split: int) -> DetectionDataset:
     kind="generated",
     items="600 + 150 (options)",
     classes=3,
-    licence="none needed",
+    license="none needed",
     citation="",
     source="generated at load",
     note="options size, n_train, n_test, seed; training and test scenes come from separate random streams",

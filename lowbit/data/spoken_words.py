@@ -38,7 +38,7 @@ def manifest() -> dict[str, str]:
     kind="embedded",
     items="420 + 180",
     classes=10,
-    licence="MIT, as the project",
+    license="MIT, as the project",
     citation="made with espeak-ng",
     source="data/spoken_words in the project's sources",
     files=manifest(),

@@ -1,6 +1,6 @@
 """Packed low-bit weights and the kernels that multiply 8-bit activations by them.
 
-`pack_weight` packs what a weight quantiser gives into 2, 3, 4 or 8 bits a weight; `shift_linear` and `shift_conv2d`
+`pack_weight` packs what a weight quantizer gives into 2, 3, 4 or 8 bits a weight; `shift_linear` and `shift_conv2d`
 compute with it, by the compiled kernels where there are any (``python -m lowbit.kernels.build`` makes them), else in
 PyTorch. All forms give the same bits: those of `lowbit.kernels.reference`.
 """

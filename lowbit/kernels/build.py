@@ -16,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("dispatch.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c")
 # No fused multiply-add: the epilogue rounds after each operation, on every processor. The other two take no liberty
-# with values; they only let loops over floats be vectorised.
+# with values; they only let loops over floats be vectorized.
 FLAGS = (
     "-O3", "-g0", "-std=gnu11", "-pthread", "-fvisibility=hidden",
     "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
@@ -51,7 +51,7 @@ def build(
         cc: the compiler; None takes `compiler()`.
         extra: further flags and libraries.
         emulate_amx: replaces the AMX instructions by C functions, for tests.
-        sanitize: adds the address and undefined-behaviour sanitisers.
+        sanitize: adds the address and undefined-behavior sanitizers.
         program: a C file with ``main``: builds an executable of it and the kernels instead of a library.
 
     Returns:
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: where lowbit looks for it)")
     parser.add_argument("--cc", help="C compiler (default: $CC, cc, gcc or clang)")
     parser.add_argument("--emulate-amx", action="store_true", help="C functions in place of the AMX instructions")
-    parser.add_argument("--sanitize", action="store_true", help="address and undefined-behaviour sanitisers")
+    parser.add_argument("--sanitize", action="store_true", help="address and undefined-behavior sanitizers")
     options = parser.parse_args()
     try:
         made = build(options.output, cc=options.cc, emulate_amx=options.emulate_amx, sanitize=options.sanitize)

@@ -10,10 +10,10 @@ with extra("train", "the lowbit command"):
 
 
 def pack(
-    checkpoint: Annotated[Path, typer.Argument(help="A quantised model, written by lowbit.save or lowbit train.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A quantized model, written by lowbit.save or lowbit train.")],
     out: Annotated[Path, typer.Argument(help="The packed model's file.")],
 ) -> None:
-    """Pack a quantised model's weights for the integer kernels, and write it to a file.
+    """Pack a quantized model's weights for the integer kernels, and write it to a file.
 
     They become 2 to 4 bits each, of first and last layers 8.
     """

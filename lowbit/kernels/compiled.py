@@ -1,12 +1,12 @@
 """The kernels in plain PyTorch operations: for torch.compile, other devices, and where the native library is missing.
 
-The packed bytes are decoded inside the graph, so that a compiled model keeps its weights packed. Inductor vectorises
+The packed bytes are decoded inside the graph, so that a compiled model keeps its weights packed. Inductor vectorizes
 arithmetic on 32-bit integers best, and neither concatenations nor look-ups by index; so four codes are decoded at once,
 as the bytes of an int32 (`look_up`), and each row of the layout (see `lowbit.kernels.packing`) is multiplied by its own
 part of the activations.
 
 Every matrix product is exact: by `torch._int_mm` on CPU and CUDA, else by float32 products of so few terms that all
-sums stay below 2^24. Quantiser and epilogue are float32: on the CPU, compiled or not, they give the reference's bits;
+sums stay below 2^24. Quantizer and epilogue are float32: on the CPU, compiled or not, they give the reference's bits;
 on a GPU Triton divides approximately unless ``torch._inductor.config.eager_numerics.division_rounding`` is set.
 
 Inductor's ``freezing`` would undo the packing: it folds the decoding away and keeps the weights wide.

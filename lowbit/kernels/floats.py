@@ -33,7 +33,7 @@ def shift_multiply(x: Tensor, exponent: Tensor, negative: Tensor, raw: bool = Fa
 
     Args:
         x: float32.
-        exponent: whole numbers S from 0 to 127; broadcasts against ``x``.
+        exponent: integers S from 0 to 127; broadcasts against ``x``.
         negative: bool, where the weight is negative; broadcasts against ``x``.
         raw: only ``bits(x) + ((negative << 31) | (S << 23))``, modulo 2^32, without care for zero (0·2^S gives
             2^(S-127)), subnormals, overflow, infinity and NaN.
@@ -48,7 +48,7 @@ def shift_multiply(x: Tensor, exponent: Tensor, negative: Tensor, raw: bool = Fa
         raise LowbitError(f"x is {x.dtype}; shift_multiply takes float32")
     in_range = not exponent.numel() or 0 <= exponent.min() <= exponent.max() <= LARGEST_SHIFT
     if exponent.is_floating_point() or not in_range:
-        raise LowbitError(f"exponents are {exponent.dtype}; whole numbers from 0 to {LARGEST_SHIFT} are allowed")
+        raise LowbitError(f"exponents are {exponent.dtype}; integers from 0 to {LARGEST_SHIFT} are allowed")
     bits = x.contiguous().view(torch.int32)
     exponent = exponent.to(torch.int32)
     sign = torch.where(negative, SIGN, 0).to(torch.int32)

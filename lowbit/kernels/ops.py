@@ -46,17 +46,17 @@ def shift_linear(
     """A linear layer with packed weights: ``[..., K]`` → ``[..., N]``, float32, or 8 bits if ``out_scale`` is given.
 
     Args:
-        x: float32, quantised on the way in; or int8 or uint8, taken as it is.
+        x: float32, quantized on the way in; or int8 or uint8, taken as it is.
         weight: of `pack_weight`, on ``x``'s device.
         bias: float32 ``[N]``.
         x_scale: float32, one number or one for each row (``x.shape[:-1]``): what an 8-bit step of ``x`` is worth. None,
             for float ``x``, derives it from each row's largest magnitude.
-        low: the least step of quantised float ``x``, -128 or more; 0 for unsigned ones.
-        high: the largest, up to 127, or 255 if ``low`` is not negative. An activation quantiser of b bits is reproduced
+        low: the least step of quantized float ``x``, -128 or more; 0 for unsigned ones.
+        high: the largest, up to 127, or 255 if ``low`` is not negative. An activation quantizer of b bits is reproduced
             by its own step and range.
         relu: whether negative outputs become 0.
-        out_scale: if given, outputs are quantised by it, to int8, or uint8 if ``out_high > 127``.
-        out_low, out_high: range of quantised outputs.
+        out_scale: if given, outputs are quantized by it, to int8, or uint8 if ``out_high > 127``.
+        out_low, out_high: range of quantized outputs.
         add: of the output's shape, added to it before ReLU (a residual); float32, or int8 or uint8 times ``add_scale``.
         add_scale: what a step of such an ``add`` is worth.
 
@@ -138,7 +138,7 @@ def check_weight(packed: Tensor, levels: Sequence[int], scale: Tensor, bias: Ten
         if levels:
             raise LowbitError(f"levels={list(levels)[:4]}... with bits=8: none are allowed, the bytes are the levels")
     elif not 2 <= len(levels) <= 2**bits or min(levels) < -LARGEST_LEVEL or max(levels) > LARGEST_LEVEL:
-        raise LowbitError(f"levels={list(levels)}: 2 to {2**bits} whole numbers from -128 to 128 are allowed")
+        raise LowbitError(f"levels={list(levels)}: 2 to {2**bits} integers from -128 to 128 are allowed")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != scale.shape):
         raise LowbitError(f"bias is {bias.dtype} {list(bias.shape)}; it is float32 [{n}]")
 
@@ -224,7 +224,7 @@ def _check_conv2d(
     pairs = (("kernel_size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     for name, pair, least in pairs:
         if len(pair) != 2 or pair[0] < least or pair[1] < least:
-            raise LowbitError(f"{name}={list(pair)} is not allowed; two whole numbers from {least} are")
+            raise LowbitError(f"{name}={list(pair)} is not allowed; two integers from {least} are")
     k = kernel[0] * kernel[1] * padded_channels(x.shape[1], tuple(kernel))
     _check(x, packed, levels, scale, sums, bias, x_scale, bits, k, x.shape[0], low, high, out_scale, out_low, out_high)
     size = []

@@ -3,7 +3,7 @@
 A weight is a matrix of codes ``[N, K]`` (N outputs, K inputs): indices into an ascending table of at most 2^bits small
 integers, ``w = scale[n] · levels[code[n, k]]``. For a convolution K runs over (ky, kx, channel), channel fastest.
 
-Layout "N16K4": 16 outputs make a block, and 4 neighbouring k of a block make a row of 64 codes, ``[16 n][4 k]``: as
+Layout "N16K4": 16 outputs make a block, and 4 neighboring k of a block make a row of 64 codes, ``[16 n][4 k]``: as
 bytes, one 512-bit register, one row of an AMX tile. A block holds its rows in ascending k:
 
 - 2 bits: 4 rows in 64 bytes; row r in bits 2r, 2r+1 of each byte.
@@ -58,7 +58,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     With 8 bits ``codes`` are the bytes to keep: levels modulo 256.
 
     Raises:
-        LowbitError: bits other than 2, 3, 4, 8; codes that are no matrix, not whole numbers or out of range.
+        LowbitError: bits other than 2, 3, 4, 8; codes that are no matrix, not integers or out of range.
     """
     _check_bits(bits)
     if codes.ndim != 2 or codes.is_floating_point() or codes.is_complex():
@@ -131,15 +131,15 @@ def padded_channels(channels: int, kernel: tuple[int, int]) -> int:
 
 
 def integer_levels(levels: Tensor) -> tuple[tuple[int, ...], float]:
-    """Writes a quantiser's ``levels`` (float ``[L]``, ascending) as whole numbers over a common divisor.
+    """Writes a quantizer's ``levels`` (float ``[L]``, ascending) as integers over a common divisor.
 
     Returns:
         ``(whole, divisor)`` with ``levels == whole / divisor``; the divisor is a power of two where there is one, e.g.
-        StatsQ's ±¼, ±¾ are ±1, ±3 over 4, so that dividing a scale by it is exact; else a small whole number (DoReFa's
+        StatsQ's ±¼, ±¾ are ±1, ±3 over 4, so that dividing a scale by it is exact; else a small integer (DoReFa's
         15), and the equality holds to rounding.
 
     Raises:
-        LowbitError: no such numbers of magnitude <= 128 exist (TTQ's learnt levels, for example).
+        LowbitError: no such numbers of magnitude <= 128 exist (TTQ's learned levels, for example).
     """
     values = levels.detach().double().cpu()
     for divisor in (1, 2, 4, 8, 16, 32, 64, 128, 3, 5, 7, 9, 15):
@@ -150,7 +150,7 @@ def integer_levels(levels: Tensor) -> tuple[tuple[int, ...], float]:
             return tuple(int(level) for level in whole), float(divisor)
     shown = ", ".join(f"{v:g}" for v in values.tolist())
     raise LowbitError(
-        f"levels {shown} are no whole numbers of magnitude <= {LARGEST_LEVEL} over a common divisor, so integer "
+        f"levels {shown} are no integers of magnitude <= {LARGEST_LEVEL} over a common divisor, so integer "
         "kernels cannot use them; DenseShift, StatsQ, S3, PoT or LSQ weights can be packed"
     )
 
@@ -166,7 +166,7 @@ class PackedWeight:
 
     Args:
         data: uint8, see `pack`; K counts padded channels (`padded_channels`).
-        levels: whole numbers, ascending, at most 2^bits of them, magnitudes <= 128; of 8 bits consecutive ones, -128 to
+        levels: integers, ascending, at most 2^bits of them, magnitudes <= 128; of 8 bits consecutive ones, -128 to
             127. No tensor, so that a compiled graph holds them as constants.
         scale: float32 ``[N]``.
         sums: int32 ``[N]``, the sum of ``levels[code]`` over k, pads left out; kernels correct activations that are
@@ -236,7 +236,7 @@ class PackedWeight:
         return replace(self, data=self.data.to(device), scale=self.scale.to(device), sums=self.sums.to(device))
 
     def codes(self) -> Tensor:
-        """The codes as the quantiser gave them, int16, of the weight's shape."""
+        """The codes as the quantizer gave them, int16, of the weight's shape."""
         stored = weight_codes(self.data, self.bits, self.shape)
         return (stored.to(torch.uint8).view(torch.int8).to(torch.int16) - self.levels[0]) if self.bits == 8 else stored
 
@@ -306,7 +306,7 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
 
     Args:
         codes: integers, ``[N, K]`` of a linear layer or ``[N, C, ky, kx]`` of a convolution (``groups=1``).
-        levels: ``[L]``, ascending, whole numbers up to a common divisor (see `integer_levels`).
+        levels: ``[L]``, ascending, integers up to a common divisor (see `integer_levels`).
         scale: broadcastable to the weight; one number, or one for each output channel.
         bits: 2, 3, 4 or 8; None takes the fewest that hold L codes.
 
@@ -317,7 +317,7 @@ def pack_weight(codes: Tensor, levels: Tensor, scale: Tensor | float = 1.0, bits
     if codes.ndim not in (2, 4):
         raise LowbitError(f"codes are {list(codes.shape)}; [N, K] and [N, C, ky, kx] can be packed")
     if codes.is_floating_point() or codes.is_complex():
-        raise LowbitError(f"codes are {codes.dtype}; whole numbers, indices into levels, can be packed")
+        raise LowbitError(f"codes are {codes.dtype}; integers, indices into levels, can be packed")
     if levels.ndim != 1 or not 2 <= levels.numel() <= 256:
         raise LowbitError(f"levels are {list(levels.shape)}; 2 to 256 levels in one dimension can be packed")
     if bits is None:

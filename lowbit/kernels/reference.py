@@ -1,12 +1,12 @@
 """What the kernels compute, in eager PyTorch and 64-bit integers: the definition that every other form equals.
 
-1. Activations are whole numbers q of 8 bits: given as int8 or uint8, or made from float32 by
+1. Activations are integers q of 8 bits: given as int8 or uint8, or made from float32 by
    ``q = clamp(round_half_even(x / s), low, high)``, NaN counting as 0. Either s is given (calibrated: a number, or one
    for each row or image), or it follows the input (dynamic): ``s = max(absmax / high, 2^-126)`` of each row or image.
 2. ``acc[m, n] = Σ_k q[m, k] · levels[code[n, k]]``, exact. Every form sums in 32 bits, which `pack_weight` makes sure
    is enough; so the order of summation, hence instruction set and number of threads, cannot matter.
 3. The epilogue is float32, each operation rounded on its own (no fused multiply-add), in this order:
-   ``y = (float(acc) · s[m]) · scale[n]``, ``y + bias[n]``, ``y + add`` (whole numbers: ``float(add) · add_scale``),
+   ``y = (float(acc) · s[m]) · scale[n]``, ``y + bias[n]``, ``y + add`` (integers: ``float(add) · add_scale``),
    ReLU, ``clamp(round_half_even(y / out_scale), out_low, out_high)`` to int8 (uint8 if ``out_high > 127``); what is not
    asked for is left out.
 
@@ -23,7 +23,7 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Step 1 for float32 ``x``: whole numbers, int64, of ``x``'s shape; ``scale`` broadcasts against it."""
+    """Step 1 for float32 ``x``: integers, int64, of ``x``'s shape; ``scale`` broadcasts against it."""
     return torch.clamp(torch.round(torch.nan_to_num(x / scale, nan=0.0)), low, high).to(torch.int64)
 
 
@@ -61,7 +61,7 @@ def epilogue(
 
 
 def _activations(x: Tensor, x_scale: Tensor | None, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers (int64) and their scale, which broadcasts against ``x``."""
+    """Integers (int64) and their scale, which broadcasts against ``x``."""
     if x_scale is not None:
         x_scale = x_scale.reshape(-1, *(1,) * (x.ndim - 1))
     if not x.is_floating_point():

@@ -3,13 +3,13 @@
 Counting conventions, those of fvcore where it has one:
 
 - one MAC is one multiplication with its addition, for one sample; only matrix products and convolutions count: not
-  biases, normalisation, activation functions, softmax, pooling, nor the quantisation of activations;
+  biases, normalization, activation functions, softmax, pooling, nor the quantization of activations;
 - attention's own products (logits, and their product with the values) are one row, "(other matrix products)": float
-  multiplications, or integer ones where `quantize_` quantised both factors (``attention=True``);
-- with query-key reparameterisation the product of query and key weights counts as one layer, as it is shipped;
+  multiplications, or integer ones where `quantize_` quantized both factors (``attention=True``);
+- with query-key reparameterization the product of query and key weights counts as one layer, as it is shipped;
 - a MAC whose weight is one of several powers of two (times a common factor) is a shift and an addition; with at most
   one size for each sign an addition alone; else it stays a multiplication, of integers if the layer's input is
-  quantised too. Zeros are not skipped, and 2^0 counts as a shift;
+  quantized too. Zeros are not skipped, and 2^0 counts as a shift;
 - scaling a finished sum is counted apart, one multiplication an output where the scale is no power of two: most often
   it can be folded into what follows.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas
 
 STATES = {"sgd": 1, "adamw": 2, "radam": 2}
-"""Numbers that an optimiser keeps for each trained one: SGD its momentum, the Adam family two moments."""
+"""Numbers that an optimizer keeps for each trained one: SGD its momentum, the Adam family two moments."""
 
 OTHER, REST = "(other matrix products)", "(rest)"
 FLOAT_BITS = 32
@@ -49,7 +49,7 @@ def cost(model: nn.Module, input_shape: Sequence[int]) -> "pandas.DataFrame":
     full_precision_bytes. The row "(rest)" holds all other parameters and running statistics, 32 bits each.
 
     Args:
-        model: quantised or not; it is copied, not changed.
+        model: quantized or not; it is copied, not changed.
         input_shape: of one sample, without the batch: (3, 32, 32).
 
     Raises:
@@ -94,15 +94,15 @@ def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"
     """Bytes that training keeps for the parameters of each layer; activations are not in it.
 
     Columns: layer, weights, latents (tensors a weight: 2, 4 or 8 for DenseShift), parameter_bytes (latents, and the
-    weight quantiser's own parameters), gradient_bytes, state_bytes, bytes (their sum), full_precision_bytes (that sum
-    for the layer unquantised) and ratio. The last row, "(rest)", holds all other parameters.
+    weight quantizer's own parameters), gradient_bytes, state_bytes, bytes (their sum), full_precision_bytes (that sum
+    for the layer unquantized) and ratio. The last row, "(rest)", holds all other parameters.
 
     Args:
-        model: quantised or not.
+        model: quantized or not.
         optimizer: "sgd" (with momentum) keeps one number for each trained one, "adamw" and "radam" two.
 
     Raises:
-        LowbitError: another optimiser.
+        LowbitError: another optimizer.
     """
     with extra("train", "the table of costs"):
         import pandas
@@ -142,7 +142,7 @@ def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"
 
 
 def _layers(model: nn.Module) -> Iterator[QuantizedLayer]:
-    """Every linear and convolution layer in order, quantised or not."""
+    """Every linear and convolution layer in order, quantized or not."""
     quantized = {found.name: found for found in quantized_layers(model)}
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE):
@@ -154,7 +154,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # A copy, since a first forward pass calibrates activation quantisers and changes running statistics.
+    # A copy, since a first forward pass calibrates activation quantizers and changes running statistics.
     own = copy.deepcopy(model).eval()
     x = torch.zeros(1, *input_shape, device=getattr(next(own.parameters(), None), "device", None))
     counter = FlopCounterMode(display=False, depth=None)
@@ -182,7 +182,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
 
 def _integer(model: nn.Module) -> list[str]:
-    """Names of the attentions whose own products have quantised factors."""
+    """Names of the attentions whose own products have quantized factors."""
     attentions = low_bit_attentions(model).items()
     return [name for name, attention in attentions if isinstance(attention.softmax_quantizer, ActivationQuantizer)]
 
@@ -214,7 +214,7 @@ def _layer_row(found: QuantizedLayer, macs: int) -> dict[str, Any]:
 
 
 def _rest(model: nn.Module) -> tuple[int, int]:
-    """Floating-point numbers outside the weights of `_layers`: as shipped, and of the model unquantised."""
+    """Floating-point numbers outside the weights of `_layers`: as shipped, and of the model unquantized."""
     weights = {id(t) for found in _layers(model) for t in found.latents}
     saved = model.state_dict().keys()
     held = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]

@@ -29,7 +29,7 @@ FULL = 255  # looks that a uint8 can count
 class FreezingTracker(OscillationTracker):
     """Follows flips, frozen weights and oscillation of every weight of a model in training.
 
-    Call `update` after each optimiser step and `mark` where a new window [t0, ...] begins. As a callback of
+    Call `update` after each optimizer step and `mark` where a new window [t0, ...] begins. As a callback of
     `lowbit.train` it does both, with one window an epoch, and adds to the history: ``flip_rate``, ``sign_flip_rate``,
     ``size_flip_rate`` of the epoch; ``frozen``, ``sign_frozen``, ``size_frozen`` since the run's start and the same
     with ``_epoch`` within the epoch; ``frequency`` and ``oscillating``.
@@ -83,7 +83,7 @@ class FreezingTracker(OscillationTracker):
         return self._of(layer, self._masks(since) & 1 > 0)
 
     def update(self) -> None:
-        """Takes note of the weights; to be called after each optimiser step."""
+        """Takes note of the weights; to be called after each optimizer step."""
         if self._mark_due:
             self.mark()
         super().update()
@@ -167,7 +167,7 @@ class FrozenFrom:
 
     def __init__(self, tracker: OscillationTracker, step: int):
         if not (isinstance(step, int) and step >= 1):
-            raise LowbitError(f"step={step!r} is not allowed; whole numbers from 1 are")
+            raise LowbitError(f"step={step!r} is not allowed; integers from 1 are")
         self.tracker, self.step = tracker, step
         self._start: Tensor | None = None
         self._changed: Tensor | None = None

@@ -42,7 +42,7 @@ def oscillation_step(codes: Tensor, state: OscillationState | None = None, momen
     in the direction opposite to that of the weight's previous switch, however long ago that was; else 0.
 
     Args:
-        codes: whole numbers, any shape; a larger code stands for a larger value.
+        codes: integers, any shape; a larger code stands for a larger value.
         state: what the last call returned; None at the start, when nothing has switched yet.
         momentum: m, 0 < m <= 1.
 
@@ -50,12 +50,12 @@ def oscillation_step(codes: Tensor, state: OscillationState | None = None, momen
         The new state; ``state`` itself stays as it was.
 
     Raises:
-        LowbitError: codes that are not whole numbers or of another shape than before; momentum out of range.
+        LowbitError: codes that are not integers or of another shape than before; momentum out of range.
     """
     check_momentum(momentum)
     codes = torch.as_tensor(codes).detach()
     if codes.is_floating_point() and not torch.equal(codes, codes.round()):
-        raise LowbitError("codes are not whole numbers; give the integer codes, not the quantised or latent weights")
+        raise LowbitError("codes are not integers; give the integer codes, not the quantized or latent weights")
     if state is None:
         direction = torch.zeros(codes.shape, dtype=torch.int8, device=codes.device)
         return OscillationState(codes.clone(), direction, torch.zeros_like(direction, dtype=torch.float32))
@@ -84,14 +84,14 @@ def check_momentum(momentum: float) -> None:
 class OscillationTracker:
     """Follows the oscillation of every weight of a model in training.
 
-    Call `update` after each optimiser step, or hand the tracker to `lowbit.train` as a callback; it then adds
+    Call `update` after each optimizer step, or hand the tracker to `lowbit.train` as a callback; it then adds
     ``frequency`` and ``oscillating`` to the history and is saved and restored with the run. In a run of several
     processes every one of them tracks the same weights and finds the same numbers, without communication.
 
     It holds 9 bytes a weight: the codes and room for new ones (int16), direction (int8), frequency (float32).
 
     Args:
-        model: a quantised model; or one in full precision, with ``grid``.
+        model: a quantized model; or one in full precision, with ``grid``.
         every: look at the weights at every k-th `update`. What happens between two looks is unseen, and frequencies
             count looks; 1 is the published definition.
         momentum: of the moving average.
@@ -116,7 +116,7 @@ class OscillationTracker:
     ):
         check_momentum(momentum)
         if not (isinstance(every, int) and every >= 1):
-            raise LowbitError(f"every={every!r} is not allowed; whole numbers from 1 are")
+            raise LowbitError(f"every={every!r} is not allowed; integers from 1 are")
         if not 0 <= threshold < 1:
             raise LowbitError(f"threshold={threshold!r} is not allowed; frequencies from 0 to below 1 are")
         self.every, self.momentum, self.threshold = every, momentum, threshold
@@ -137,7 +137,7 @@ class OscillationTracker:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes note of the weights; to be called after each optimiser step."""
+        """Takes note of the weights; to be called after each optimizer step."""
         self.steps += 1
         if self.steps % self.every:
             return

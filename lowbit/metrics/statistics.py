@@ -97,7 +97,7 @@ Scores = Sequence[float] | Mapping[Any, float]
 def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str = "", of: str = "seeds") -> Effect:
     """The mean of ``a - b`` over seeds that both have: the paired t interval, as in ``scipy.stats.ttest_rel``.
 
-    A pair shares a seed, thus data order and initialisation, whose scatter cancels.
+    A pair shares a seed, thus data order and initialization, whose scatter cancels.
 
     Args:
         a, b: one number a seed: two sequences in the same order of seeds, or two mappings (or pandas Series) from seed

@@ -32,17 +32,17 @@ def signed_ranks(levels: Tensor) -> Tensor:
 
 
 class TrackedLayer:
-    """One layer with discrete weights: a quantised one, or a full-precision one seen through a fixed grid.
+    """One layer with discrete weights: a quantized one, or a full-precision one seen through a fixed grid.
 
     Args:
         found: the layer.
-        grid: for a layer without a weight quantiser, the method whose levels, times the scale that it gives to the
+        grid: for a layer without a weight quantizer, the method whose levels, times the scale that it gives to the
             weight of this moment, make the grid; the scale stays as it is from then on.
 
     Attributes:
         levels: float32 ``[L]``, the value set at this moment; where a method learns its levels, their order by size
             is taken to stay.
-        fixed_scale: of the grid, broadcastable to the weight; None for a quantised layer.
+        fixed_scale: of the grid, broadcastable to the weight; None for a quantized layer.
     """
 
     def __init__(self, found: QuantizedLayer, grid: Method | None):
@@ -82,7 +82,7 @@ class TrackedLayer:
         return nearest(weight / self.fixed_scale, self.levels.to(weight.device))
 
     def values(self) -> Tensor:
-        """Scale times level, float, of the weight's shape: the weight itself for a quantised layer."""
+        """Scale times level, float, of the weight's shape: the weight itself for a quantized layer."""
         codes, levels, scale = self.codes().long(), self.levels, self.fixed_scale
         if scale is None:
             levels, scale = self.found.weight.levels, self.found.weight.scale(*self.found.latents)
@@ -90,7 +90,7 @@ class TrackedLayer:
 
 
 def tracked_layers(model: nn.Module, grid: Method | None, layers: Sequence[str] | None = None) -> list[TrackedLayer]:
-    """The layers with quantised weights and, with a ``grid``, those in full precision that `quantize_` would take.
+    """The layers with quantized weights and, with a ``grid``, those in full precision that `quantize_` would take.
 
     Only those whose names, or patterns, ``layers`` gives; None is all.
 
@@ -112,7 +112,7 @@ def tracked_layers(model: nn.Module, grid: Method | None, layers: Sequence[str] 
         found = [layer for layer in found if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in layers)]
     if not found:
         raise LowbitError(
-            f"{type(model).__name__} has no quantised weight to track; call lowbit.quantize_ first, or give the grid "
+            f"{type(model).__name__} has no quantized weight to track; call lowbit.quantize_ first, or give the grid "
             "through which to see a full-precision model, e.g. grid=PoT(bits=3)"
         )
     return [TrackedLayer(layer, grid) for layer in found]
@@ -129,7 +129,7 @@ class FlatCodes:
         self.group()
 
     def group(self) -> None:
-        """Prepares the tables from codes to ranks; neighbours with the same levels share one look-up."""
+        """Prepares the tables from codes to ranks; neighbors with the same levels share one look-up."""
         self._groups: list[tuple[slice, Tensor]] = []
         for layer, span in zip(self.layers, self.spans, strict=True):
             ranks = signed_ranks(layer.levels)

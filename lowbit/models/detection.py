@@ -50,15 +50,15 @@ def detector(
     nms_thresh: float = 0.6,
     detections_per_img: int = 100,
 ) -> nn.Module:
-    """A detector whose trunk is a copy of a classifier's, with its weights, its quantisers and their latents.
+    """A detector whose trunk is a copy of a classifier's, with its weights, its quantizers and their latents.
 
     In training, ``model(images, targets)`` returns a dictionary of losses; in evaluation, ``model(images)`` returns a
     dictionary for each image: ``boxes`` float32 ``[n, 4]`` (x1, y1, x2, y2, pixels of the image as given), ``labels``
     int64 ``[n]``, ``scores`` float32 ``[n]``. Images are float32 ``[N, C, H, W]`` or a list of ``[C, H, W]``,
-    normalised as for the classifier; targets have ``boxes`` and ``labels`` (from 0, no background class).
+    normalized as for the classifier; targets have ``boxes`` and ``labels`` (from 0, no background class).
     `lowbit.train` trains it on a detection set.
 
-    What quantises the classifier (`lowbit.quantize_`) goes with the trunk; pyramid and head are in full precision.
+    What quantizes the classifier (`lowbit.quantize_`) goes with the trunk; pyramid and head are in full precision.
     BatchNorm stays in the trunk, GroupNorm stands in the head. The pyramid has one level for each of the last
     ``stages`` stages and one of half the last one's resolution: with a CIFAR-style ResNet and ``stem_pool`` the
     strides are 4, 8 and 16 pixels.
@@ -68,7 +68,7 @@ def detector(
             behind the stem: the project's ``resnet20``, torchvision's and timm's ResNets. It stays as it is.
         num_classes: classes of objects.
         head: "fcos" (no anchors; a box is the four distances from a point, published with 4 convolutions) or
-            "retinanet" (nine anchors a position, published with 4 convolutions and without normalisation).
+            "retinanet" (nine anchors a position, published with 4 convolutions and without normalization).
         min_size: shorter side that images are resized to, pixels; None takes them as they are.
         max_size: limit of the longer side after resizing, or None.
         stages: last stages of the trunk that feed the pyramid.
@@ -137,7 +137,7 @@ def _retinanet(
 
 
 class _Resize(GeneralizedRCNNTransform):
-    """Resizes and pads a batch, or only pads it; `lowbit.training` has normalised it already."""
+    """Resizes and pads a batch, or only pads it; `lowbit.training` has normalized it already."""
 
     def __init__(self, min_size: int | None, max_size: int | None, size_divisible: int):
         longest = float("inf") if max_size is None else max_size
@@ -173,7 +173,7 @@ def _trunk(classifier: nn.Module, stages: int, stem_pool: bool) -> tuple[nn.Sequ
 
 @torch.no_grad()
 def _shapes(classifier: nn.Module, body: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Channels and stride of what each part of ``body`` puts out, measured on a copy: quantisers see nothing of it."""
+    """Channels and stride of what each part of ``body`` puts out, measured on a copy: quantizers see nothing of it."""
     convolution = next((m for m in classifier.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is None:
         raise LowbitError(f"{type(classifier).__name__} has no trunk to detect with: it has no nn.Conv2d")

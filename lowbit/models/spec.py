@@ -22,7 +22,7 @@ COUNTS = {
     "n_mels", "freq_mask", "time_mask", "stages", "channels", "head_convs", "min_size", "max_size",
     "detections_per_img",
 }  # fmt: skip
-"""Whole numbers from 0 to `LARGEST`, or short lists of them, or None."""
+"""Integers from 0 to `LARGEST`, or short lists of them, or None."""
 FLAGS = {
     "class_token", "no_embed_class", "pre_norm", "qkv_bias", "qk_norm", "distilled", "dynamic_img_size",
     "zero_init_last", "avg_down", "stem_pool", "frozen_batchnorm",

@@ -1,6 +1,6 @@
 """Keyword and digit recognition: a log-mel front end and a small convolutional net in one module.
 
-Both nets take sound, float ``[N, T]``, and normalise after every convolution, which absorbs the gain of raw ±2^p
+Both nets take sound, float ``[N, T]``, and normalize after every convolution, which absorbs the gain of raw ±2^p
 weights. The front end has no parameters, and nothing of it is stored with the weights.
 """
 
@@ -38,7 +38,7 @@ def _hide(x: Tensor, most: int, dim: int) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """Sound to a normalised log-mel spectrogram.
+    """Sound to a normalized log-mel spectrogram.
 
     Windows of 40 ms every 20 ms, as in Zhang et al. 2017, section 3; decibels below the loudest point of the clip,
     cut off at ``top_db``, then brought to zero mean and unit variance over the clip, so that neither how loud a clip
@@ -50,9 +50,9 @@ class LogMel(nn.Module):
         sample_rate: samples per second.
         n_mels: mel bands between 0 and half the sample rate.
         top_db: what lies further than this below the loudest point counts as silence, dB.
-        freq_mask: SpecAugment (Park et al. 2019, arXiv 1904.08779): in training up to this many neighbouring bands
+        freq_mask: SpecAugment (Park et al. 2019, arXiv 1904.08779): in training up to this many neighboring bands
             of each clip are set to the mean; 0 for none.
-        time_mask: the same for neighbouring frames.
+        time_mask: the same for neighboring frames.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class KWSResNet(nn.Module):
 
     Tang and Lin, "Deep Residual Learning for Small-Footprint Keyword Spotting", arXiv 1710.10361, table 1: a 3x3
     convolution, average pooling by 4x3 (time x frequency), three residual blocks of two convolutions, average pooling.
-    Here normalisation comes right after each convolution (theirs: after ReLU and sum), as shift weights need it.
+    Here normalization comes right after each convolution (theirs: after ReLU and sum), as shift weights need it.
 
     Args:
         num_classes: outputs.

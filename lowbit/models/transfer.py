@@ -1,4 +1,4 @@
-"""Transfer: a trained classifier gets a new head and keeps everything else, quantisers and latents included."""
+"""Transfer: a trained classifier gets a new head and keeps everything else, quantizers and latents included."""
 
 from torch import nn
 
@@ -9,12 +9,12 @@ from lowbit.nn.convert import attach_, quantized_layers
 def replace_head_(model: nn.Module, num_classes: int) -> nn.Module:
     """Replaces the last linear layer of ``model`` by a fresh one with ``num_classes`` outputs, in place.
 
-    All other layers keep their parameters; quantised ones keep their latents, so that fine-tuning goes on where
-    training stopped and weights stay on their grid. A quantised head is quantised again by the same methods.
+    All other layers keep their parameters; quantized ones keep their latents, so that fine-tuning goes on where
+    training stopped and weights stay on their grid. A quantized head is quantized again by the same methods.
 
     Args:
-        model: a classifier, in full precision or quantised, whose last `torch.nn.Linear` is its head.
-        num_classes: outputs of the new head, drawn from torch's default initialisation.
+        model: a classifier, in full precision or quantized, whose last `torch.nn.Linear` is its head.
+        num_classes: outputs of the new head, drawn from torch's default initialization.
 
     Returns:
         The same model; ``model.spec`` follows, so that it can be saved and loaded.

@@ -1,4 +1,4 @@
-"""Quantised layers: `quantize_` puts quantisers into a model, the rest finds, calibrates and compiles them."""
+"""Quantized layers: `quantize_` puts quantizers into a model, the rest finds, calibrates and compiles them."""
 
 from lowbit.nn.config import QuantConfig
 from lowbit.nn.convert import (

@@ -1,9 +1,9 @@
-"""How far a packed model agrees with the fake-quantised one it was made of, and why it differs where it does.
+"""How far a packed model agrees with the fake-quantized one it was made of, and why it differs where it does.
 
 Both compute the same function and round differently in the last bits of float32. Each layer's input is then rounded to
-whole numbers, which wipes such a difference out, unless the value lies at the border between two of them: then one
+integers, which wipes such a difference out, unless the value lies at the border between two of them: then one
 activation is a step away, and what follows differs visibly. So equal logits cannot be asked for, but this can: the
-first difference in whole numbers, of each image, is one step, of values at a border.
+first difference in integers, of each image, is one step, of values at a border.
 """
 
 from collections.abc import Iterable
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
-    """What is rounded to whole numbers in both models, in order of execution.
+    """What is rounded to integers in both models, in order of execution.
 
-    That is the inputs of packed layers, and whatever else has a quantiser of its own (queries, keys, ...).
+    That is the inputs of packed layers, and whatever else has a quantizer of its own (queries, keys, ...).
 
     Args:
-        model: a quantised model in evaluation mode.
-        packed: what `lowbit.pack` made of it (not fused: then inputs are whole numbers already).
+        model: a quantized model in evaluation mode.
+        packed: what `lowbit.pack` made of it (not fused: then inputs are integers already).
         x: its input ``[B, ...]``.
 
     Returns:
-        One row a layer or quantiser: ``layer``; ``numbers``, of all images; ``values_differ`` and
-        ``steps_differ``, how many of them differ before and after rounding to whole numbers; ``first``, images whose
-        first difference in whole numbers is here, and of these ``first_step``, the largest difference (steps), and
-        ``from_border``, how far from the border between its two whole numbers a value was at most (steps).
+        One row a layer or quantizer: ``layer``; ``numbers``, of all images; ``values_differ`` and
+        ``steps_differ``, how many of them differ before and after rounding to integers; ``first``, images whose
+        first difference in integers is here, and of these ``first_step``, the largest difference (steps), and
+        ``from_border``, how far from the border between its two integers a value was at most (steps).
     """
     with extra("train", "the table of differences"):
         import pandas as pd

@@ -1,7 +1,7 @@
-"""Low-bit attention for timm's vision transformers, with or without query-key reparameterisation (QKR).
+"""Low-bit attention for timm's vision transformers, with or without query-key reparameterization (QKR).
 
 Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023, arXiv 2302.02210.
-Which factor shares a quantisation step with what follows the authors' code.
+Which factor shares a quantization step with what follows the authors' code.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lowbit.quantizers import LSQ, Method
 from lowbit.quantizers.base import ActivationQuantizer, as_float
 from lowbit.quantizers.lsq import LSQActivation
 
-INPUT = "input_quantizer"  # the name under which a layer holds the quantiser of its input
+INPUT = "input_quantizer"  # the name under which a layer holds the quantizer of its input
 
 
 OLDEST_TIMM = "1.0.26"
@@ -49,7 +49,7 @@ def check_reparameterizable(name: str, attention: nn.Module, weight: Method | No
     for norm in ("q_norm", "k_norm"):
         if not isinstance(getattr(attention, norm, nn.Identity()), nn.Identity):
             raise LowbitError(
-                f"qkr=True is not possible for {name!r}: it normalises queries and keys ({norm}), so that its logits "
+                f"qkr=True is not possible for {name!r}: it normalizes queries and keys ({norm}), so that its logits "
                 "are no longer a product of the input with one matrix; use qkr=False"
             )
     if type(attention.qkv) is not nn.Linear:
@@ -65,11 +65,11 @@ def check_reparameterizable(name: str, attention: nn.Module, weight: Method | No
 
 
 class LowBitAttention(nn.Module):
-    """Self-attention whose own products have quantised factors; takes the place of one of `is_attention`.
+    """Self-attention whose own products have quantized factors; takes the place of one of `is_attention`.
 
-    Without QKR queries, keys, values and the softmax's output are quantised: ``q̂·k̂ᵀ`` and ``â·v̂``. With it the logits
-    are ``x̂·ẑᵀ/sqrt(d)``, ``ẑ`` the quantised ``x̂·M̂ᵀ`` and ``M̂`` the quantised ``WqᵀWk`` of each head (see
-    `QueryKeyProduct`); ``x̂`` is quantised once for all; biases of queries and keys are dropped.
+    Without QKR queries, keys, values and the softmax's output are quantized: ``q̂·k̂ᵀ`` and ``â·v̂``. With it the logits
+    are ``x̂·ẑᵀ/sqrt(d)``, ``ẑ`` the quantized ``x̂·M̂ᵀ`` and ``M̂`` the quantized ``WqᵀWk`` of each head (see
+    `QueryKeyProduct`); ``x̂`` is quantized once for all; biases of queries and keys are dropped.
 
     Steps are shared as ``activation`` says. For LSQ with granularity "token", as published: one step for each token
     (queries, keys), token and head (z), query and head (softmax), channel (values); "channel": one for each channel,
@@ -82,8 +82,8 @@ class LowBitAttention(nn.Module):
         source: the attention to replace. Its layers and parameters are moved, not copied.
         weight: with ``query_key`` the method for ``qk`` and ``v``; ``qkv`` and ``proj`` are left to `quantize_`.
         activation: the method for the factors and, with ``query_key``, for the input x; None leaves them as they are.
-        query_key: reparameterise.
-        factors: False quantises the input x only.
+        query_key: reparameterize.
+        factors: False quantizes the input x only.
         fresh: draw ``proj``, ``qkv`` without QKR, and Swin's table of relative positions anew, as the released code
             does, instead of keeping the pre-trained ones.
         z_bias: along which dims the biases of z differ: "channel", or "head" and channel.
@@ -163,7 +163,7 @@ class LowBitAttention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits before any mask, ``[B, heads, N, N]``, and the values before quantisation, ``[B, N, D]``."""
+        """The logits before any mask, ``[B, heads, N, N]``, and the values before quantization, ``[B, N, D]``."""
         batch, tokens, _ = x.shape
         if hasattr(self, "qk"):
             x = self.x_quantizer(x)
@@ -178,7 +178,7 @@ class LowBitAttention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, mask: Tensor | None = None
     ) -> Tensor:
-        """What timm's attention computes, with quantised factors; see the class."""
+        """What timm's attention computes, with quantized factors; see the class."""
         from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 
         batch, tokens, _ = x.shape
@@ -212,7 +212,7 @@ def operand(
     bias_dims: tuple[int, ...] | None = None,
     step_dims: tuple[int, ...] | None = None,
 ) -> nn.Module:
-    """The quantiser of a factor of attention's products; the identity if ``activation`` is None.
+    """The quantizer of a factor of attention's products; the identity if ``activation`` is None.
 
     Args:
         activation: the method of the layers' inputs.

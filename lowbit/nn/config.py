@@ -1,4 +1,4 @@
-"""`QuantConfig`: what to quantise, how, and what to do with the first and last layers."""
+"""`QuantConfig`: what to quantize, how, and what to do with the first and last layers."""
 
 import dataclasses
 from typing import Any, Literal
@@ -12,19 +12,19 @@ from lowbit.settings import settings
 
 @settings
 class QuantConfig:
-    """How a model is quantised; raises `LowbitError` on anything unknown or out of range.
+    """How a model is quantized; raises `LowbitError` on anything unknown or out of range.
 
     Args:
         weight: a weight method's settings, ``StatsQ(bits=2)``, or the same as a dict, ``{"method": "statsq",
             "bits": 2}``; None leaves weights in full precision.
-        activation: the same for the inputs of the quantised layers, e.g. ``LSQ(bits=2)``.
+        activation: the same for the inputs of the quantized layers, e.g. ``LSQ(bits=2)``.
         first_last: the first and the last layers: None keeps them in full precision (as DenseShift does), 8 gives
             them 8-bit LSQ weights per channel and 8-bit LSQ inputs (as OFQ does), "same" treats them like the rest.
         unsigned: names of layers (or patterns, ``"*.fc2"``) whose inputs get unsigned codes, though they are not all
             positive: OFQ has it so after GELU. For activation methods with the setting ``signed``.
-        attention: also quantise, by ``activation``, the factors of attention's own two products, in timm's vision
+        attention: also quantize, by ``activation``, the factors of attention's own two products, in timm's vision
             transformers and Swin (see `lowbit.nn.attention`); else only the inputs of its layers.
-        qkr: query-key reparameterisation of that attention; alone, without any method, it changes no output but for
+        qkr: query-key reparameterization of that attention; alone, without any method, it changes no output but for
             the dropped biases of queries and keys.
         attention_start: "pretrained" keeps the weights of attention; "as_published" draws ``proj``, without ``qkr``
             also ``qkv``, and Swin's table of relative positions anew, as the code released with OFQ does.
@@ -109,6 +109,6 @@ def check_not_empty(config: QuantConfig) -> None:
     """Refuses a configuration that would change nothing."""
     if config.weight is None and config.activation is None and not config.qkr:
         raise LowbitError(
-            "QuantConfig: neither weight nor activation is set, so there is nothing to quantise; "
+            "QuantConfig: neither weight nor activation is set, so there is nothing to quantize; "
             "give one, e.g. QuantConfig(weight=StatsQ(bits=2))"
         )

@@ -1,7 +1,7 @@
-"""`quantize_`: puts quantisers into any model, in place, without replacing its layers.
+"""`quantize_`: puts quantizers into any model, in place, without replacing its layers.
 
-Weights become parametrisations (`torch.nn.utils.parametrize`), so a layer computes with its fake-quantised
-weight while the optimiser sees the latents; a layer's input goes through a quantiser called by a forward
+Weights become parametrizations (`torch.nn.utils.parametrize`), so a layer computes with its fake-quantized
+weight while the optimizer sees the latents; a layer's input goes through a quantizer called by a forward
 pre-hook. Both live in the module tree, so ``state_dict``, ``deepcopy``, ``.to`` and DDP treat them as usual.
 """
 
@@ -32,7 +32,7 @@ QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer with a quantised weight, input or both, as `quantized_layers` finds it."""
+    """A layer with a quantized weight, input or both, as `quantized_layers` finds it."""
 
     name: str
     layer: nn.Module
@@ -57,24 +57,24 @@ class QuantizedLayer:
 def quantize_(
     model: nn.Module, config: QuantConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
 ) -> nn.Module:
-    """Quantises the linear and convolution layers of ``model`` in place.
+    """Quantizes the linear and convolution layers of ``model`` in place.
 
     Args:
         model: any model; its layers keep their class, their names and (as starting point) their weights.
-        config: what to quantise and how.
+        config: what to quantize and how.
         filter_fn: called with each layer and its name; layers for which it is false stay untouched.
 
     Returns:
         The same model.
 
     Raises:
-        LowbitError: nothing to quantise, a model that is quantised, compiled or wrapped already, or a layer that
-            cannot be quantised, named (see `lowbit.nn.refusals`). The model is then unchanged.
+        LowbitError: nothing to quantize, a model that is quantized, compiled or wrapped already, or a layer that
+            cannot be quantized, named (see `lowbit.nn.refusals`). The model is then unchanged.
     """
     check_not_empty(config)
     check_model(model, filter_fn)
     if any(True for _ in quantized_layers(model)) or low_bit_attentions(model):
-        raise LowbitError("this model is quantised already; quantize_ starts from a full-precision model")
+        raise LowbitError("this model is quantized already; quantize_ starts from a full-precision model")
     plan = [found for found in _plan(model, config) if filter_fn is None or filter_fn(found[1], found[0])]
     attentions = _attentions(model, config, filter_fn)
     replaced = {f"{name}.qkv": attention.qkv for name, attention in attentions.items()} if config.qkr else {}
@@ -82,7 +82,7 @@ def quantize_(
     if not plan and not attentions:
         kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
         raise LowbitError(
-            f"no layer of {type(model).__name__} is left to quantise: it takes a {kinds} that is neither kept back by "
+            f"no layer of {type(model).__name__} is left to quantize: it takes a {kinds} that is neither kept back by "
             f"first_last={config.first_last!r} nor refused by filter_fn"
         )
     # Everything that can refuse is asked before anything is changed.
@@ -128,10 +128,10 @@ def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def attach_(layer: nn.Module, weight: Method | None, activation: Method | None) -> None:
-    """Quantises one layer's weight, input or both, in place; `quantize_` does it to all of a model's.
+    """Quantizes one layer's weight, input or both, in place; `quantize_` does it to all of a model's.
 
     Raises:
-        LowbitError: a layer that cannot be quantised; it is then unchanged.
+        LowbitError: a layer that cannot be quantized; it is then unchanged.
     """
     check_weight(type(layer).__name__, layer, weight is not None)
     _attach(layer, *_build(layer, weight, activation))
@@ -177,7 +177,7 @@ def _attentions(
 def _plan(
     model: nn.Module, config: QuantConfig
 ) -> Iterator[tuple[str, nn.Module, tuple[Method | None, Method | None]]]:
-    """Each layer to quantise with its weight and activation methods, first and last layers as configured."""
+    """Each layer to quantize with its weight and activation methods, first and last layers as configured."""
     layers = dict(_quantizable(model))
     aliases = _aliases(model)
     names = {name: [alias for alias, first in aliases.items() if first == name] for name in layers}
@@ -195,9 +195,9 @@ def _plan(
             yield name, layer, (config.weight, activation)
         elif config.first_last is not None:
             weight = config.weight and LSQ(bits=config.first_last, granularity="channel")
-            # As published: a step for each colour of the image, one for the input of the head.
-            by_colour = getattr(config.activation, "granularity", None) == "token" and not isinstance(layer, nn.Linear)
-            shared, bias = "channel" if by_colour else "tensor", config.end_bias
+            # As published: a step for each color of the image, one for the input of the head.
+            by_color = getattr(config.activation, "granularity", None) == "token" and not isinstance(layer, nn.Linear)
+            shared, bias = "channel" if by_color else "tensor", config.end_bias
             if bias and not isinstance(layer, nn.Linear):
                 bias = "place"
             activation = config.activation and LSQ(bits=config.first_last, granularity=shared, bias=bias)
@@ -214,7 +214,7 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if inside_attention:
         warnings.warn(
             f"{len(inside_attention)} torch.nn.MultiheadAttention layers stay in full precision: they read their "
-            "weights without calling their layers; timm's vision transformers are quantised whole",
+            "weights without calling their layers; timm's vision transformers are quantized whole",
             stacklevel=4,
         )
 
@@ -259,7 +259,7 @@ def _found(name: str, module: nn.Module) -> QuantizedLayer:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
-    """Every quantised layer of ``model``, in order."""
+    """Every quantized layer of ``model``, in order."""
     for name, module in model.named_modules():
         found = _found(name, module)
         if found.weight is not None or isinstance(found.activation, ActivationQuantizer):
@@ -267,12 +267,12 @@ def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
 
 
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
-    """Sets the starting step of every activation quantiser that has none yet, by one forward pass of ``x``.
+    """Sets the starting step of every activation quantizer that has none yet, by one forward pass of ``x``.
 
     Args:
-        model: a quantised model; one without activation quantisers is left alone.
-        x: one normalised input batch, on the model's device. BatchNorm layers normalise it by its own statistics, as
-            in training: those gathered before may not fit quantised weights at all. The model's mode, gradients and
+        model: a quantized model; one without activation quantizers is left alone.
+        x: one normalized input batch, on the model's device. BatchNorm layers normalize it by its own statistics, as
+            in training: those gathered before may not fit quantized weights at all. The model's mode, gradients and
             running statistics stay as they were.
 
     Warns of quantized layers that the pass does not call: their input stays in full precision.
@@ -312,7 +312,7 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def compile_quantizers(model: nn.Module) -> nn.Module:
-    """Compiles the quantisers of ``model`` with torch.compile, each for its own shape, and nothing else.
+    """Compiles the quantizers of ``model`` with torch.compile, each for its own shape, and nothing else.
 
     The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
     full-precision one.
@@ -320,7 +320,7 @@ def compile_quantizers(model: nn.Module) -> nn.Module:
     inner = {id(m.quantizer) for m in model.modules() if isinstance(m, QueryKeyProduct)}  # compiled with its product
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
     quantizers = [m for m in quantizers if id(m) not in inner]
-    # All quantisers of a method share one forward, and each shape counts as a recompilation of it.
+    # All quantizers of a method share one forward, and each shape counts as a recompilation of it.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(quantizers))
     for quantizer in quantizers:

@@ -40,11 +40,11 @@ _FACTS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 
 
 def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
-    """A copy of the quantised ``model`` for inference: packed weights, integer kernels, BatchNorm folded in.
+    """A copy of the quantized ``model`` for inference: packed weights, integer kernels, BatchNorm folded in.
 
-    Linear layers and convolutions of 2, 3 or 4 bits become `PackedLinear` and `PackedConv2d`. Their input's quantiser
+    Linear layers and convolutions of 2, 3 or 4 bits become `PackedLinear` and `PackedConv2d`. Their input's quantizer
     goes into the kernel; where a layer has none, its input becomes 8-bit numbers with a scale that follows each row (of
-    a convolution: each image). So do layers of 5 to 8 bits, mostly the first and last, whose input is quantised; they
+    a convolution: each image). So do layers of 5 to 8 bits, mostly the first and last, whose input is quantized; they
     take 8 bits.
 
     Only layers that compute exactly what the kernels compute are packed. A layer with a forward of its own (a subclass,
@@ -53,10 +53,10 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     full precision stays.
 
     Outputs equal those of ``model`` in evaluation mode up to the rounding of float32 sums, as far as all inputs are
-    quantised.
+    quantized.
 
     Args:
-        model: quantised by `lowbit.quantize_` and trained; it stays as it is.
+        model: quantized by `lowbit.quantize_` and trained; it stays as it is.
         example: an input batch of the dtype and on the device of the model. It shows which BatchNorm follows which
             convolution and which layers are called; each packed layer and the whole packed model are compared with
             ``model`` on it. None makes one up for models of `lowbit.models.create`; for others nothing is folded and
@@ -66,14 +66,14 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         The packed model in evaluation mode. `lowbit.save`, `lowbit.load` and `lowbit.load_into` know it.
 
     Raises:
-        LowbitError: nothing is quantised, an activation quantiser has seen no batch, a layer cannot be copied, no layer
+        LowbitError: nothing is quantized, an activation quantizer has seen no batch, a layer cannot be copied, no layer
             can be packed, or the packed model answers otherwise than ``model``.
     """
     found = list(quantized_layers(model))
     if any(isinstance(module, PackedLayer) or is_stored(module) for module in model.modules()):
         raise LowbitError("this model is packed already")
     if not found:
-        raise LowbitError("there is nothing to pack: quantise the model with lowbit.quantize_ and train it first")
+        raise LowbitError("there is nothing to pack: quantize the model with lowbit.quantize_ and train it first")
     shown = made_up(model) if example is None else example
     _refuse_uncalibrated(model, found, shown is not None)
     _refuse_uncopied(model, found)
@@ -109,7 +109,7 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         raise LowbitError(
             f"no layer of this model can be packed: kernels take 2 to 4 bits in linear layers and 2-d convolutions "
             f"without groups that have torch's own forward and are called, and up to 8 bits where the input is "
-            f"quantised too (its weights: {kinds or 'full precision'})"
+            f"quantized too (its weights: {kinds or 'full precision'})"
         )
     model.folded = [follows[name] for name in packed if name in follows and _fold_(model, name, follows[name])]
     if example is not None:
@@ -120,7 +120,7 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
 def _refuse_uncalibrated(model: nn.Module, found: list[QuantizedLayer], shown: bool) -> None:
     """Let layers that no batch has reached through only where nobody calls them.
 
-    So it is where other quantisers have seen a batch; where none has, an example (``shown``) has to tell.
+    So it is where other quantizers have seen a batch; where none has, an example (``shown``) has to tell.
     """
     # Only methods that need a batch say anything here.
     asked = {
@@ -132,14 +132,14 @@ def _refuse_uncalibrated(model: nn.Module, found: list[QuantizedLayer], shown: b
     uncalled = {f"{layer.name}.{INPUT}" for layer in found if _never_called(layer)}
     if waiting and (waiting - uncalled or (len(waiting) == len(asked) and not shown)):
         raise LowbitError(
-            "an activation quantiser has seen no batch yet: train the model, or lowbit.calibrate(model, x) with a "
+            "an activation quantizer has seen no batch yet: train the model, or lowbit.calibrate(model, x) with a "
             "batch; if that was done, the model never calls these layers, and lowbit.pack(model, x) finds that out "
             f"({listed(sorted(waiting))})"
         )
 
 
 def _never_called(found: QuantizedLayer) -> bool:
-    """Whether the layer's own input quantiser has seen no batch."""
+    """Whether the layer's own input quantizer has seen no batch."""
     return INPUT in found.layer._modules and not found.activation.calibrated
 
 
@@ -148,7 +148,7 @@ def _refuse_uncopied(model: nn.Module, found: list[QuantizedLayer]) -> None:
     quantized = [layer for layer in found if layer.weight is not None]
     if others := [layer.name for layer in quantized if not _only_quantized(layer.layer)]:
         raise LowbitError(
-            f"layers have another parametrization beside that of the quantised weight: {listed(others)}; remove it "
+            f"layers have another parametrization beside that of the quantized weight: {listed(others)}; remove it "
             "(torch.nn.utils.parametrize.remove_parametrizations), or keep these layers out by quantize_'s filter_fn"
         )
     layers = {layer.layer for layer in quantized}
@@ -184,7 +184,7 @@ def _rehearse(
     def enters(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if _never_called(layers[layer]):
             raise LowbitError(
-                f"the activation quantiser of layer {layers[layer].name!r} has seen no batch yet, and the example "
+                f"the activation quantizer of layer {layers[layer].name!r} has seen no batch yet, and the example "
                 "calls the layer: train the model, or lowbit.calibrate(model, x) with a batch"
             )
         inputs[layer] = args[0] if args else kwargs["input"]
@@ -219,7 +219,7 @@ def _close(found: Tensor, expected: Tensor, share: float) -> bool:
 
 @torch.no_grad()
 def _compare(model: nn.Module, example: Tensor, expected: Any) -> None:
-    """Refuse a packed model that does not run, or says something else than the quantised one."""
+    """Refuse a packed model that does not run, or says something else than the quantized one."""
     try:
         found = model(example)
     except Exception as error:  # whatever the model's own code raises when it meets a packed layer
@@ -237,7 +237,7 @@ def _compare(model: nn.Module, example: Tensor, expected: Any) -> None:
     if not close:
         raise LowbitError(
             f"{type(model).__name__} cannot be packed, for the example the packed model answers otherwise than the "
-            f"quantised one: by more than {CLOSE_AS_A_WHOLE:.0%} of the output, or with another shape or dtype"
+            f"quantized one: by more than {CLOSE_AS_A_WHOLE:.0%} of the output, or with another shape or dtype"
         )
 
 
@@ -276,12 +276,12 @@ def _packed(found: QuantizedLayer) -> PackedLayer | None:
         if linear:
             return PackedLinear(weight, layer.bias, form)
         return PackedConv2d(weight, layer.bias, form, **{name: getattr(layer, name) for name in GEOMETRY})
-    except LowbitError:  # levels that are no whole numbers, or an input that cannot be stored as such
+    except LowbitError:  # levels that are no integers, or an input that cannot be stored as such
         return None
 
 
 def _input_form(found: QuantizedLayer) -> IntegerForm | None:
-    """The integer form of the layer's input; None if it is not quantised."""
+    """The integer form of the layer's input; None if it is not quantized."""
     if found.activation is None:
         return None
     form = found.activation.integer()
@@ -290,7 +290,7 @@ def _input_form(found: QuantizedLayer) -> IntegerForm | None:
         raise LowbitError("a step for each input channel cannot be taken out of the sum over channels")
     if INPUT in found.layer._modules:
         return form
-    # The attention has quantised this input for several layers: it comes with `after` in it.
+    # The attention has quantized this input for several layers: it comes with `after` in it.
     before = None if form.after is None else -form.after
     return dataclasses.replace(form, before=before)
 
@@ -311,13 +311,13 @@ def _store_codes_(found: QuantizedLayer) -> None:
 
 
 def _drop_quantizer_(layer: nn.Module) -> None:
-    """Leave a quantised layer without its weight; torch's function for it changes the class of copies too."""
+    """Leave a quantized layer without its weight; torch's function for it changes the class of copies too."""
     layer.__class__ = own_class(layer)
     del layer._modules["parametrizations"]
 
 
 def _only_quantized(layer: nn.Module) -> bool:
-    """Whether a layer has no parametrization besides the quantiser of its weight, if that."""
+    """Whether a layer has no parametrization besides the quantizer of its weight, if that."""
     return not parametrize.is_parametrized(layer) or (
         set(layer.parametrizations) == {"weight"}
         and isinstance(layer.parametrizations.weight[0], WeightQuantizer)
@@ -545,7 +545,7 @@ def _restore_stored_(model: nn.Module, layer: nn.Module, settings: None, tensors
             "not belong together"
         )
     device, dtype = layer.weight.device, layer.weight.dtype
-    if parametrize.is_parametrized(layer):  # query-key reparameterisation makes quantised layers
+    if parametrize.is_parametrized(layer):  # query-key reparameterization makes quantized layers
         _drop_quantizer_(layer)
     store_(layer, codes.to(device), levels.to(device), scale.to(device), dtype)
 

@@ -1,4 +1,4 @@
-"""`fuse`: a packed model whose layers hand whole numbers on to each other, with ReLU and residuals inside the kernels.
+"""`fuse`: a packed model whose layers hand integers on to each other, with ReLU and residuals inside the kernels.
 
 Between two packed layers `lowbit.pack` leaves a tensor of floats: one layer writes it, ReLU and a residual are passes
 over it, and the next layer rounds it to 8 bits. Kernels can do all of that while a sum is still in a register. The
@@ -34,7 +34,7 @@ def fuse(model: nn.Module, example: Tensor | None = None, attention: str = "keep
 
     1. ReLU behind a packed layer goes into its kernel, and so does a residual addition, the ReLU behind it included.
     2. A packed layer whose output nothing but packed layers read, which all round it alike (a calibrated step), writes
-       those whole numbers, int8 or uint8, itself.
+       those integers, int8 or uint8, itself.
     3. What does nothing in evaluation mode disappears.
 
     The result equals ``model``'s output to the bit; on the CPU this is checked with the example. Under autocast it is
@@ -186,7 +186,7 @@ def _inline_layers(made: fx.GraphModule) -> None:
         tensors = {"packed": layer.data, "scale": layer.scale, "sums": layer.sums, "bias": layer.bias}
         tensors["x_scale"] = None if layer.x_scale is None else layer.x_scale.reshape(1)
         with graph.inserting_before(node):
-            # As the layer does, lest whole numbers that come from elsewhere are taken for steps.
+            # As the layer does, lest integers that come from elsewhere are taken for steps.
             kwargs: dict[str, Any] = {"x": graph.call_function(as_floats, (node.args[0],)), "bits": layer.bits}
             kwargs |= {"levels": list(layer.weight.table), "low": layer.low, "high": layer.high}
             for name, tensor in tensors.items():
@@ -294,7 +294,7 @@ def _replace(graph: fx.Graph, at: fx.Node, layer: fx.Node, **more: Any) -> fx.No
 def _hand_on(graph: fx.Graph) -> None:
     """Layers that only layers read write what these would round to.
 
-    Not through max-pooling: PyTorch's does not take whole numbers in channels-last memory, but of the smallest images.
+    Not through max-pooling: PyTorch's does not take integers in channels-last memory, but of the smallest images.
     """
     for node in list(graph.nodes):
         if node.target is as_floats and _is_layer(node.args[0]):

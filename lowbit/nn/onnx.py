@@ -1,4 +1,4 @@
-"""A packed model for other engines: the same whole numbers in standard ONNX operators."""
+"""A packed model for other engines: the same integers in standard ONNX operators."""
 
 import copy
 from pathlib import Path
@@ -16,9 +16,9 @@ from lowbit.nn.packed import PackedConv2d, PackedLayer, output_dtype
 
 
 class StandardLayer(nn.Module):
-    """What a `PackedLayer` computes, without its kernel: activations rounded to whole numbers, multiplied in float32.
+    """What a `PackedLayer` computes, without its kernel: activations rounded to integers, multiplied in float32.
 
-    Sums of whole numbers are exact in float32 up to 2^24 (`lowbit.kernels.reference` defines what is computed), and
+    Sums of integers are exact in float32 up to 2^24 (`lowbit.kernels.reference` defines what is computed), and
     the factors come afterwards in the same order, so that below that bound results are the same to the bit.
     """
 
@@ -70,7 +70,7 @@ def standard(model: nn.Module) -> nn.Module:
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
     """Writes a packed ``model`` as an ONNX file, for inputs of the shape of ``example``.
 
-    Needs the packages onnx and onnxscript. Weights are whole numbers of 8 bits (16 for 4-bit DenseShift): engines read
+    Needs the packages onnx and onnxscript. Weights are integers of 8 bits (16 for 4-bit DenseShift): engines read
     the file anywhere, but only the project's own kernels calculate with 2 to 4 bits.
 
     Raises:

@@ -1,6 +1,6 @@
 """Layers as they are shipped: packed low-bit weights that integer kernels multiply, and codes that stand for floats.
 
-`lowbit.pack` makes them out of a quantised model. Nothing in them can be trained.
+`lowbit.pack` makes them out of a quantized model. Nothing in them can be trained.
 """
 
 from dataclasses import replace
@@ -16,12 +16,12 @@ from lowbit.quantizers.base import IntegerForm
 
 
 class PackedLayer(nn.Module):
-    """What `PackedLinear` and `PackedConv2d` share: the packed weight, and how the input becomes whole numbers.
+    """What `PackedLinear` and `PackedConv2d` share: the packed weight, and how the input becomes integers.
 
     Args:
         weight: the packed weight.
         bias: float32 ``[N]`` or None.
-        form: of the input's quantiser. None: the input has none, and becomes 8-bit numbers whose scale follows each
+        form: of the input's quantizer. None: the input has none, and becomes 8-bit numbers whose scale follows each
             row (of a convolution: each image).
         geometry: stride, padding and dilation of a convolution.
 
@@ -126,7 +126,7 @@ class PackedLayer(nn.Module):
         super()._load_from_state_dict({**state_dict, f"{prefix}like": self.like}, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Shape, bits, and the range of the input's whole numbers."""
+        """Shape, bits, and the range of the input's integers."""
         shape = "×".join(map(str, self.shape))
         how = "dynamic" if self.x_scale is None else "calibrated"
         return f"{shape}, {self.bits} bits, activations {self.low}..{self.high} ({how})"
@@ -188,7 +188,7 @@ class PackedConv2d(PackedLayer):
 
     def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
         # A place outside the image holds q = 0 but no `after`, so that only unpadded convolutions could fold it.
-        raise LowbitError("a convolution's input quantiser with an offset cannot be folded into a bias")
+        raise LowbitError("a convolution's input quantizer with an offset cannot be folded into a bias")
 
 
 def store_(
@@ -200,7 +200,7 @@ def store_(
     own): they keep their class and calculate with floats as before.
 
     Args:
-        layer: a linear layer or convolution without parametrisation.
+        layer: a linear layer or convolution without parametrization.
         codes: 0 to 255, of the weight's shape.
         levels: float ``[L]``.
         scale: broadcastable to the weight.

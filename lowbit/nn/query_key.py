@@ -1,4 +1,4 @@
-"""Query-key reparameterisation: one quantised matrix in the place of two (OFQ, ICML 2023, arXiv 2302.02210)."""
+"""Query-key reparameterization: one quantized matrix in the place of two (OFQ, ICML 2023, arXiv 2302.02210)."""
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ class _MaskGradient(torch.autograd.Function):
 
 
 class QueryKeyProduct(WeightQuantizer):
-    """The parametrisation of a layer ``C → heads·C`` by query and key weights: their product, then quantised.
+    """The parametrization of a layer ``C → heads·C`` by query and key weights: their product, then quantized.
 
-    With separate quantisers the gradient of Wk contains the quantised Wq, so that a flip in one perturbs the other;
+    With separate quantizers the gradient of Wk contains the quantized Wq, so that a flip in one perturbs the other;
     here the latents stay in full precision and only their product is rounded.
 
     Args:
@@ -71,11 +71,11 @@ class QueryKeyProduct(WeightQuantizer):
         self._start: tuple[Tensor, Tensor] | None = (wq, wk)
 
     def product(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """The latent of the quantiser: float ``[heads·C, C]``."""
+        """The latent of the quantizer: float ``[heads·C, C]``."""
         return query_key_product(wq, wk, self.heads)
 
     def forward(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """The quantised product, ``[heads·C, C]``, of the dtype of the factors."""
+        """The quantized product, ``[heads·C, C]``, of the dtype of the factors."""
         product = self.product(wq, wk)
         if self.quantizer is None:
             return product.to(wq.dtype)

@@ -1,4 +1,4 @@
-"""Quantisation methods, one a file, found by name: ``names()``, ``get("statsq")``, or ``StatsQ(bits=2)``."""
+"""Quantization methods, one a file, found by name: ``names()``, ``get("statsq")``, or ``StatsQ(bits=2)``."""
 
 import importlib
 import pkgutil

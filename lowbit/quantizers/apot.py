@@ -1,7 +1,7 @@
 """APoT: sums of a few powers of two, so that the levels lie closer together near the clipping threshold than PoT's.
 
 Li, Dong and Wang, "Additive Powers-of-Two Quantization: An Efficient Non-uniform Discretization for Neural
-Networks", ICLR 2020, arXiv 1909.13144. The value sets are those of the authors' code; normalisation and gradients
+Networks", ICLR 2020, arXiv 1909.13144. The value sets are those of the authors' code; normalization and gradients
 are those of its CIFAR-10 part, see `apot`.
 """
 
@@ -63,12 +63,12 @@ class _APoT(torch.autograd.Function):
 
 
 def apot(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Fake-quantises ``w`` to ``α`` times the level nearest to ``clip((w - mean)/(α·std), -1, 1)``.
+    """Fake-quantizes ``w`` to ``α`` times the level nearest to ``clip((w - mean)/(α·std), -1, 1)``.
 
     Mean and (unbiased) standard deviation are those of the whole layer; the mean is not added back and the deviation
-    not multiplied back, so the result has a deviation of about 1 whatever that of ``w``: a normalisation is expected
-    to follow. The gradient to the normalised weight is the identity everywhere, also where it is clipped, and so
-    that to ``w`` is ``G/std``. That to ``α`` is the sum of ``G·sign(x)`` where x, the normalised weight over α, lies
+    not multiplied back, so the result has a deviation of about 1 whatever that of ``w``: a normalization is expected
+    to follow. The gradient to the normalized weight is the identity everywhere, also where it is clipped, and so
+    that to ``w`` is ``G/std``. That to ``α`` is the sum of ``G·sign(x)`` where x, the normalized weight over α, lies
     outside ±1, and of ``G·(level - x)`` inside.
 
     The authors' code exists in two forms. This is the CIFAR-10 one; the ImageNet one also differentiates mean and
@@ -98,7 +98,7 @@ def apot_codes(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 @method("apot")
 class APoT(Method):
-    """Additive powers of two with weight normalisation and a learnt clipping threshold for each layer.
+    """Additive powers of two with weight normalization and a learned clipping threshold for each layer.
 
     Args:
         bits: 2 to 5.
@@ -114,7 +114,7 @@ class APoT(Method):
 
 
 class APoTWeight(WeightQuantizer):
-    """`apot` as a parametrisation with one latent, the full-precision weight, and the threshold as a parameter."""
+    """`apot` as a parametrization with one latent, the full-precision weight, and the threshold as a parameter."""
 
     def __init__(self, config: APoT, weight: Tensor):
         super().__init__()

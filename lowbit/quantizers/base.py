@@ -1,4 +1,4 @@
-"""What every quantiser offers, and the registry that finds them.
+"""What every quantizer offers, and the registry that finds them.
 
 A method is one file here. It holds the maths as a pure function, a frozen dataclass with the method's
 settings (decorated with `method`, which also registers it), and a thin module on top. Importing this
@@ -18,7 +18,7 @@ from lowbit.settings import settings
 
 
 class Method:
-    """Settings of one quantisation method; the base of `LSQ`, `StatsQ`, `DenseShift`, ...
+    """Settings of one quantization method; the base of `LSQ`, `StatsQ`, `DenseShift`, ...
 
     A subclass overrides `weight`, `activation` or both. It must be constructible with no argument.
     """
@@ -26,12 +26,12 @@ class Method:
     name: ClassVar[str] = ""
 
     def weight(self, weight: Tensor) -> "WeightQuantizer":
-        """The quantiser for a weight; ``weight`` (float, rows = output channels = dim 0) is its starting value."""
-        raise LowbitError(f"{self!r} does not quantise weights; {_choices('weight')} do")
+        """The quantizer for a weight; ``weight`` (float, rows = output channels = dim 0) is its starting value."""
+        raise LowbitError(f"{self!r} does not quantize weights; {_choices('weight')} do")
 
     def activation(self, channel_dim: int = -1) -> "ActivationQuantizer":
-        """The quantiser for a layer's input, whose channels lie in ``channel_dim``: -1 for linear layers, else 1."""
-        raise LowbitError(f"{self!r} does not quantise activations; {_choices('activation')} do")
+        """The quantizer for a layer's input, whose channels lie in ``channel_dim``: -1 for linear layers, else 1."""
+        raise LowbitError(f"{self!r} does not quantize activations; {_choices('activation')} do")
 
     @classmethod
     def quantizes(cls, kind: str) -> bool:
@@ -40,7 +40,7 @@ class Method:
 
 
 class WeightQuantizer(nn.Module):
-    """A parametrisation: latent tensor(s) in, fake-quantised weight out.
+    """A parametrization: latent tensor(s) in, fake-quantized weight out.
 
     Whatever the method, ``forward(*latents) == scale(*latents) * levels[codes(*latents)]`` holds exactly.
     """
@@ -52,7 +52,7 @@ class WeightQuantizer(nn.Module):
             cls.right_inverse = _finite_only(cls.right_inverse)
 
     def forward(self, *latents: Tensor) -> Tensor:
-        """The fake-quantised weight, float, of the weight's shape; differentiable as the method defines."""
+        """The fake-quantized weight, float, of the weight's shape; differentiable as the method defines."""
         raise NotImplementedError
 
     @property
@@ -61,7 +61,7 @@ class WeightQuantizer(nn.Module):
         raise NotImplementedError
 
     def codes(self, *latents: Tensor) -> Tensor:
-        """Indices into `levels`: int16, of the weight's shape. Neighbouring levels have neighbouring codes."""
+        """Indices into `levels`: int16, of the weight's shape. Neighboring levels have neighboring codes."""
         raise NotImplementedError
 
     def scale(self, *latents: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class WeightQuantizer(nn.Module):
         return getattr(getattr(self, "config", None), "scale", None) != "none"
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Latents for which `forward` gives (the quantised form of) ``weight``; lets one assign ``layer.weight``."""
+        """Latents for which `forward` gives (the quantized form of) ``weight``; lets one assign ``layer.weight``."""
         refuse_nonfinite("the weight", weight)
         return weight
 
@@ -97,9 +97,9 @@ class WeightQuantizer(nn.Module):
 
 @dataclass(frozen=True)
 class IntegerForm:
-    """An activation quantiser as whole numbers: ``q = clip(round((x + before)/scale), low, high)``.
+    """An activation quantizer as integers: ``q = clip(round((x + before)/scale), low, high)``.
 
-    What the quantiser puts out is ``scale·q + after``.
+    What the quantizer puts out is ``scale·q + after``.
 
     Attributes:
         scale: float32, detached; broadcasts against the input ``[N, ...]``, its first dimension, if it has as many,
@@ -116,7 +116,7 @@ class IntegerForm:
 
 
 class ActivationQuantizer(nn.Module):
-    """A module that stands in front of a layer: float in, fake-quantised float of the same shape and dtype out."""
+    """A module that stands in front of a layer: float in, fake-quantized float of the same shape and dtype out."""
 
     @property
     def levels(self) -> Tensor:
@@ -129,7 +129,7 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the quantiser has seen the batch that sets its starting step."""
+        """Whether the quantizer has seen the batch that sets its starting step."""
         return True
 
     def expect_(self, shape: tuple[int | None, ...]) -> None:
@@ -141,7 +141,7 @@ class ActivationQuantizer(nn.Module):
         """
 
     def integer(self) -> IntegerForm | None:
-        """The same quantiser for kernels that calculate with integers; None where there is no such form."""
+        """The same quantizer for kernels that calculate with integers; None where there is no such form."""
         return None
 
 
@@ -279,7 +279,7 @@ def method(name: str) -> Callable[[M], M]:
     def register(cls: M) -> M:
         if name in _registry:
             raise LowbitError(
-                f"two quantisation methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}"
+                f"two quantization methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}"
             )
         cls.name = name
         _registry[name] = settings(cls)
@@ -296,7 +296,7 @@ def names(kind: str | None = None) -> list[str]:
 def get(name: str) -> type[Method]:
     """The settings dataclass registered under ``name``."""
     if name not in _registry:
-        raise LowbitError(f"there is no quantisation method {name!r}; there are {', '.join(names())}")
+        raise LowbitError(f"there is no quantization method {name!r}; there are {', '.join(names())}")
     return _registry[name]
 
 
@@ -314,7 +314,7 @@ def refuse_nonfinite(what: str, x: Tensor) -> None:
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         raise LowbitError(
-            f"{what} holds {bad} NaN or infinite value(s) of {x.numel()}; it has to be finite to be quantised: "
+            f"{what} holds {bad} NaN or infinite value(s) of {x.numel()}; it has to be finite to be quantized: "
             "look for a damaged checkpoint or a training run that diverged"
         )
 
@@ -348,7 +348,7 @@ def per_row(weight: Tensor) -> tuple[int, ...]:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """``x`` in at least float32: half precision would round the quantisation grid itself."""
+    """``x`` in at least float32: half precision would round the quantization grid itself."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

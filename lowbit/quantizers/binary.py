@@ -40,7 +40,7 @@ class _Binary(torch.autograd.Function):
 
 
 def binary(w: Tensor, gradient: Literal["published", "ste"] = "published") -> Tensor:
-    """Fake-quantises ``w`` to ``α·sign(w)`` with α the mean of |w| over its row; ±0 counts as positive.
+    """Fake-quantizes ``w`` to ``α·sign(w)`` with α the mean of |w| over its row; ±0 counts as positive.
 
     The published gradient is ``G·(1/n + α·[|w| <= 1])``, n the elements of a row: the sign straight through inside ±1,
     and α differentiated as if each weight were alone in its row. Since α is small, plain SGD moves such latents slowly
@@ -89,7 +89,7 @@ class Binary(Method):
 
 
 class BinaryWeight(WeightQuantizer):
-    """`binary` as a parametrisation with one latent, the full-precision weight."""
+    """`binary` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: Binary):
         super().__init__()

@@ -1,6 +1,6 @@
 """DeepShift-PS: powers of two and zero, trained through a shift and a sign for each weight.
 
-Elhoushi et al., "DeepShift: Towards Multiplication-Less Neural Networks", CVPR Workshops 2021,
+Elhoushi et al., "DeepShift: Toward Multiplication-Less Neural Networks", CVPR Workshops 2021,
 arXiv 1905.13298, section 3 (DeepShift-PS); range, gradient and start as in the authors' code.
 """
 
@@ -80,7 +80,7 @@ def deepshift_ps_codes(p: Tensor, s: Tensor, bits: int) -> Tensor:
 
 
 def deepshift_ps_latents(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Latents (p, s), whole numbers as float32, that give level index ``codes`` (int, 0 ... 2^bits-2)."""
+    """Latents (p, s), integers as float32, that give level index ``codes`` (int, 0 ... 2^bits-2)."""
     lowest = _lowest(bits)
     index = codes - (1 - lowest)
     return (index.abs() - 1 + lowest).clamp_min(lowest).float(), index.sign().float()
@@ -96,7 +96,7 @@ class DeepShiftPS(Method):
 
     Args:
         bits: 2 to 6; one bit pattern in 2^bits is unused, and 2 bits are ternary.
-        scale: "none" uses 0, ±2^p raw, as published, where a normalisation follows; "statistical" keeps each output
+        scale: "none" uses 0, ±2^p raw, as published, where a normalization follows; "statistical" keeps each output
             channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
         init: "random" draws s ~ U(-1, 1) and p ~ U(-10, -1), then clamped, as the authors' convolutions do (their
             linear layers have drawn p from its whole range since a later version); "project" starts from the given
@@ -114,7 +114,7 @@ class DeepShiftPS(Method):
 
 
 class DeepShiftPSWeight(WeightQuantizer):
-    """`deepshift_ps` as a parametrisation with two latents, shift and sign, times the optional per-channel scale."""
+    """`deepshift_ps` as a parametrization with two latents, shift and sign, times the optional per-channel scale."""
 
     rms: Tensor
 

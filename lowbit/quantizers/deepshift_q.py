@@ -1,6 +1,6 @@
 """DeepShift-Q: full-precision weights rounded to powers of two in the log domain, no zero, no scale.
 
-Elhoushi et al., "DeepShift: Towards Multiplication-Less Neural Networks", CVPR Workshops 2021,
+Elhoushi et al., "DeepShift: Toward Multiplication-Less Neural Networks", CVPR Workshops 2021,
 arXiv 1905.13298, section 3 (DeepShift-Q); the range as in the authors' code.
 """
 
@@ -32,7 +32,7 @@ def deepshift_q_levels(bits: int) -> Tensor:
 
 
 def _exponent(w: Tensor, bits: int) -> Tensor:
-    """``round(log2|w|)`` after clamping |w| to the range of the levels: whole numbers, as floats; NaN stays NaN."""
+    """``round(log2|w|)`` after clamping |w| to the range of the levels: integers, as floats; NaN stays NaN."""
     lowest = _lowest(bits)
     return torch.round(torch.log2(w.abs().clamp(2.0**lowest, 1.0))).clamp(lowest, 0)
 
@@ -49,7 +49,7 @@ class _DeepShiftQ(torch.autograd.Function):
 
 
 def deepshift_q(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantises ``w`` to sign(w)·2^round(log2|w|), |w| clamped to [2^-(2^(bits-1)-1), 1].
+    """Fake-quantizes ``w`` to sign(w)·2^round(log2|w|), |w| clamped to [2^-(2^(bits-1)-1), 1].
 
     The thresholds between 2^p and 2^(p+1) are geometric, 2^(p+½), with ties to the even exponent. The gradient is
     the identity everywhere, also outside the range. Zero has no logarithm and the set no zero: ±0.0 become the
@@ -82,7 +82,7 @@ class DeepShiftQ(Method):
 
     Args:
         bits: 2 to 6; 1 sign bit and bits-1 exponent bits. The range ends at 1, so with few bits all weights of a
-            usual size share the smallest level and only their signs are left; a normalisation must absorb the gain.
+            usual size share the smallest level and only their signs are left; a normalization must absorb the gain.
         clamp: where |w| is clamped. "forward" clamps the value only. "latent" also clamps the full-precision weight
             itself before each training step, as the released code does: a weight then changes its sign only by a single
             step larger than the smallest level, so that at 2 or 3 bits hardly any sign ever changes.
@@ -100,7 +100,7 @@ class DeepShiftQ(Method):
 
 
 class DeepShiftQWeight(WeightQuantizer):
-    """`deepshift_q` as a parametrisation with one latent, the full-precision weight."""
+    """`deepshift_q` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: DeepShiftQ):
         super().__init__()

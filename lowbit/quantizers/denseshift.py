@@ -1,7 +1,7 @@
 """DenseShift: weights ±2^p and never zero, trained through a sign and a chain of binary gates.
 
-Li et al., "DenseShift: Towards Accurate and Efficient Low-Bit Power-of-Two Quantization", ICCV 2023,
-arXiv 2208.09708; the recursion, its surrogate gradient and the initialisation as in the authors' code.
+Li et al., "DenseShift: Toward Accurate and Efficient Low-Bit Power-of-Two Quantization", ICCV 2023,
+arXiv 2208.09708; the recursion, its surrogate gradient and the initialization as in the authors' code.
 """
 
 from typing import Annotated, Literal
@@ -86,7 +86,7 @@ def denseshift(
 ) -> Tensor:
     """The DenseShift weight sgn(t_sign)·2^S_N of 2, 4 or 8 latents (2, 3 or 4 bits).
 
-    S_1 = [t_1 > 0], S_k = (S_(k-1)+1)·[t_k > 0]. Backward, both binarisations are straight-through without a
+    S_1 = [t_1 > 0], S_k = (S_(k-1)+1)·[t_k > 0]. Backward, both binarizations are straight-through without a
     clipping window. With ``surrogate="sqrt"`` (as published) the gradient is that of sgn·sqrt(S_N+1):
     dL/dt_sign = G·sqrt(S_N+1), dL/dS_N = G·sgn/(2·sqrt(S_N+1)), dL/dt_k = dL/dS_k·(S_(k-1)+1),
     dL/dS_(k-1) = dL/dS_k·[t_k > 0]. With ``"identity"`` it is that of the true value sgn·2^S_N. With
@@ -130,12 +130,12 @@ def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Te
 class DenseShift(Method):
     """Zero-free power-of-two weights by sign-scale decomposition.
 
-    Training holds 2, 4 or 8 latents a weight (2, 3 or 4 bits) instead of one, and as many of each of the optimiser's
+    Training holds 2, 4 or 8 latents a weight (2, 3 or 4 bits) instead of one, and as many of each of the optimizer's
     states: with SGD and momentum 24, 48 or 96 bytes a weight (latent, gradient, momentum in float32) instead of 12.
 
     Args:
         bits: 2, 3 or 4; 1 sign bit and bits-1 exponent bits.
-        scale: "none" uses ±2^p raw, as published, where a normalisation follows; "statistical" keeps each output
+        scale: "none" uses ±2^p raw, as published, where a normalization follows; "statistical" keeps each output
             channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
         surrogate: "sqrt" as published, or "identity"; see `denseshift`.
         recursion: "nested" as published, or "sum"; see `denseshift`.
@@ -157,7 +157,7 @@ class DenseShift(Method):
 
 
 class DenseShiftWeight(WeightQuantizer):
-    """`denseshift` as a parametrisation with 2, 4 or 8 latents, times the optional per-channel scale."""
+    """`denseshift` as a parametrization with 2, 4 or 8 latents, times the optional per-channel scale."""
 
     rms: Tensor
 

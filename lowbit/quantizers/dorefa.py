@@ -1,7 +1,7 @@
 """DoReFa: weights squeezed into ±1 by a tanh, activations clipped to 0 ... 1, both on a uniform grid without a scale.
 
 Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low Bitwidth Gradients",
-arXiv 1606.06160, sections 2.3 and 2.4. Its quantised gradients are not part of this library.
+arXiv 1606.06160, sections 2.3 and 2.4. Its quantized gradients are not part of this library.
 """
 
 from typing import Annotated
@@ -62,12 +62,12 @@ def _clip(x: Tensor) -> Tensor:
 
 
 def dorefa(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantises a weight: ``2·quantize_k(tanh(w)/(2·max|tanh w|) + ½) - 1``, or ``sign(w)·mean|w|`` at 1 bit.
+    """Fake-quantizes a weight: ``2·quantize_k(tanh(w)/(2·max|tanh w|) + ½) - 1``, or ``sign(w)·mean|w|`` at 1 bit.
 
     quantize_k(v) = round(v·(2^k-1))/(2^k-1), straight through. The levels are the odd multiples of 1/(2^k-1) from -1
     to 1: zero is not among them. The maximum runs over the whole layer and is differentiated like the tanh, as
     automatic differentiation does it in the authors' code; equally large weights share its gradient equally. The result
-    has a size of about 1 whatever that of ``w``: a normalisation is expected to follow. At 1 bit the mean runs over the
+    has a size of about 1 whatever that of ``w``: a normalization is expected to follow. At 1 bit the mean runs over the
     whole layer, without gradient, the gradient is the identity everywhere, and ±0 counts as positive (the authors' code
     gives 0).
 
@@ -101,7 +101,7 @@ def dorefa_scale(w: Tensor, bits: int) -> Tensor:
 
 
 def dorefa_activation(x: Tensor, bits: int) -> Tensor:
-    """Fake-quantises an activation: ``quantize_k(clip(x, 0, 1))``; the gradient passes for 0 <= x <= 1.
+    """Fake-quantizes an activation: ``quantize_k(clip(x, 0, 1))``; the gradient passes for 0 <= x <= 1.
 
     Args:
         x: float, any shape.
@@ -125,7 +125,7 @@ def dorefa_activation_codes(x: Tensor, bits: int) -> Tensor:
 
 @method("dorefa")
 class DoReFa(Method):
-    """Uniform grids without learnt parameters, for weights and (non-negative) activations.
+    """Uniform grids without learned parameters, for weights and (non-negative) activations.
 
     Args:
         bits: 1 to 8.
@@ -143,7 +143,7 @@ class DoReFa(Method):
 
 
 class DoReFaWeight(WeightQuantizer):
-    """`dorefa` as a parametrisation with one latent, the full-precision weight."""
+    """`dorefa` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: DoReFa):
         super().__init__()

@@ -1,7 +1,7 @@
 """EWGS: rounding whose gradient also knows how far it moved each value.
 
 Lee, Kim and Ham, "Network Quantization with Element-wise Gradient Scaling", CVPR 2021, arXiv 2104.00903, equation 4.
-The grid is LSQ's, its step learnt as in LSQ: that combination is ours; the paper learns the bounds of an interval.
+The grid is LSQ's, its step learned as in LSQ: that combination is ours; the paper learns the bounds of an interval.
 """
 
 from typing import Annotated, Literal
@@ -35,10 +35,10 @@ class _ElementWiseScale(torch.autograd.Function):
 def ewgs(
     x: Tensor, step: Tensor, bits: int, delta: float = 0.2, signed: bool = True, grad_scale: float | None = None
 ) -> Tensor:
-    """Fake-quantises ``x`` as `lsq` does, to ``step · round(clip(x/step, -Qn, Qp))``, with another gradient to ``x``.
+    """Fake-quantizes ``x`` as `lsq` does, to ``step · round(clip(x/step, -Qn, Qp))``, with another gradient to ``x``.
 
     Inside the clip range it is ``g·(1 + δ·sign(g)·(v - round(v)))``, v = x/step: larger where a descent step pulls the
-    value towards the level it was rounded to, and smaller where it pushes it away (equation 4). Outside it is zero.
+    value toward the level it was rounded to, and smaller where it pushes it away (equation 4). Outside it is zero.
     The gradient to ``step`` is that of `lsq`. With ``delta=0`` this is `lsq`.
 
     The error ``v - round(v)`` counts steps, as in the comparison of Nagel et al. (arXiv 2203.11086), from where the
@@ -73,7 +73,7 @@ class EWGS(Method):
 
     Args:
         bits: 2 to 8.
-        granularity: what shares one learnt step: the whole "tensor", or an output "channel".
+        granularity: what shares one learned step: the whole "tensor", or an output "channel".
         delta: how much the gradient depends on the rounding error; 0 is LSQ.
     """
 
@@ -87,7 +87,7 @@ class EWGS(Method):
 
 
 class EWGSWeight(LSQWeight):
-    """`ewgs` as a parametrisation with one latent, the full-precision weight; all but the gradient is LSQ's."""
+    """`ewgs` as a parametrization with one latent, the full-precision weight; all but the gradient is LSQ's."""
 
     def __init__(self, config: EWGS, weight: Tensor):
         super().__init__(LSQ(bits=config.bits, granularity=config.granularity), weight)

@@ -1,6 +1,6 @@
-"""INQ: powers of two and zero; weights are quantised and frozen in groups, the largest first, while the rest retrain.
+"""INQ: powers of two and zero; weights are quantized and frozen in groups, the largest first, while the rest retrain.
 
-Zhou et al., "Incremental Network Quantization: Towards Lossless CNNs with Low-Precision Weights", ICLR 2017,
+Zhou et al., "Incremental Network Quantization: Toward Lossless CNNs with Low-Precision Weights", ICLR 2017,
 arXiv 1702.03044: value set equations 1 to 3, rounding equation 4, partition by magnitude section 2.2.
 """
 
@@ -61,7 +61,7 @@ class _INQ(torch.autograd.Function):
 
 
 def inq(w: Tensor, bits: int, n1: Tensor | None = None) -> Tensor:
-    """Fake-quantises ``w`` to {0, ±2^n2 ... ±2^n1}, n2 = n1+1-2^(bits-2), at once; the gradient is the identity.
+    """Fake-quantizes ``w`` to {0, ±2^n2 ... ±2^n1}, n2 = n1+1-2^(bits-2), at once; the gradient is the identity.
 
     A weight goes to the nearest level, to the larger of two equally near, and to ±2^n1 if it is beyond (equation 4).
 
@@ -104,16 +104,16 @@ def inq_partition(w: Tensor, share: float, frozen: Tensor | None = None) -> Tens
 
 @method("inq")
 class INQ(Method):
-    """Incremental network quantisation; starts from a trained full-precision model, one scale 2^n1 for each layer.
+    """Incremental network quantization; starts from a trained full-precision model, one scale 2^n1 for each layer.
 
     `lowbit.train` freezes 50, 75, 87.5 and 100 % of each layer's weights at the start of the four quarters of the
     training, always the largest of the remaining ones. Frozen weights have their level and never move again, the others
     train in full precision; so the weight is off the grid until the last quarter, in which only the rest of the model
-    (biases, normalisation, first and last layers) still trains. The paper restarts its learning rate at each stage;
+    (biases, normalization, first and last layers) still trains. The paper restarts its learning rate at each stage;
     one run here has one schedule.
 
     Without that loop nothing is frozen: all weights are rounded in every forward pass, with the identity as gradient,
-    which is plain quantisation after training, or straight-through training on INQ's grid. Assigning a weight to a
+    which is plain quantization after training, or straight-through training on INQ's grid. Assigning a weight to a
     layer returns it to that state, with a new scale.
 
     Args:
@@ -128,7 +128,7 @@ class INQ(Method):
 
 
 class INQWeight(WeightQuantizer):
-    """`inq` as a parametrisation with one latent, the full-precision weight, and the memory of what is frozen.
+    """`inq` as a parametrization with one latent, the full-precision weight, and the memory of what is frozen.
 
     Attributes:
         n1: exponent of the largest level, int32, without dims; set at conversion.

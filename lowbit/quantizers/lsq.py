@@ -1,4 +1,4 @@
-"""LSQ: a uniform grid whose step is learnt.
+"""LSQ: a uniform grid whose step is learned.
 
 Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153, equations 1-5.
 """
@@ -118,7 +118,7 @@ def lsq(
     grad_scale: float | None = None,
     bounds: Literal["outside", "inside"] = "outside",
 ) -> Tensor:
-    """Fake-quantises ``x`` to ``step · round(clip(x/step, -Qn, Qp))`` (equations 1 and 2).
+    """Fake-quantizes ``x`` to ``step · round(clip(x/step, -Qn, Qp))`` (equations 1 and 2).
 
     The gradient to ``x`` passes inside the clip range and is zero outside; the gradient to ``step``
     is equation 3, ``round(x/step) - x/step`` inside, ``-Qn`` or ``Qp`` outside, times ``grad_scale``.
@@ -184,7 +184,7 @@ class LSQ(Method):
             linear layer, as in OFQ; ties the model to its sequence length).
         signed: None signs weights, and signs activations when the first batch has a negative value.
         learn_step: False keeps the step as it starts.
-        bias: of an activation: learnt shifts b1 before and b2 after quantisation, one number a channel each, as in
+        bias: of an activation: learned shifts b1 before and b2 after quantization, one number a channel each, as in
             OFQ's code: ``lsq(x + b1) + b2``. "place" has one number for each place of an image instead, shared by its
             channels, as OFQ's patch embedding has; it ties the model to the size of its images.
         smallest_step: the floor of the step, at use and at the start; 1e-5 in OFQ's code.
@@ -246,7 +246,7 @@ class PositiveStep(nn.Module):
 
 
 class LSQWeight(PositiveStep, WeightQuantizer):
-    """`lsq` as a parametrisation with one latent, the full-precision weight."""
+    """`lsq` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: LSQ, weight: Tensor):
         super().__init__()
@@ -274,7 +274,7 @@ class LSQWeight(PositiveStep, WeightQuantizer):
 
 
 class LSQActivation(PositiveStep, CalibratedQuantizer):
-    """`lsq` in front of a layer, with ``bias`` between two learnt shifts: ``lsq(x + bias_in) + bias_out``.
+    """`lsq` in front of a layer, with ``bias`` between two learned shifts: ``lsq(x + bias_in) + bias_out``.
 
     The first batch gives the step its value; the biases start at zero, and without ``bias`` they are None. One step
     for the whole tensor has the shape ``[]``. A step or bias for each channel has its final shape once `expect_` told

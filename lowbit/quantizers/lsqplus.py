@@ -1,4 +1,4 @@
-"""LSQ+: activations on a uniform grid whose step and offset are learnt, for ranges that are not symmetric.
+"""LSQ+: activations on a uniform grid whose step and offset are learned, for ranges that are not symmetric.
 
 Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better initialization", CVPR
 Workshops 2020, arXiv 2004.09576, section 3. Its weights are those of LSQ: ``QuantConfig(LSQ(...), LSQPlus(...))``.
@@ -47,7 +47,7 @@ class _LSQPlus(torch.autograd.Function):
 def lsqplus(
     x: Tensor, step: Tensor, offset: Tensor, bits: int, signed: bool = False, grad_scale: float | None = None
 ) -> Tensor:
-    """Fake-quantises ``x`` to ``step · round(clip((x - offset)/step, n, p)) + offset``.
+    """Fake-quantizes ``x`` to ``step · round(clip((x - offset)/step, n, p)) + offset``.
 
     With v = (x - offset)/step the gradient to ``x`` passes strictly inside the clip range, n < v < p, and is zero
     outside; that to ``step`` is ``round(v) - v`` inside, n or p outside; that to ``offset`` is 0 inside, 1 outside.
@@ -86,7 +86,7 @@ def lsqplus_start(
     """Starting step and offset for the activations ``x`` (section 3.2), float scalars, detached.
 
     "minmax" spans what there is: ``step = (max - min)/(p - n)``, ``offset = min - n·step``. One outlier then makes
-    the steps wide. "mse", as in the paper, goes on from there to a minimum of the mean squared quantisation error;
+    the steps wide. "mse", as in the paper, goes on from there to a minimum of the mean squared quantization error;
     where the paper descends its gradient, the best step and offset for the codes at hand and the codes for those take
     turns here, ``rounds`` times: each is a least-squares solution, so the error never grows. Of more than `SAMPLE`
     values it looks at that many, drawn with a fixed seed. A tensor whose values are all alike gets a step of a
@@ -113,18 +113,18 @@ def lsqplus_start(
     x = x.double()
     for _ in range(rounds):
         codes = ((x - offset) / step).clamp(low, high).round()
-        centred = codes - codes.mean()
-        spread = centred.square().mean()
+        centered = codes - codes.mean()
+        spread = centered.square().mean()
         if spread == 0:  # all values alike: nothing tells how wide a step should be
             break
-        step = torch.maximum(((centred * x).mean() / spread).to(step.dtype), narrowest)
+        step = torch.maximum(((centered * x).mean() / spread).to(step.dtype), narrowest)
         offset = (x.mean() - step * codes.mean()).to(offset.dtype)
     return step, offset
 
 
 @method("lsqplus")
 class LSQPlus(Method):
-    """Learnt step and offset for a layer's input, one of each for the whole tensor.
+    """Learned step and offset for a layer's input, one of each for the whole tensor.
 
     Args:
         bits: 1 to 8; at least 2 if signed.

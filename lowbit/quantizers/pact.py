@@ -1,4 +1,4 @@
-"""PACT: activations clipped at a learnt threshold, then put on a uniform grid.
+"""PACT: activations clipped at a learned threshold, then put on a uniform grid.
 
 Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", arXiv 1805.06085, equations 1-3.
 """
@@ -25,7 +25,7 @@ def _steps(bits: int) -> int:
 
 
 def _position(x: Tensor, alpha: Tensor, steps: int) -> Tensor:
-    """``round(clip(x, 0, α)/α · steps)``: whole numbers 0 ... steps, as floats."""
+    """``round(clip(x, 0, α)/α · steps)``: integers 0 ... steps, as floats."""
     return torch.round((x / alpha).clamp(0, 1) * steps)
 
 
@@ -45,7 +45,7 @@ class _PACT(torch.autograd.Function):
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Fake-quantises ``x`` to ``round(y·(2^k-1)/α)·α/(2^k-1)`` with ``y = clip(x, 0, α)`` (equations 1 and 2).
+    """Fake-quantizes ``x`` to ``round(y·(2^k-1)/α)·α/(2^k-1)`` with ``y = clip(x, 0, α)`` (equations 1 and 2).
 
     The gradient to ``x`` passes for 0 <= x < α; that to ``α`` is the sum of the gradients where x >= α (equation 3:
     the rounding's share inside the range is left out, unlike in LSQ).
@@ -65,16 +65,16 @@ def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 def pact_codes(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """The whole numbers 0 ... 2^bits-1 that `pact` multiplies by α/(2^bits-1), int16."""
+    """The integers 0 ... 2^bits-1 that `pact` multiplies by α/(2^bits-1), int16."""
     with torch.no_grad():
         return _position(as_float(x), as_float(alpha), _steps(bits)).to(torch.int16)
 
 
 @method("pact")
 class PACT(Method):
-    """Learnt clipping of a layer's input, one threshold for each layer. Takes the place of the ReLU before it.
+    """Learned clipping of a layer's input, one threshold for each layer. Takes the place of the ReLU before it.
 
-    The paper regularises α by an L2 penalty as strong as that of the weights: that is the optimiser's weight decay,
+    The paper regularizes α by an L2 penalty as strong as that of the weights: that is the optimizer's weight decay,
     as long as α is not excluded from it.
 
     Args:

@@ -44,7 +44,7 @@ class _PoT(torch.autograd.Function):
 
 
 def pot(w: Tensor, bits: int, scale: Literal["mean", "max"] = "mean") -> Tensor:
-    """Fake-quantises ``w`` to the nearest of ``s·{0, ±2^-k}``; the gradient is the identity everywhere.
+    """Fake-quantizes ``w`` to the nearest of ``s·{0, ±2^-k}``; the gradient is the identity everywhere.
 
     Args:
         w: float ``[rows, ...]``; each row (dim 0) has its own scale s.
@@ -81,7 +81,7 @@ class PoT(Method):
 
 
 class PoTWeight(WeightQuantizer):
-    """`pot` as a parametrisation with one latent, the full-precision weight."""
+    """`pot` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: PoT):
         super().__init__()

@@ -1,7 +1,7 @@
 """S3: zero and ±2^p, trained through a sign, a sparsity gate and a chain of shift gates.
 
 Li et al., "S^3: Sign-Sparse-Shift Reparametrization for Effective Training of Low-bit Shift Networks",
-NeurIPS 2021, arXiv 2107.03453. The 3-bit form, its gradient, its penalty and its initialisation are those of
+NeurIPS 2021, arXiv 2107.03453. The 3-bit form, its gradient, its penalty and its initialization are those of
 the authors' code; 2 and 4 bits continue the same chain.
 """
 
@@ -65,7 +65,7 @@ def s3(w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
     S_k = [t_k > 0]·(S_(k+1)+1), S_(N+1) = 0: at 3 bits S_1 = [t_1 > 0]·([t_2 > 0]+1), as published. So t_1 is the
     master gate, the first of a leading run of open ones: the opposite order to `denseshift`, whose last latent is.
 
-    Backward, all binarisations are straight-through, without a clipping window, and the rest is the true value:
+    Backward, all binarizations are straight-through, without a clipping window, and the rest is the true value:
     dL/dt_sign = G·[t_sparse > 0]·2^S_1, dL/dt_sparse = G·sgn·2^S_1, dL/dS_1 = G·W·ln 2,
     dL/dt_k = dL/dS_k·(S_(k+1)+1), dL/dS_(k+1) = dL/dS_k·[t_k > 0]. A weight that is zero moves its sparsity latent
     only.
@@ -109,13 +109,13 @@ class S3(Method):
 
     Args:
         bits: 2 (ternary, no shift latent), 3 (as published) or 4; one bit pattern in 2^bits is unused.
-        scale: "none" uses 0, ±2^p raw, as published, where a normalisation follows; "statistical" keeps each output
+        scale: "none" uses 0, ±2^p raw, as published, where a normalization follows; "statistical" keeps each output
             channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
         init: "kaiming" draws every latent from N(0, sqrt(2/(k²·C_out))), as published; "dense" is the authors' variant
             of it, sparsity latents positive and shift latents negative, so that all weights start at ±1; "normal" draws
             from N(0, sigma); "project" starts from the given weight.
         sigma: standard deviation ("normal") or magnitude ("project", and weights assigned later) of the latents.
-        sparse_penalty: α of the term α·Σ max(-t_sparse, 0) in the loss, which pulls zeros back towards ±2^p; 1e-5 as
+        sparse_penalty: α of the term α·Σ max(-t_sparse, 0) in the loss, which pulls zeros back toward ±2^p; 1e-5 as
             published, 0 for none.
     """
 
@@ -131,7 +131,7 @@ class S3(Method):
 
 
 class S3Weight(WeightQuantizer):
-    """`s3` as a parametrisation with 2, 4 or 8 latents, times the optional per-channel scale."""
+    """`s3` as a parametrization with 2, 4 or 8 latents, times the optional per-channel scale."""
 
     rms: Tensor
 

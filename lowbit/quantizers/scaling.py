@@ -9,7 +9,7 @@ from lowbit.quantizers.base import as_float, nearest, per_row
 
 
 def kaiming_std(weight: Tensor) -> float:
-    """Standard deviation sqrt(2/(k²·C_out)) of S3's initialisation, for a weight ``[C_out, C_in, ...]``."""
+    """Standard deviation sqrt(2/(k²·C_out)) of S3's initialization, for a weight ``[C_out, C_in, ...]``."""
     rows, _, *kernel = weight.shape
     return math.sqrt(2 / (rows * math.prod(kernel)))
 

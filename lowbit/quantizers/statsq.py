@@ -1,4 +1,4 @@
-"""StatsQ: a mid-rise, zero-free uniform grid whose scale is a statistic of the weights, not a learnt number.
+"""StatsQ: a mid-rise, zero-free uniform grid whose scale is a statistic of the weights, not a learned number.
 
 Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023,
 arXiv 2302.02210, section 4.1; details as in the authors' code.
@@ -23,7 +23,7 @@ def statsq_scale(w: Tensor) -> Tensor:
 
 
 def _half_steps(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """``round(clip(w/s)·n - ½)``: whole numbers from -n to n-1, as floats."""
+    """``round(clip(w/s)·n - ½)``: integers from -n to n-1, as floats."""
     if not (isinstance(bits, int) and 1 <= bits <= 8):
         raise LowbitError(f"bits={bits!r} is not allowed: StatsQ takes 1 to 8 bits")
     n = 2 ** (bits - 1)
@@ -46,7 +46,7 @@ class _StatsQ(torch.autograd.Function):
 
 
 def statsq(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantises ``w`` with StatsQ: ``s·(round(clip(w/s, -1, 1-1e-6)·n - ½) + ½)/n``, n = 2^(bits-1).
+    """Fake-quantizes ``w`` with StatsQ: ``s·(round(clip(w/s, -1, 1-1e-6)·n - ½) + ½)/n``, n = 2^(bits-1).
 
     Levels over s are the odd multiples of 1/2^bits: ±¼ and ±¾ at 2 bits. The gradient to ``w`` is the identity
     everywhere, also where ``w`` is clipped, and none flows through the scale.
@@ -74,7 +74,7 @@ def statsq_codes(w: Tensor, bits: int) -> Tensor:
 def cga_mask(w: Tensor, bits: int, boundary: float) -> Tensor:
     """Which weights confidence-guided annealing lets move: those near a decision boundary of `statsq`.
 
-    With ``y = clip(w/s, -1, 1)·n`` the boundaries are the whole numbers k from -(n-1) to n-1; a weight may move if
+    With ``y = clip(w/s, -1, 1)·n`` the boundaries are the integers k from -(n-1) to n-1; a weight may move if
     ``|y - k| <= boundary`` for one of them. Farther away the network is confident of its level.
 
     Args:
@@ -105,7 +105,7 @@ def check_boundary(boundary: float) -> None:
 
 @method("statsq")
 class StatsQ(Method):
-    """Statistical weight quantisation of OFQ, one scale for each output channel.
+    """Statistical weight quantization of OFQ, one scale for each output channel.
 
     Args:
         bits: 1 to 8.
@@ -119,7 +119,7 @@ class StatsQ(Method):
 
 
 class StatsQWeight(WeightQuantizer):
-    """`statsq` as a parametrisation with one latent, the full-precision weight."""
+    """`statsq` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: StatsQ):
         super().__init__()

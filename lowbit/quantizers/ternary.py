@@ -1,4 +1,4 @@
-"""Ternary weights: TWN, whose scale is a statistic, and TTQ, whose two scales are learnt.
+"""Ternary weights: TWN, whose scale is a statistic, and TTQ, whose two scales are learned.
 
 TWN: Li, Zhang and Liu, "Ternary Weight Networks", arXiv 1605.04711. TTQ: Zhu, Han, Mao and Dally, "Trained Ternary
 Quantization", ICLR 2017, arXiv 1612.01064, equations 6-8. Details as in the authors' code.
@@ -54,7 +54,7 @@ class _TWN(torch.autograd.Function):
 
 
 def ternary(w: Tensor, granularity: Literal["tensor", "channel"] = "tensor") -> Tensor:
-    """Fake-quantises ``w`` with TWN: ``α·sign(w)`` where ``|w| > 0.7·mean|w|``, else 0; the gradient is the identity.
+    """Fake-quantizes ``w`` with TWN: ``α·sign(w)`` where ``|w| > 0.7·mean|w|``, else 0; the gradient is the identity.
 
     α, the mean of |w| above the threshold, is the least-squares best for it; no gradient flows through either.
 
@@ -100,7 +100,7 @@ class _TTQ(torch.autograd.Function):
 
 
 def ttq(w: Tensor, w_p: Tensor, w_n: Tensor, threshold: float = 0.05) -> Tensor:
-    """Fake-quantises ``w`` with TTQ: ``w_p`` where ``w > Δ``, ``-w_n`` where ``w < -Δ``, else 0 (equation 6).
+    """Fake-quantizes ``w`` with TTQ: ``w_p`` where ``w > Δ``, ``-w_n`` where ``w < -Δ``, else 0 (equation 6).
 
     Δ = threshold·max|w|, without gradient. The gradient to ``w`` is ``w_p·G``, ``G`` or ``w_n·G`` in the positive, the
     zero and the negative range (equation 8); that to ``w_p`` is the sum of G over the positive range, that to ``w_n``
@@ -131,10 +131,10 @@ class Ternary(Method):
 
     Args:
         bits: 2, the width of a code; one of the four codes is never used.
-        variant: "twn", see `ternary`, or "ttq", see `ttq`, with two learnt scales for each layer.
+        variant: "twn", see `ternary`, or "ttq", see `ttq`, with two learned scales for each layer.
         granularity: for "twn", what shares a scale: the "tensor", as published, or an output "channel".
         threshold: for "ttq", the share of max|w| below which a weight is 0.
-        init: for "ttq", the starting scales: "one", as in the authors' code (a normalisation should follow the layer),
+        init: for "ttq", the starting scales: "one", as in the authors' code (a normalization should follow the layer),
             or the "mean" of the starting weights that each stands for.
     """
 
@@ -156,7 +156,7 @@ class Ternary(Method):
 
 
 class TWNWeight(WeightQuantizer):
-    """`ternary` as a parametrisation with one latent, the full-precision weight."""
+    """`ternary` as a parametrization with one latent, the full-precision weight."""
 
     def __init__(self, config: Ternary):
         super().__init__()
@@ -177,7 +177,7 @@ class TWNWeight(WeightQuantizer):
 
 
 class TTQWeight(WeightQuantizer):
-    """`ttq` as a parametrisation with one latent, the full-precision weight, and the two scales as parameters.
+    """`ttq` as a parametrization with one latent, the full-precision weight, and the two scales as parameters.
 
     There being one `scale`, the positive one, `levels` depends on the parameters: (-w_n/w_p, 0, 1).
     """

@@ -25,7 +25,7 @@ class ConfidenceGuidedAnnealing:
     """Holds confident weights still: a callback of `lowbit.train`, which makes one itself for ``cga_epochs``.
 
     The mask is computed anew each step, from the weights as they are before it. Gradients of frozen weights become
-    zero, and after the optimiser's step their latents are put back: momentum and weight decay would move them.
+    zero, and after the optimizer's step their latents are put back: momentum and weight decay would move them.
 
     Args:
         model: a model with StatsQ weights; layers with other weights are left alone.
@@ -34,7 +34,7 @@ class ConfidenceGuidedAnnealing:
         query_key: what becomes of a query-key product (QKR). "effective" masks the gradient of its elements;
             "as_published" leaves it alone: in the code released with OFQ the product's mask acts on a detached tensor
             and changes nothing.
-        from_step: optimisation steps before this one are left alone.
+        from_step: optimization steps before this one are left alone.
         rate_rule: refuse a learning rate at which one step of an Adam-like optimizer leaves the zone: it has to be at
             most `RATE` times ``boundary`` times the distance between two thresholds (the published 1e-5 is about 0.07).
             False is for showing what happens otherwise.
@@ -71,7 +71,7 @@ class ConfidenceGuidedAnnealing:
         ]
         if not chosen:
             raise LowbitError(
-                f"confidence-guided annealing needs StatsQ weights, and {type(model).__name__} has none; quantise it "
+                f"confidence-guided annealing needs StatsQ weights, and {type(model).__name__} has none; quantize it "
                 "with QuantConfig(weight=StatsQ(bits=2))"
             )
         self.boundary, self.query_key, self.from_step, self.rate_rule = boundary, query_key, from_step, rate_rule
@@ -103,7 +103,7 @@ class ConfidenceGuidedAnnealing:
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """To be called between backward and the optimiser's step: zeroes the gradients of confident weights."""
+        """To be called between backward and the optimizer's step: zeroes the gradients of confident weights."""
         self._frozen = []
         for layer in self._layers:
             (latent,) = layer.latents
@@ -114,7 +114,7 @@ class ConfidenceGuidedAnnealing:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """To be called after the optimiser's step: puts the confident weights back."""
+        """To be called after the optimizer's step: puts the confident weights back."""
         for layer, (movable, before) in zip(self._layers, self._frozen, strict=True):
             (latent,) = layer.latents
             torch.where(movable, latent, before, out=latent)

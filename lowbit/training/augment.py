@@ -78,7 +78,7 @@ def mix(
     rectangle of x' that covers 1-λ of the image. λ ~ Beta(α, α), one for the batch; with both, a coin decides.
 
     Args:
-        x: float [N,C,H,W], normalised.
+        x: float [N,C,H,W], normalized.
         y: labels int64 [N].
         classes: K.
         mixup, cutmix: their α; 0 leaves one out.
@@ -147,7 +147,7 @@ def check(kind: str, shape: tuple[int, ...], in_memory: bool) -> None:
 def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
     """A torchvision transform of one item (PIL image or uint8 [C,H,W]) to uint8 [C,H,W] of ``shape``.
 
-    Images of a folder come in all sizes: random-resized crop and flip in training, resize and centre crop with
+    Images of a folder come in all sizes: random-resized crop and flip in training, resize and center crop with
     ``kind="none"``. Images in memory have their size already: padded random crop and flip.
     """
     with extra("data", "augmenting images"):

@@ -1,4 +1,4 @@
-"""Batches: a deterministic order, the share of each process, and normalisation on the device.
+"""Batches: a deterministic order, the share of each process, and normalization on the device.
 
 Step s of epoch e is a function of (seed, e, s) alone. Each process takes its consecutive share of the global batch,
 so that any number of processes sees the same batches as one.
@@ -62,7 +62,7 @@ def _known_labels(split) -> torch.Tensor | None:
 
 
 class Batches:
-    """Training and test batches of a :class:`lowbit.data.Data`, normalised, on this process's device."""
+    """Training and test batches of a :class:`lowbit.data.Data`, normalized, on this process's device."""
 
     def __init__(self, data, config: TrainConfig, here: Processes, has_labels: bool = True):
         self.data, self.config, self.here = data, config, here
@@ -130,7 +130,7 @@ class Batches:
             raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].strip()) from None
 
     def first(self) -> torch.Tensor:
-        """The whole first global batch without augmentation: what quantisers are calibrated with."""
+        """The whole first global batch without augmentation: what quantizers are calibrated with."""
         indices = order(self.n, self.config.batch_size, self.config.seed, epoch=0)[0]
         if self.in_memory:
             return self._ready(self.data.train.x[indices], self.data.train.y[indices])[0]

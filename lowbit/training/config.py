@@ -30,7 +30,7 @@ class TrainConfig:
         momentum: of SGD; ``betas`` of the Adam family stay (0.9, 0.999).
         weight_decay: strength of the decay; see ``decay``.
         decay: ``"all"``: every parameter, as in the ImageNet recipe of the shift papers; ``"weights"``: not vectors
-            and scalars (biases, norms), not quantiser steps, not what the model lists in ``no_weight_decay()``.
+            and scalars (biases, norms), not quantizer steps, not what the model lists in ``no_weight_decay()``.
         warmup_epochs: linear warm-up, by step; may be a fraction of an epoch.
         schedule: ``"cosine"`` from ``lr`` to ``min_lr``, by step, or ``"constant"``.
         label_smoothing: of the cross-entropy, in [0, 1).
@@ -45,12 +45,12 @@ class TrainConfig:
             its answers are kept in the cache folder for all runs that share teacher, data and ``augment`` (the fixed
             crops of Shen and Xing's FKD, arXiv 2112.01528). Images in memory only; not with mixtures.
         amp: ``"bf16"`` runs the forward pass under bfloat16 autocast; parameters stay float32.
-        compile: ``"quantizers"`` compiles the quantisers only, ``"model"`` the whole training step's forward pass.
+        compile: ``"quantizers"`` compiles the quantizers only, ``"model"`` the whole training step's forward pass.
         channels_last: lay images and convolution weights out channels-last.
         fused_attention: ``False`` turns timm's ``fused_attn`` off for the run, ``True`` on, ``None`` chooses: off on
             the CPU (there its backward pass is slow), as the model has it elsewhere.
         clip_grad: largest norm of the gradient, or ``None``.
-        cga_epochs: epochs of confidence-guided annealing (OFQ) that follow, with the same optimiser, for models with
+        cga_epochs: epochs of confidence-guided annealing (OFQ) that follow, with the same optimizer, for models with
             StatsQ weights: at the constant rate ``cga_lr`` only weights within ``cga_boundary`` steps of a decision
             boundary move, in the layers ``cga_layers`` (names or patterns; None is all). ``cga_query_key``: see
             `lowbit.training.ConfidenceGuidedAnnealing`.

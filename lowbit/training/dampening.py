@@ -1,4 +1,4 @@
-"""Oscillation dampening: a pull of every latent weight towards the level that it is rounded to.
+"""Oscillation dampening: a pull of every latent weight toward the level that it is rounded to.
 
 Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 4.2.
 """
@@ -16,14 +16,14 @@ from lowbit.quantizers.base import as_float, nearest
 
 
 def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """``Σ (q - clip(w, low, high))²``, no gradient through q or the bounds (the paper's regulariser, without its λ).
+    """``Σ (q - clip(w, low, high))²``, no gradient through q or the bounds (the paper's regularizer, without its λ).
 
     The gradient to ``w`` is ``2·(w - q)`` inside the clip range, its ends included, and zero outside, so that a clipped
     weight is free.
 
     Args:
         w: latent weights, float, any shape.
-        q: the same weights quantised, of that shape.
+        q: the same weights quantized, of that shape.
         low, high: the lowest and the highest value of the grid, broadcastable against ``w``.
 
     Returns:
@@ -54,10 +54,10 @@ def check_start(start: float) -> None:
 
 
 def one_latent_layers(model: nn.Module, what: str) -> list[QuantizedLayer]:
-    """The layers of ``model`` with quantised weights, or LowbitError (naming ``what``) if one has several latents."""
+    """The layers of ``model`` with quantized weights, or LowbitError (naming ``what``) if one has several latents."""
     layers = [found for found in quantized_layers(model) if found.weight is not None]
     if not layers:
-        raise LowbitError(f"{what} needs quantised weights, and {type(model).__name__} has none; call quantize_ first")
+        raise LowbitError(f"{what} needs quantized weights, and {type(model).__name__} has none; call quantize_ first")
     for found in layers:
         if len(found.latents) != 1:
             raise LowbitError(
@@ -70,15 +70,15 @@ def one_latent_layers(model: nn.Module, what: str) -> list[QuantizedLayer]:
 class Dampening:
     """Adds λ times the gradient of `dampening_loss`, summed over all layers, to that of the weights.
 
-    A callback of `lowbit.train`, acting between backward and the optimiser's step (and before gradients are clipped):
+    A callback of `lowbit.train`, acting between backward and the optimizer's step (and before gradients are clipped):
     the same as a term of the loss, which does not show it. λ goes from 0 at ``start`` to ``strength`` at the end by a
     cosine, `cosine`. The clip range ends at the outermost levels.
 
     Args:
-        model: a quantised model whose weights have one latent each, rounded to the nearest level: LSQ, EWGS, StatsQ,
+        model: a quantized model whose weights have one latent each, rounded to the nearest level: LSQ, EWGS, StatsQ,
             PoT.
         strength: λ at the end of the training.
-        start: share of the optimisation steps before which λ is 0.
+        start: share of the optimization steps before which λ is 0.
 
     Raises:
         LowbitError: other weights, or a setting out of range.
@@ -117,14 +117,14 @@ class Dampening:
 
 
 def _on_grid(found: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
-    """The quantised weight, and the lowest and the highest value of its grid (broadcastable against it)."""
+    """The quantized weight, and the lowest and the highest value of its grid (broadcastable against it)."""
     scale, levels = found.weight.scale(*found.latents), found.weight.levels
     return found.weight(*found.latents), scale * float(levels[0]), scale * float(levels[-1])
 
 
 @torch.no_grad()
 def _check_nearest(found: QuantizedLayer) -> None:
-    """Refuses a method whose latent lives on another scale than its levels: it has nothing to be pulled towards."""
+    """Refuses a method whose latent lives on another scale than its levels: it has nothing to be pulled toward."""
     w, (q, _, _) = as_float(found.latents[0]), _on_grid(found)
     scale, levels = found.weight.scale(*found.latents), found.weight.levels.to(w.device)
     best = scale * levels[nearest(w / scale, levels).long()]

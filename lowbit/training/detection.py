@@ -1,7 +1,7 @@
 """Detection as a task of `lowbit.train`, and mean average precision.
 
 `lowbit.train(model, data, config)` works for a model of `lowbit.models.detector` and a detection set as it does for
-classification: batches, seeds, augmentation, quantisers, callbacks, checkpoints and several processes are the same.
+classification: batches, seeds, augmentation, quantizers, callbacks, checkpoints and several processes are the same.
 Of the settings, ``augment="none"``, ``"shift"`` and ``"crop_flip"`` move the boxes with the images; a teacher, label
 smoothing and ``compile="model"`` are refused.
 """
@@ -33,7 +33,7 @@ def move_boxes(
 ) -> Target:
     """The boxes of an image that `augment.apply` shifts, then mirrors.
 
-    Boxes are clipped to the image; those whose centre left it are dropped, as when SSD crops (Liu et al. 2016, arXiv
+    Boxes are clipped to the image; those whose center left it are dropped, as when SSD crops (Liu et al. 2016, arXiv
     1512.02325, section 2.2), so that every box that stays has an area.
 
     Args:
@@ -50,8 +50,8 @@ def move_boxes(
     if flip:
         boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
     limit = boxes.new_tensor([width, height])
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    inside = ((centre > 0) & (centre < limit)).all(1)
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    inside = ((center > 0) & (center < limit)).all(1)
     return {"boxes": boxes[inside].clamp_min(0).minimum(limit.repeat(2)), "labels": labels[inside]}
 
 
@@ -151,7 +151,7 @@ def evaluate_detector(
 ) -> dict[str, Any]:
     """Mean average precision of a detector; see `average_precision` for what is returned.
 
-    Activation quantisers that have seen no batch yet are calibrated first, on ``batch_size`` training images. The
+    Activation quantizers that have seen no batch yet are calibrated first, on ``batch_size`` training images. The
     model's own score threshold and number of detections hold. It is left in evaluation mode on ``device``.
 
     Args:

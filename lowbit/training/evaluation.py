@@ -16,7 +16,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 accuracy (``"acc"``, 0 to 1) and mean cross-entropy (``"loss"``, nats) on ``data.test``.
 
-    Activation quantisers that have seen no batch yet are calibrated first, on ``batch_size`` training images, so
+    Activation quantizers that have seen no batch yet are calibrated first, on ``batch_size`` training images, so
     that a model can be judged right after `lowbit.quantize_`. The model is left in evaluation mode on ``device``.
     """
     from lowbit.nn import calibrate
@@ -35,7 +35,7 @@ def reestimate_batchnorm_(
 ) -> nn.Module:
     """Replaces the running statistics of every BatchNorm layer by those of one pass over ``data.train``, in place.
 
-    Quantising weights changes the mean and the variance of what the layers put out, which the statistics that were
+    Quantizing weights changes the mean and the variance of what the layers put out, which the statistics that were
     gathered before do not know (Nagel et al. 2022, arXiv 2203.11086, section 4.1). Weights stay as they are; a model
     without BatchNorm is left alone. Returns the model, in evaluation mode.
     """

@@ -1,4 +1,4 @@
-"""What quantisation methods ask of the loop: a penalty on their latents, and a word before each step."""
+"""What quantization methods ask of the loop: a penalty on their latents, and a word before each step."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from lowbit.quantizers import WeightQuantizer
 
 
 class QuantizerHooks:
-    """The weight quantisers of ``model`` that override `WeightQuantizer.penalty` or `WeightQuantizer.before_step_`."""
+    """The weight quantizers of ``model`` that override `WeightQuantizer.penalty` or `WeightQuantizer.before_step_`."""
 
     def __init__(self, model: nn.Module):
         found = [layer for layer in quantized_layers(model) if layer.weight is not None]
@@ -15,7 +15,7 @@ class QuantizerHooks:
         self._scheduled = [layer for layer in found if _overrides(layer.weight, "before_step_")]
 
     def before_step(self, progress: float) -> None:
-        """Tells each quantiser how much of the training is done (0 at the first step, below 1 at the last)."""
+        """Tells each quantizer how much of the training is done (0 at the first step, below 1 at the last)."""
         for layer in self._scheduled:
             layer.weight.before_step_(progress, *layer.latents)
 

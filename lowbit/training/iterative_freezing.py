@@ -20,11 +20,11 @@ def freezing_step_(
     """One step of Algorithm 1 on one tensor of codes: changes ``state``, ``average`` and ``frozen`` in place.
 
     The oscillation frequency takes one step (`lowbit.functional.oscillation_step`), the average code becomes
-    ``m·k + (1-m)·average``, and a weight whose frequency is then above the threshold is frozen at the whole number
+    ``m·k + (1-m)·average``, and a weight whose frequency is then above the threshold is frozen at the integer
     nearest to its average. One that is frozen stays so.
 
     Args:
-        codes: the codes k after the optimiser's step, int16, any shape.
+        codes: the codes k after the optimizer's step, int16, any shape.
         state: of the oscillation frequency.
         average: float32, the moving average of the codes; at the start the first codes.
         frozen: int16, the code that a weight is held at; -1 where it is free.
@@ -38,20 +38,20 @@ def freezing_step_(
 
 
 class IterativeFreezing:
-    """Freezes oscillating weights: a callback of `lowbit.train`, acting after each optimiser step.
+    """Freezes oscillating weights: a callback of `lowbit.train`, acting after each optimizer step.
 
     The latent of a frozen weight is overwritten by the scale times its level after every step: neither momentum nor
-    weight decay nor a learnt step that moves can change its code. The threshold goes from ``threshold`` at ``start``
+    weight decay nor a learned step that moves can change its code. The threshold goes from ``threshold`` at ``start``
     to ``end`` at the end of the training by a cosine; before ``start`` it is ``threshold``. Give this callback before
     trackers, so that they see the weights put back. On processes that train together it freezes the same weights.
 
     It holds 13 bytes a weight. `on_epoch` adds ``iteratively_frozen``, the share of frozen weights, to the history.
 
     Args:
-        model: a quantised model whose weights have one latent each and a scale that does not follow it: LSQ, EWGS.
+        model: a quantized model whose weights have one latent each and a scale that does not follow it: LSQ, EWGS.
         threshold: oscillation frequency above which a weight is frozen, at first.
         end: the same at the end.
-        start: share of the optimisation steps before which the threshold stays.
+        start: share of the optimization steps before which the threshold stays.
         momentum: m of the frequency and of the average code.
 
     Raises:
@@ -83,7 +83,7 @@ class IterativeFreezing:
 
     @torch.no_grad()
     def update(self, threshold: float) -> None:
-        """To be called after each optimiser step: puts frozen weights back, then freezes those that are due."""
+        """To be called after each optimizer step: puts frozen weights back, then freezes those that are due."""
         for i, found in enumerate(self._layers):
             (latent,) = found.latents
             if self._held[i]["frozen"].device != latent.device:

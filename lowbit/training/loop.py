@@ -42,7 +42,7 @@ class State:
     config: TrainConfig
     steps_per_epoch: int
     epoch: int = 0  # from 0
-    step: int = 0  # optimisation steps begun before this one, over all epochs
+    step: int = 0  # optimization steps begun before this one, over all epochs
     lr: float = 0.0
     loss: torch.Tensor | None = None  # detached scalar of the last step, this process's share
     row: dict[str, Any] = field(default_factory=dict)  # the epoch's metrics, for on_epoch

@@ -1,4 +1,4 @@
-"""The optimiser's moments, carried from one training over to others that go on from its end."""
+"""The optimizer's moments, carried from one training over to others that go on from its end."""
 
 import copy
 from typing import Any
@@ -7,7 +7,7 @@ from lowbit.errors import LowbitError
 
 
 class Moments:
-    """Keeps the optimiser's moments at the end of a training: a callback of `lowbit.train`.
+    """Keeps the optimizer's moments at the end of a training: a callback of `lowbit.train`.
 
     Several trainings can go on from there, each with a copy of the model and with `handed_on` as a callback:
 
@@ -15,7 +15,7 @@ class Moments:
         lowbit.train(model, data, config, callbacks=[moments])
         lowbit.train(copy.deepcopy(model), data, other, callbacks=[moments.handed_on()])
 
-    All of them need the same kind of optimiser and the same ``decay``: moments belong to parameters by their order.
+    All of them need the same kind of optimizer and the same ``decay``: moments belong to parameters by their order.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Moments:
         self.held = copy.deepcopy(state.optimizer.state_dict()["state"])
 
     def handed_on(self) -> "HandedOn":
-        """A callback that gives these moments to a training's optimiser before its first step."""
+        """A callback that gives these moments to a training's optimizer before its first step."""
         if self.held is None:
             raise LowbitError("there are no moments yet: give this callback to a training first")
         return HandedOn(self.held)
@@ -44,7 +44,7 @@ class HandedOn:
             groups = state.optimizer.state_dict()["param_groups"]
             if sum(len(group["params"]) for group in groups) != len(self.held):
                 raise LowbitError(
-                    f"moments of {len(self.held)} parameters do not fit an optimiser of "
+                    f"moments of {len(self.held)} parameters do not fit an optimizer of "
                     f"{sum(len(group['params']) for group in groups)}; go on with a copy of the model they come from"
                 )
             state.optimizer.load_state_dict({"state": copy.deepcopy(self.held), "param_groups": groups})

@@ -1,4 +1,4 @@
-"""The optimiser, its parameter groups, and the learning rate of a step."""
+"""The optimizer, its parameter groups, and the learning rate of a step."""
 
 import math
 from typing import Any
@@ -12,14 +12,14 @@ from lowbit.training.config import TrainConfig
 def param_groups(model: nn.Module, weight_decay: float, decay: str) -> list[dict[str, Any]]:
     """Two groups, decayed and not (empty ones left out); frozen parameters are in neither.
 
-    With ``decay="weights"`` these are not decayed: parameters with fewer than two dimensions, a quantiser's steps
+    With ``decay="weights"`` these are not decayed: parameters with fewer than two dimensions, a quantizer's steps
     and scales whatever their shape, and the names that the model itself lists in ``no_weight_decay()`` (timm:
     position embeddings and class tokens).
     """
     from lowbit.quantizers import ActivationQuantizer, WeightQuantizer
 
     listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    # A quantiser's own parameters are its steps; the latents of a weight belong to the layer's parametrisation.
+    # A quantizer's own parameters are its steps; the latents of a weight belong to the layer's parametrization.
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
     steps = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
     decayed, kept = [], []
@@ -33,7 +33,7 @@ def param_groups(model: nn.Module, weight_decay: float, decay: str) -> list[dict
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser that ``config`` names over :func:`param_groups`; AdamW and SGD in their fused form."""
+    """The optimizer that ``config`` names over :func:`param_groups`; AdamW and SGD in their fused form."""
     groups = param_groups(model, config.weight_decay, config.decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """The rate of optimisation step ``step`` (from 0).
+    """The rate of optimization step ``step`` (from 0).
 
     Warm-up: ``lr·(step+1)/w`` over the first w steps. Then ``lr`` (constant), or
     ``min_lr + (lr-min_lr)·(1+cos πt)/2`` with t from 0 to (almost) 1 over the remaining steps (cosine). After

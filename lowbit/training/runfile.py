@@ -106,7 +106,7 @@ class RunConfig:
         return loaded.subset(**subset) if subset else loaded
 
     def build_model(self, data: "Data") -> "nn.Module":
-        """The model for ``data``, quantised as the file says, its weights drawn from the run's seed."""
+        """The model for ``data``, quantized as the file says, its weights drawn from the run's seed."""
         import torch
 
         from lowbit.nn import quantize_
@@ -203,7 +203,7 @@ def _check_data(data: dict[str, Any]) -> None:
         refuse_unknown("data.subset", subset, ("train", "test", "seed"))
         for key, value in subset.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < (key != "seed"):
-                raise LowbitError(f"data.subset: {key}={value!r} should be a whole number of items")
+                raise LowbitError(f"data.subset: {key}={value!r} should be an integer of items")
     if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
         raise LowbitError(f"data: hold_out={fraction!r} should be a fraction between 0 and 1")
 

@@ -213,7 +213,7 @@ def propose(
 
     With ``pool`` the run is one more draw, on another machine, beside those of the accepted baseline: nothing is
     replaced, and value and tolerance come from all of them. What it reproduces to `ROUNDING` is no new draw, and a
-    whole number that was the same in every run stays exact.
+    integer that was the same in every run stays exact.
 
     Raises:
         LowbitError: A notebook has not passed, a value is not finite, or the repeats record other metrics; with

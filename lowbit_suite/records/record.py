@@ -86,7 +86,7 @@ def decode(value: float | int | str) -> float | int:
 
 
 def show(number: float | int) -> str:
-    """A number for people: whole numbers in full, others with four significant digits."""
+    """A number for people: integers in full, others with four significant digits."""
     return str(number) if isinstance(number, int) else f"{number:.4g}"
 
 

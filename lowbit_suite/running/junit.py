@@ -58,7 +58,7 @@ def write_check(run: Run, rows: Sequence[Row], folder: Path) -> Path:
 
 
 def clean(text: str) -> str:
-    """``text`` without colour codes, and with U+FFFD for what XML cannot hold (control characters, half surrogates)."""
+    """``text`` without color codes, and with U+FFFD for what XML cannot hold (control characters, half surrogates)."""
     return FORBIDDEN.sub("\ufffd", ANSI.sub("", text))
 
 

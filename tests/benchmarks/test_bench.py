@@ -69,7 +69,7 @@ def test_eager_engines_take_a_step_that_changes_their_weights(name):
         engine.step()
         assert all(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
         del engine, parameters, before
-        gc.collect()  # parametrised layers are part of cycles
+        gc.collect()  # parametrized layers are part of cycles
 
 
 def test_the_tracked_engine_looks_at_every_step(monkeypatch):

@@ -224,7 +224,7 @@ def test_tables_and_reasons_are_printed(capsys):
     assert "skipped: tvm (a; b): it is [not] here" in out
 
 
-def test_packed_models_compute_what_the_quantised_ones_do(tmp_path):
+def test_packed_models_compute_what_the_quantized_ones_do(tmp_path):
     model = models.Model("resnet8", 16, 10)
     built = models.ENGINES["lowbit 3-bit"](model, 1, tmp_path)
     assert built.facts["error"] < 0.01

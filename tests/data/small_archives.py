@@ -14,9 +14,9 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def jpeg(colour, size=(32, 32)) -> bytes:
+def jpeg(color, size=(32, 32)) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", size, colour).save(out, "JPEG", quality=95)
+    Image.new("RGB", size, color).save(out, "JPEG", quality=95)
     return out.getvalue()
 
 

@@ -8,12 +8,12 @@ from small_archives import jpeg, sha256, tar, wav, zipped
 from lowbit.data import archive, bccd, cifar_jpeg, fsdd, load, speech_commands
 from lowbit.errors import DataError
 
-COLOURS = [(25 * i, 255 - 25 * i, 60) for i in range(10)]
+COLORS = [(25 * i, 255 - 25 * i, 60) for i in range(10)]
 
 
 def photographs(split, leave_out=(), size=(32, 32)):
     return {
-        f"{split}/{name}/{i:04d}.jpg": jpeg(COLOURS[k], size)
+        f"{split}/{name}/{i:04d}.jpg": jpeg(COLORS[k], size)
         for k, name in reversed(list(enumerate(cifar_jpeg.CLASSES)))
         for i in range(3)
         if name not in leave_out
@@ -39,7 +39,7 @@ def test_photographs_come_sorted_with_their_labels(cifar):
     assert data.train.x.shape == (30, 3, 32, 32) and data.train.x.dtype == torch.uint8
     assert data.train.y.tolist() == [label for label in range(10) for _ in range(3)]
     middle = data.train.x[:, :, 16, 16].int()
-    expected = torch.tensor(COLOURS).repeat_interleave(3, 0)
+    expected = torch.tensor(COLORS).repeat_interleave(3, 0)
     assert (middle - expected).abs().max() <= 6  # JPEG
 
 

@@ -156,7 +156,7 @@ def test_unknown_names_options_and_doubles_are_refused():
 @pytest.mark.parametrize("name", names())
 def test_every_set_says_what_it_is(name):
     known = card(name)
-    assert known.title and known.licence and known.source and known.task in ("classification", "speech", "detection")
+    assert known.title and known.license and known.source and known.task in ("classification", "speech", "detection")
     assert lowbit.data.manifest(name)["files"] == known.files
 
 

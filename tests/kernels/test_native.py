@@ -1,4 +1,4 @@
-"""Building, finding and choosing the native kernels; forks; sanitisers; other processors."""
+"""Building, finding and choosing the native kernels; forks; sanitizers; other processors."""
 
 import ctypes
 import os
@@ -151,7 +151,7 @@ def test_the_command_says_what_is_missing(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", [False, True])
 def test_random_problems_in_c(tmp_path, sanitizer):
-    """Every instruction set, with AMX emulated; once under the address and undefined-behaviour sanitisers."""
+    """Every instruction set, with AMX emulated; once under the address and undefined-behavior sanitizers."""
     if build.compiler() is None:
         pytest.skip("no C compiler: the native kernels are not tested")
     extra = ("-O1",) if sanitizer else ()

@@ -39,7 +39,7 @@ def test_a_residual_by_hand():
     assert y.tolist() == [[[[1 - 127 + 10.0], [-1 + 127 + 20.0]]]]  # float -128 is beyond low=-127
 
 
-def test_rows_are_quantised_by_their_largest_value():
+def test_rows_are_quantized_by_their_largest_value():
     x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [1e-44, 0.0, 0.0]])
     scale = reference.dynamic_scale(x, 127)
     assert scale.flatten().tolist() == [
@@ -50,7 +50,7 @@ def test_rows_are_quantised_by_their_largest_value():
     assert reference.quantize(x, scale, -127, 127).tolist() == [[64, -127, 32], [0, 0, 0], [0, 0, 0]]
 
 
-def test_quantising_is_that_of_lsq():
+def test_quantizing_is_that_of_lsq():
     x, step = 3 * randn(4, 100), torch.tensor(0.3)
     for bits, signed, low, high in ((3, True, -4, 3), (4, False, 0, 15), (8, False, 0, 255)):
         assert torch.equal(reference.quantize(x, step, low, high) * step, lsq(x, step, bits, signed))

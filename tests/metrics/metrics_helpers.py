@@ -14,7 +14,7 @@ class Items(SimpleNamespace):
 
 
 def make_data(train=64, test=16, classes=4):
-    """Random grey images of 2 x 4 pixels, with the interface of lowbit.data's sets."""
+    """Random gray images of 2 x 4 pixels, with the interface of lowbit.data's sets."""
     random = torch.Generator().manual_seed(1)
 
     def items(n):
@@ -35,7 +35,7 @@ def make_data(train=64, test=16, classes=4):
 
 
 def make_model(method=None):
-    """Three linear layers, the middle one quantised (all three with first_last="same")."""
+    """Three linear layers, the middle one quantized (all three with first_last="same")."""
     torch.manual_seed(0)
     layers = nn.Flatten(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12, bias=False), nn.ReLU(), nn.Linear(12, 4)
     model = nn.Sequential(*layers)

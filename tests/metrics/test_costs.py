@@ -39,7 +39,7 @@ def test_full_precision_worked_by_hand():
     frame = table(tiny())
     assert frame.index.tolist() == ["0", "2", "5", "6", "(rest)"]
     assert frame.kind.tolist() == ["Conv2d", "Conv2d", "Linear", "Linear", "rest"]
-    # rest: biases 8 + 16 + 5, batch normalisation 4 · 8
+    # rest: biases 8 + 16 + 5, batch normalization 4 · 8
     assert frame.weights.tolist() == [216, 288, 512, 80, 61]
     assert frame.macs.tolist() == frame.float_multiplications.tolist() == [*MACS.values(), 0]
     assert frame.additions.tolist() == [*MACS.values(), 0]
@@ -48,7 +48,7 @@ def test_full_precision_worked_by_hand():
     assert totals(frame.reset_index())["compression"] == 1
 
 
-def test_a_quantised_model_worked_by_hand():
+def test_a_quantized_model_worked_by_hand():
     model = lowbit.quantize_(tiny(), lowbit.QuantConfig(weight=StatsQ(bits=3), activation=LSQ(bits=4)))
     frame = table(model)
     quantized, kept = frame.loc[["2", "5"]], frame.loc[["0", "6"]]
@@ -185,7 +185,7 @@ def test_training_memory_worked_by_hand(bits, latents, optimizer, copies):
     frame = training_memory(model, optimizer).set_index("layer")
     assert frame.index.tolist() == ["0", "2", "5", "6", "(rest)"]
     assert frame.latents.tolist() == [1, latents, latents, 1, 1]
-    assert frame.weights.tolist() == [216, 288, 512, 80, 45]  # the rest: biases 29, batch normalisation 16
+    assert frame.weights.tolist() == [216, 288, 512, 80, 45]  # the rest: biases 29, batch normalization 16
     assert frame.bytes.tolist() == [n * copies * 4 for n in (216, 288 * latents, 512 * latents, 80, 45)]
     assert frame.full_precision_bytes.tolist() == [n * copies * 4 for n in frame.weights]
     assert frame.ratio.tolist() == [1, latents, latents, 1, 1]

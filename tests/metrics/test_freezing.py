@@ -173,14 +173,14 @@ def test_the_watched_value_is_the_layers_weight(method):
     model = make_model(method)
     tracker = FreezingTracker(model)
     with torch.no_grad():
-        for i, parameter in enumerate(model.parameters()):  # learnt scales and levels too
+        for i, parameter in enumerate(model.parameters()):  # learned scales and levels too
             parameter *= 1.1 + i / 10
     tracker.watch("3", list(range(40)))
     expected = model[3].weight.detach().flatten()[:40]
     assert tracker.trajectories().value.to_numpy() == pytest.approx(expected.numpy(), rel=1e-6)
 
 
-def test_neighbours_with_other_levels_are_told_apart():
+def test_neighbors_with_other_levels_are_told_apart():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     lowbit.quantize_(model, lowbit.QuantConfig(weight=DenseShift(bits=3), first_last=8))
@@ -242,7 +242,7 @@ def test_the_grid_may_be_a_method_of_several_latents():
         FreezingTracker(twin(), grid=DenseShift(bits=3))
 
 
-def test_the_grid_does_not_touch_layers_that_are_quantised():
+def test_the_grid_does_not_touch_layers_that_are_quantized():
     model = lowbit.quantize_(
         twin(), lowbit.QuantConfig(weight=StatsQ(bits=2)), filter_fn=lambda layer, name: name == "2"
     )

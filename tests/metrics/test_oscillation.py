@@ -129,7 +129,7 @@ def test_any_distance_and_learning_rate_give_the_analytic_frequency(distance, ra
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: oscillation_step(torch.tensor([0.5])), "whole numbers"),
+        (lambda: oscillation_step(torch.tensor([0.5])), "integers"),
         (lambda: oscillation_step(torch.zeros(2), oscillation_step(torch.zeros(3))), r"\[2\].*\[3\]"),
         (lambda: oscillation_step(torch.zeros(2), momentum=0.0), "momentum=0.0"),
         (lambda: oscillation_step(torch.zeros(2), momentum=math.nan), "momentum=nan"),
@@ -212,7 +212,7 @@ def test_a_look_every_few_steps_does_not_see_what_lies_between():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OscillationTracker(nn.Sequential(nn.Linear(2, 2))), "no quantised weight.*quantize_.*grid"),
+        (lambda: OscillationTracker(nn.Sequential(nn.Linear(2, 2))), "no quantized weight.*quantize_.*grid"),
         (lambda: OscillationTracker(two_layers(), every=0), "every=0"),
         (lambda: OscillationTracker(two_layers(), momentum=2.0), "momentum=2.0"),
         (lambda: OscillationTracker(two_layers(), threshold=1.0), "threshold=1.0"),

@@ -67,7 +67,7 @@ def test_losses_in_training_boxes_in_evaluation(classifier, head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_labels_start_at_zero_and_all_of_them_are_classes(classifier, head):
-    """Two scenes learnt by heart: the best detections are their boxes, with the labels 0, 1 and 2."""
+    """Two scenes learned by heart: the best detections are their boxes, with the labels 0, 1 and 2."""
     torch.manual_seed(0)
     model = detector(classifier(), 3, head=head, channels=32, score_thresh=0.3)
     x, targets = fit(model, 60)
@@ -143,7 +143,7 @@ def quantized(classifier, **weight):
 
 
 @pytest.mark.parametrize("scale", ["none", "statistical", "pow2"])
-def test_a_quantised_trunk_keeps_its_latents_and_stays_on_its_grid(classifier, scale):
+def test_a_quantized_trunk_keeps_its_latents_and_stays_on_its_grid(classifier, scale):
     model = quantized(classifier, scale=scale)
     lowbit.calibrate(model, torch.randn(4, 3, 32, 32))
     before = {found.name: [t.clone() for t in found.latents] for found in quantized_layers(model)}
@@ -181,7 +181,7 @@ def test_building_takes_no_notice_of_the_mode_and_leaves_statistics_alone(classi
         assert made.backbone.body.bn1.num_batches_tracked == 0 and made.training
 
 
-def test_a_full_precision_detector_can_be_quantised_without_its_head(classifier):
+def test_a_full_precision_detector_can_be_quantized_without_its_head(classifier):
     model = detector(classifier(), 3)
     lowbit.quantize_(model, lowbit.QuantConfig(weight=DenseShift()), lambda layer, name: "body.layer" in name)
     assert [found.name.split(".")[2] for found in quantized_layers(model)] == ["layer1"] * 2 + ["layer2"] * 3 + [
@@ -262,7 +262,7 @@ def test_refusals(classifier, make, message):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_saved_detector_comes_back_with_its_quantisers(tmp_path, frozen):
+def test_a_saved_detector_comes_back_with_its_quantizers(tmp_path, frozen):
     classifier = lowbit.models.create("resnet8", 4)
     lowbit.quantize_(classifier, lowbit.QuantConfig(weight=DenseShift(bits=3), activation=LSQ(bits=4)))
     model = detector(classifier, 3, head="retinanet", min_size=48, frozen_batchnorm=frozen, score_thresh=0.0)

@@ -1,4 +1,4 @@
-"""The speech models: the front end against torchaudio's own, and what quantisation and training need of the nets."""
+"""The speech models: the front end against torchaudio's own, and what quantization and training need of the nets."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_front_end_stores_nothing_and_ignores_autocast():
 
 
 @pytest.mark.parametrize(("option", "axis"), [("freq_mask", 2), ("time_mask", 3)])
-def test_masks_hide_neighbours_of_each_clip_in_training_only(option, axis):
+def test_masks_hide_neighbors_of_each_clip_in_training_only(option, axis):
     front = LogMel(**{option: 6})
     x = sounds(64)
     assert torch.equal(front.eval()(x), LogMel()(x))
@@ -150,7 +150,7 @@ def test_the_seed_decides_the_model_and_eval_is_deterministic(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_convolution_is_normalised_so_that_its_scale_does_not_matter(name):
+def test_every_convolution_is_normalized_so_that_its_scale_does_not_matter(name):
     """What lets raw ±2^p weights stand in for scaled ones."""
     torch.manual_seed(0)
     model = create(name)

@@ -51,7 +51,7 @@ def test_the_body_is_kept_and_fine_tuning_stays_on_the_grid(halves, bits, tmp_pa
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
-def test_another_number_of_classes_and_a_quantised_head(tmp_path):
+def test_another_number_of_classes_and_a_quantized_head(tmp_path):
     config = lowbit.QuantConfig(weight=StatsQ(bits=4), activation=LSQ(bits=4), first_last=8)
     model = lowbit.quantize_(create("vit_nano", 10, 1, 8), config)
     methods = {f.name: (f.weight.config, f.activation.config) for f in quantized_layers(model)}

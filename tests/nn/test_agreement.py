@@ -1,4 +1,4 @@
-"""`compare`: where a packed model's whole numbers part from the fake-quantised model's, and by how much."""
+"""`compare`: where a packed model's integers part from the fake-quantized model's, and by how much."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Low-bit attention and query-key reparameterisation in timm's models."""
+"""Low-bit attention and query-key reparameterization in timm's models."""
 
 import copy
 import dataclasses
@@ -60,7 +60,7 @@ def without_query_key_bias_(model):
 
 
 @pytest.mark.parametrize("make", [vit, swin, deit], ids=lambda make: make.__name__)
-def test_reparameterised_logits_are_those_of_attention_without_query_and_key_bias(make):
+def test_reparameterized_logits_are_those_of_attention_without_query_and_key_bias(make):
     torch.manual_seed(0)
     model = without_query_key_bias_(random_positions_(make())).double().eval()
     size = model.patch_embed.img_size[0]
@@ -73,7 +73,7 @@ def test_reparameterised_logits_are_those_of_attention_without_query_and_key_bia
 
 
 @pytest.mark.parametrize("make", [vit, swin, deit], ids=lambda make: make.__name__)
-def test_quantised_factors_at_sixteen_bits_change_almost_nothing(make):
+def test_quantized_factors_at_sixteen_bits_change_almost_nothing(make):
     torch.manual_seed(0)
     model = random_positions_(make()).eval()
     size = model.patch_embed.img_size[0]
@@ -170,11 +170,11 @@ def test_steps_are_shared_as_published():
     assert not attention.softmax_quantizer.signed and not attention.softmax_quantizer.config.bias
     assert attention.z_quantizer.config.bias and attention.x_quantizer.config.bias
     assert not model.blocks[0].mlp.fc2.input_quantizer.signed and model.blocks[0].mlp.fc1.input_quantizer.signed
-    assert tuple(model.patch_embed.proj.input_quantizer.step.shape) == (1, 3, 1, 1)  # one for each colour
+    assert tuple(model.patch_embed.proj.input_quantizer.step.shape) == (1, 3, 1, 1)  # one for each color
     assert model.head.input_quantizer.step.numel() == 1
 
 
-def test_attention_without_reparameterisation_quantises_its_factors():
+def test_attention_without_reparameterization_quantizes_its_factors():
     config = QuantConfig(weight=StatsQ(bits=2), activation=LSQ(bits=2), attention=True)
     model = quantize_(vit(), config)
     calibrate(model, torch.randn(2, 3, 16, 16))
@@ -186,7 +186,7 @@ def test_attention_without_reparameterisation_quantises_its_factors():
     assert row.integer_multiplications == row.macs == 2 * 2 * 16 * 16 * 128  # blocks, products, tokens², channels
 
 
-def test_cost_of_reparameterisation():
+def test_cost_of_reparameterization():
     """Query-key weights grow by heads/2; their MACs from 2·N·C² to heads·N·C²."""
     plain, with_qkr = (
         metrics.cost(quantize_(vit(), QuantConfig(weight=StatsQ(bits=2), qkr=qkr)), (3, 16, 16)).set_index("layer")

@@ -1,4 +1,4 @@
-"""`quantize_` over every registered method: real models, and all that a quantised model must survive."""
+"""`quantize_` over every registered method: real models, and all that a quantized model must survive."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ WEIGHTS, ACTIVATIONS = names("weight"), names("activation")
 
 
 def tiny() -> nn.Module:
-    """Two convolutions and two linear layers: first and last excluded, one of each is left to quantise."""
+    """Two convolutions and two linear layers: first and last excluded, one of each is left to quantize."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(),
@@ -189,7 +189,7 @@ def test_filter_and_repeats_and_nothing_left():
     untouched = tiny()
     with pytest.raises(LowbitError, match="no layer"):
         quantize_(untouched, QuantConfig(weight=StatsQ()), filter_fn=lambda layer, name: False)
-    with pytest.raises(LowbitError, match="nothing to quantise"):
+    with pytest.raises(LowbitError, match="nothing to quantize"):
         quantize_(untouched, QuantConfig())
     assert not list(quantized_layers(untouched))
 
@@ -230,7 +230,7 @@ def test_torch_attention_is_left_out_aloud():
 
 
 def test_calibration_does_not_trust_statistics_gathered_before():
-    """Raw ±2^p weights make the outputs huge for the old running statistics; training normalises by the batch."""
+    """Raw ±2^p weights make the outputs huge for the old running statistics; training normalizes by the batch."""
     model = quantize_(create("resnet20"), QuantConfig(weight=DenseShift(bits=2), activation=LSQ(bits=4)))
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -1,4 +1,4 @@
-"""`lowbit.pack`: the packed model calculates what the quantised one does, and survives its file."""
+"""`lowbit.pack`: the packed model calculates what the quantized one does, and survives its file."""
 
 import copy
 
@@ -18,7 +18,7 @@ def images(n=4, size=32):
 
 
 def quantized(name, x=None, **config):
-    """A model whose BatchNorms and quantisers have seen a batch."""
+    """A model whose BatchNorms and quantizers have seen a batch."""
     torch.manual_seed(0)
     model = lowbit.quantize_(lowbit.models.create(name, 10), lowbit.QuantConfig(**config))
     x = images(16) if x is None else x
@@ -89,7 +89,7 @@ def test_every_layer_calculates_what_it_did(pair):
     def keep(name):
         return lambda module, args: inputs.setdefault(name, args[0].detach().clone())
 
-    # A pre-hook put first sees the input as it comes, before the layer's own quantiser.
+    # A pre-hook put first sees the input as it comes, before the layer's own quantizer.
     hooks = [model.get_submodule(n).register_forward_pre_hook(keep(n), prepend=True) for n in layers]
     names = list(layers)
     out = outputs(model, names, images())
@@ -267,7 +267,7 @@ def test_depthwise_convolutions_store_codes_and_pointwise_ones_are_packed():
         assert (model(sound) - packed(sound)).norm() < 0.1 * model(sound).norm()
 
 
-def test_a_layer_without_input_quantiser_gets_eight_bits():
+def test_a_layer_without_input_quantizer_gets_eight_bits():
     torch.manual_seed(0)
     model = lowbit.quantize_(lowbit.models.create("vit_nano", 10), lowbit.QuantConfig(weight=StatsQ(bits=3))).eval()
     packed = lowbit.pack(model)

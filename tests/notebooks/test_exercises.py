@@ -53,7 +53,7 @@ def left_of_a_third(x, y, z):
 
 RIGHT = {
     "00_start_here": {"values": lambda b: 2**b, "largest_level": lambda b: (2**b - 1) / 2**b},
-    "01_quantisation_basics": {"nearest_power": power, "lsq_thresholds": [-1.5, -0.5, 0.5]},
+    "01_quantization_basics": {"nearest_power": power, "lsq_thresholds": [-1.5, -0.5, 0.5]},
     "02_zero_free_shifting": {
         "largest_weight": lambda b: 2 ** (2 ** (b - 1) - 1),
         "most_information_of_s3": lambda b: math.log2(2**b - 1),
@@ -81,7 +81,7 @@ RIGHT = {
         "scale_growth": lambda n, k: (n - 1 + k) / n,
         "levels": lambda b: [(2 * i + 1 - 2**b) / 2**b for i in range(2**b)],
     },
-    "11_query_key_reparameterisation": {
+    "11_query_key_reparameterization": {
         "mac_ratio": lambda heads, width, tokens: heads * (width + tokens) / (2 * width + tokens),
         "jump": lambda step, s: step * s,
     },
@@ -120,9 +120,9 @@ RIGHT = {
 WRONG = [
     ("00_start_here", {"values": lambda b: 2 * b}),
     ("00_start_here", {"largest_level": lambda b: 1.0}),
-    ("01_quantisation_basics", {"nearest_power": lambda x: 2.0 ** np.round(np.log2(x))}),
-    ("01_quantisation_basics", {"lsq_thresholds": [-0.5, 0.5, 1.5]}),
-    ("01_quantisation_basics", {"lsq_thresholds": [-0.5, 0.5]}),
+    ("01_quantization_basics", {"nearest_power": lambda x: 2.0 ** np.round(np.log2(x))}),
+    ("01_quantization_basics", {"lsq_thresholds": [-0.5, 0.5, 1.5]}),
+    ("01_quantization_basics", {"lsq_thresholds": [-0.5, 0.5]}),
     ("02_zero_free_shifting", {"largest_weight": lambda b: 2 ** (b - 1)}),
     ("02_zero_free_shifting", {"most_information_of_s3": lambda b: b}),
     ("03_weight_freezing", {"steps_until_flip": lambda d, lr, g: d / g}),
@@ -141,8 +141,8 @@ WRONG = [
     ("09_weight_oscillation", {"turns": 5}),
     ("10_statsq", {"scale_growth": lambda n, k: k}),
     ("10_statsq", {"levels": lambda b: [i / 2 ** (b - 1) for i in range(-(2 ** (b - 1)), 2 ** (b - 1))]}),
-    ("11_query_key_reparameterisation", {"mac_ratio": lambda heads, width, tokens: heads / 2}),
-    ("11_query_key_reparameterisation", {"jump": lambda step, s: s}),
+    ("11_query_key_reparameterization", {"mac_ratio": lambda heads, width, tokens: heads / 2}),
+    ("11_query_key_reparameterization", {"jump": lambda step, s: s}),
     ("12_confidence_guided_annealing", {"may_move": lambda bits, br: 2 * br}),
     ("12_confidence_guided_annealing", {"travel": lambda steps, lr, scale, bits: steps * lr / scale}),
     ("13_ofq_ladder", {"half_width": lambda a, b, t: t * np.subtract(a, b).std() / len(a) ** 0.5}),

@@ -17,7 +17,7 @@ NOTEBOOKS = {name: path for name, path in notebooks.available().items() if name[
 
 SMALLEST = {  # the smallest that a notebook's analysis can do with, where it is not 1 (or 0 for a size, a decay)
     "03_weight_freezing": {"epochs": 2},
-    "11_query_key_reparameterisation": {"window": 2},
+    "11_query_key_reparameterization": {"window": 2},
     "15_shift_kernel": {"repeats": 5},
 }
 FROM_ZERO = {
@@ -42,7 +42,7 @@ OWN = {  # values that exclude each other, or that only one notebook refuses
         {"train_size": 32},
         {"train_size": 9999},
     ],
-    "01_quantisation_basics": [{"methods": ["lsq", "banana"]}, {"bits_tried": [2, 9]}, {"model_name": "resnet8"}],
+    "01_quantization_basics": [{"methods": ["lsq", "banana"]}, {"bits_tried": [2, 9]}, {"model_name": "resnet8"}],
     "02_zero_free_shifting": [
         {"seeds": [1000], "lr_factors": [0.5, 1.0]},
         {"test_size": 300, "lr_factors": [0.5, 1.0]},
@@ -72,7 +72,7 @@ OWN = {  # values that exclude each other, or that only one notebook refuses
         {"pretrained": "banana"},
     ],
     "10_statsq": [{"pretrained": "cifar10-jpeg"}, {"model_name": "banana"}],
-    "11_query_key_reparameterisation": [
+    "11_query_key_reparameterization": [
         {"model_name": "resnet8"},
         {"window": 11, "epochs": 1},
         {"test_size": 15},

@@ -34,7 +34,7 @@ def test_values_by_hand():
 
 
 def test_next_to_a_threshold_it_is_the_rounded_logarithm():
-    """Float neighbours of 2^-½ ... 2^-2½; where the logarithm is a tie it goes to the even exponent."""
+    """Float neighbors of 2^-½ ... 2^-2½; where the logarithm is a tie it goes to the even exponent."""
     middle = torch.tensor([2**-0.5, 2**-1.5, 2**-2.5])
     w = torch.cat([middle, middle.nextafter(torch.zeros(3)), middle.nextafter(torch.ones(3))])
     assert torch.equal(deepshift_q(w, bits=4), torch.exp2(torch.round(torch.log2(w))))

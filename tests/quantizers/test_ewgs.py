@@ -39,8 +39,8 @@ def test_descent_towards_the_level_is_faster_than_away_from_it():
     for g in (1.0, -1.0):
         x = torch.tensor([0.7, 1.3], requires_grad=True)
         ewgs(x, torch.ones(1), bits=4, delta=0.2).backward(torch.tensor([g, g]))
-        towards, away = (1, 0) if g > 0 else (0, 1)
-        assert abs(x.grad[towards]) == pytest.approx(1.06) and abs(x.grad[away]) == pytest.approx(0.94)
+        toward, away = (1, 0) if g > 0 else (0, 1)
+        assert abs(x.grad[toward]) == pytest.approx(1.06) and abs(x.grad[away]) == pytest.approx(0.94)
 
 
 @given(bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 999), shape=st.sampled_from([(1, 1), (3, 1)]))
@@ -124,5 +124,5 @@ def test_wrong_settings_are_refused():
         ewgs(torch.ones(1), torch.ones(1), 1)
     with pytest.raises(LowbitError, match="granularity='token'"):
         EWGS(granularity="token")
-    with pytest.raises(LowbitError, match="does not quantise activations"):
+    with pytest.raises(LowbitError, match="does not quantize activations"):
         EWGS().activation()

@@ -1,4 +1,4 @@
-"""INQ against values worked out by hand, and its schedule: what is frozen stays, whatever the optimiser does."""
+"""INQ against values worked out by hand, and its schedule: what is frozen stays, whatever the optimizer does."""
 
 import copy
 import math
@@ -60,7 +60,7 @@ def test_values_are_always_in_the_set_and_agree_with_the_codes(bits, n1, values)
 
 
 @given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=20).filter(lambda v: max(map(abs, v)) > 1e-30))
-def test_quantising_twice_changes_nothing_and_the_largest_weight_gets_the_largest_level(values):
+def test_quantizing_twice_changes_nothing_and_the_largest_weight_gets_the_largest_level(values):
     w = torch.tensor(values)
     once = inq(w, bits=4)
     assert torch.equal(inq(once, bits=4), once)
@@ -150,8 +150,8 @@ def test_frozen_weights_do_not_move_with_momentum_and_decay(make):
         drifted |= not torch.equal(latent[frozen], weight[frozen])
         if frozen.all():
             assert torch.equal(weight, quantizer.scale(latent) * quantizer.levels[quantizer.codes(latent).long()])
-    assert drifted and frozen.all()  # the optimiser did try
-    # what trained longest was pulled towards 3, and so beyond the grid
+    assert drifted and frozen.all()  # the optimizer did try
+    # what trained longest was pulled toward 3, and so beyond the grid
     assert weight.mean() > inq(quantizer_and_latent()[1], 4).mean()
 
 

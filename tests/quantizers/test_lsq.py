@@ -142,7 +142,7 @@ def test_activation_step_takes_its_shape_from_the_first_batch(config, shape):
     x = torch.randn(4, 5, 6)
     quantizer(x)
     assert quantizer.calibrated and tuple(quantizer.step.shape) == shape
-    assert quantizer.step is parameter  # an optimiser built before the first batch keeps it
+    assert quantizer.step is parameter  # an optimizer built before the first batch keeps it
 
 
 @pytest.mark.parametrize(("signed", "batch", "expected"), [
@@ -247,7 +247,7 @@ def test_an_activation_step_that_is_not_learnt_is_set_by_the_first_batch_alone()
     assert copy.deepcopy(quantizer).step.requires_grad is False
 
 
-def test_steps_that_are_not_learnt_are_left_to_no_optimiser():
+def test_steps_that_are_not_learnt_are_left_to_no_optimizer():
     from lowbit.training.optim import param_groups
 
     config = QuantConfig(LSQ(learn_step=False), LSQ(learn_step=False), first_last="same")
@@ -286,7 +286,7 @@ def test_biases_are_one_number_a_channel_and_start_at_zero(granularity, channel_
     parameters = quantizer.bias_in, quantizer.bias_out
     x = torch.randn(4, 6, 7, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(quantizer(x), plain(x))
-    assert parameters == (quantizer.bias_in, quantizer.bias_out)  # an optimiser built before the first batch keeps them
+    assert parameters == (quantizer.bias_in, quantizer.bias_out)  # an optimizer built before the first batch keeps them
     assert all(tuple(p.shape) == shape and not p.any() and p.requires_grad for p in parameters)
 
 
@@ -342,12 +342,12 @@ def test_compiled_activations_agree_with_eager(config):
     quantizer(x)
     for name in ("bias_in", "bias_out") if config.bias else ():
         getattr(quantizer, name).data.uniform_(-0.3, 0.3)
-    learnt = [p for p in quantizer.parameters() if p.requires_grad]
+    learned = [p for p in quantizer.parameters() if p.requires_grad]
     results = []
     for forward in (quantizer.forward, torch.compile(quantizer.forward, fullgraph=True)):
         given = x.clone().requires_grad_()
         y = forward(given)
-        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (given, *learnt))))
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (given, *learned))))
     for eager, compiled in zip(*results, strict=True):
         assert eager.abs().sum() > 0 and torch.allclose(eager, compiled, atol=1e-5)
 

@@ -186,8 +186,8 @@ def test_compiled_gradients_agree_with_eager():
     for forward in (quantizer.forward, torch.compile(quantizer.forward, fullgraph=True)):
         given_x = (1.5 * x).requires_grad_()
         y = forward(given_x)
-        learnt = (given_x, quantizer.step, quantizer.offset)
-        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), learnt)))
+        learned = (given_x, quantizer.step, quantizer.offset)
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), learned)))
     for eager, compiled in zip(*results, strict=True):
         assert eager.abs().sum() > 0 and torch.allclose(eager, compiled, atol=1e-5)
 
@@ -201,5 +201,5 @@ def test_wrong_settings_are_refused():
         LSQPlus(init="max")
     with pytest.raises(LowbitError, match="bits=1 is not allowed with signed=True"):
         LSQPlus(bits=1, signed=True)
-    with pytest.raises(LowbitError, match="does not quantise weights"):
+    with pytest.raises(LowbitError, match="does not quantize weights"):
         LSQPlus().weight(torch.ones(1))

@@ -92,5 +92,5 @@ def test_wrong_options_are_refused():
         PACT(alpha=0.0)
     with pytest.raises(LowbitError, match="alpha=inf"):
         PACT(alpha=float("inf"))
-    with pytest.raises(LowbitError, match="does not quantise weights"):
+    with pytest.raises(LowbitError, match="does not quantize weights"):
         PACT().weight(torch.ones(1))

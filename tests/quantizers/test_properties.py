@@ -41,7 +41,7 @@ def tensors(elements: st.SearchStrategy[float]) -> st.SearchStrategy[Tensor]:
 
 
 def start() -> Tensor:
-    """An ordinary weight for a quantiser to start from."""
+    """An ordinary weight for a quantizer to start from."""
     return 0.1 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
@@ -129,7 +129,7 @@ def linear_model() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("name", names("weight"))
-def test_nan_in_a_weight_is_refused_when_it_is_quantised(name):
+def test_nan_in_a_weight_is_refused_when_it_is_quantized(name):
     model = linear_model()
     model.middle.weight.data[1, 2] = float("nan")
     with pytest.raises(LowbitError, match="NaN") as caught:
@@ -150,7 +150,7 @@ def test_nan_in_an_assigned_weight_is_refused(name):
 
 
 @pytest.mark.parametrize(("name", "bits"), with_bits("activation"))
-def test_integer_form_is_the_quantiser(name, bits):
+def test_integer_form_is_the_quantizer(name, bits):
     x = 2 * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     quantizer = get(name)(bits=bits).activation()
     y = quantizer(x).detach()

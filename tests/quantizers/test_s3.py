@@ -67,7 +67,7 @@ def test_a_closed_master_gate_stops_the_gradient_of_the_next():
 
 @pytest.mark.parametrize("shifts", SHIFTS.values())
 def test_gradient_equals_the_composed_expression(shifts):
-    """The same graph from torch's own operations with straight-through binarisations."""
+    """The same graph from torch's own operations with straight-through binarizations."""
     torch.manual_seed(shifts)
     latents = [torch.randn(200, dtype=torch.float64) for _ in range(shifts + 2)]
     for t in latents[2:-2]:
@@ -132,7 +132,7 @@ def test_raw_levels_without_a_one_keep_their_size():
 
 
 @pytest.mark.parametrize("scale", ["statistical", "pow2"])
-def test_a_row_of_zeros_stays_zero_and_does_not_spoil_its_neighbours(scale):
+def test_a_row_of_zeros_stays_zero_and_does_not_spoil_its_neighbors(scale):
     start = torch.tensor([[50.0, 50.0], [3.0, 4.0], [0.0, 0.0]])
     quantizer = S3(bits=2, scale=scale).weight(start)
     sign = torch.ones(3, 2)

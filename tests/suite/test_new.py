@@ -79,7 +79,7 @@ def test_bad_names_of_notebooks_are_refused(sources, name, message):
         ("value_error", "ValueError would hide"),
     ],
 )
-def test_bad_names_of_quantisers_are_refused(sources, name, message):
+def test_bad_names_of_quantizers_are_refused(sources, name, message):
     before = files(sources)
     with pytest.raises(LowbitError, match=message):
         new.quantizer(name)
@@ -133,7 +133,7 @@ def test_a_skeleton_that_does_not_run_is_not_kept(sources, monkeypatch):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the project with a new notebook and a new quantiser in it, and a function that runs a command there."""
+    """A copy of the project with a new notebook and a new quantizer in it, and a function that runs a command there."""
     folder = tmp_path_factory.mktemp("copy")
     for part in mutation.COPIED:
         source, target = SOURCES / part, folder / part

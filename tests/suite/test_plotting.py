@@ -30,7 +30,7 @@ def test_matrix_writes_every_number(ax):
     assert sorted(text.get_text() for text in ax.texts) == ["-2.50", "0.00", "0.25", "1.00"]
 
 
-def test_an_empty_range_does_not_break_the_colours(ax):
+def test_an_empty_range_does_not_break_the_colors(ax):
     plotting.matrix(ax, torch.zeros(2, 2))
 
 

@@ -1,4 +1,4 @@
-"""Run as a script by test_resume.py: train a quantised ViT with dropout, and die by SIGKILL at a given step.
+"""Run as a script by test_resume.py: train a quantized ViT with dropout, and die by SIGKILL at a given step.
 
 python kill_and_resume.py OUT STEP     (STEP -1: live on; the final weights go to OUT/final.pt)
 """

@@ -61,7 +61,7 @@ def test_frozen_weights_keep_their_bits_under_momentum_and_decay(optimizer):
         annealing.freeze()
         assert (latent.grad[~movable] == 0).all() and (latent.grad[movable] != 0).all()
         optimize.step()
-        assert not torch.equal(latent[~movable], before[~movable])  # what the optimiser alone would do
+        assert not torch.equal(latent[~movable], before[~movable])  # what the optimizer alone would do
         annealing.restore()
         assert torch.equal(latent[~movable], before[~movable])
         assert (latent[movable] != before[movable]).all()

@@ -46,7 +46,7 @@ def test_draw_and_apply(kind, shape):
     assert torch.equal(out, again)
     assert torch.equal(out, other) == (kind == "none")
     assert ("flips" in drawn) == (kind == "crop_flip")
-    # An image only loses what was pushed over the edge: its centre is still there, as often as before.
+    # An image only loses what was pushed over the edge: its center is still there, as often as before.
     far = augment.reach(shape)
     if kind != "none":
         assert drawn["offsets"].abs().amax(0).tolist() == list(far)

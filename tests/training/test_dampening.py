@@ -1,4 +1,4 @@
-"""Dampening: the regulariser by hand, its schedule, and the gradient that the callback adds."""
+"""Dampening: the regularizer by hand, its schedule, and the gradient that the callback adds."""
 
 import math
 from types import SimpleNamespace

@@ -40,7 +40,7 @@ def test_two_processes_agree_with_one(tmp_path):
 
     With SGD a rounding error of 1 in 2^24 stays about that size over ten steps (an Adam step would magnify it, since
     it divides tiny gradients by their own size): 3e-8 was measured, where training itself moves weights by up to 2e-2.
-    The tolerance of 1e-4 leaves room for a rounding error that pushes a value over a quantisation threshold.
+    The tolerance of 1e-4 leaves room for a rounding error that pushes a value over a quantization threshold.
     """
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(RUN))

@@ -1,4 +1,4 @@
-"""A quantiser's word before each step and its penalty on the loss reach the training loop."""
+"""A quantizer's word before each step and its penalty on the loss reach the training loop."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class Plain(WeightQuantizer):
 
 
 class Uses(Method):
-    """Hands out a given quantiser."""
+    """Hands out a given quantizer."""
 
     def __init__(self, quantizer):
         self.quantizer = quantizer
@@ -85,7 +85,7 @@ def test_a_resumed_run_goes_on_with_the_progress_it_had(hooked, few, quick, tmp_
     assert quantizer.seen == [step / 6 for step in range(3, 6)]
 
 
-def test_the_penalty_is_added_and_a_quantiser_without_one_adds_nothing(hooked):
+def test_the_penalty_is_added_and_a_quantizer_without_one_adds_nothing(hooked):
     model, _ = hooked
     hooks = QuantizerHooks(model)
     hooks.before_step(0.25)

@@ -31,7 +31,7 @@ def test_an_mlp_learns_digits(digits, mlp):
     assert record.final["test_acc"] == pytest.approx(accuracy, abs=1e-9)
 
 
-def test_a_quantised_vit_learns_digits(digits):
+def test_a_quantized_vit_learns_digits(digits):
     torch.manual_seed(0)
     model = lowbit.models.create("vit_nano", in_chans=1, img_size=8, patch_size=2, embed_dim=64, depth=2)
     lsq = {"method": "lsq", "bits": 4}

@@ -23,7 +23,7 @@ OFQ = sorted(paths.project().glob("configs/imagenet_*ofq*.yaml"))
 
 @pytest.fixture(scope="module")
 def imagenet_folder(tmp_path_factory):
-    """Three classes of JPEG photographs (noise on a colour) of several sizes: 8 to train on and 4 to test on, each."""
+    """Three classes of JPEG photographs (noise on a color) of several sizes: 8 to train on and 4 to test on, each."""
     root = tmp_path_factory.mktemp("imagenet")
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):

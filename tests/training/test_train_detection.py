@@ -70,7 +70,7 @@ def test_boxes_are_shifted_mirrored_clipped_and_dropped():
     target = {"boxes": boxes, "labels": torch.tensor([0, 1, 2])}
     shape = (3, 10, 12)
     assert move_boxes(target, shape)["boxes"].equal(boxes)
-    moved = move_boxes(target, shape, torch.tensor([1, -3]))  # 1 down, 3 left: the second one's centre leaves
+    moved = move_boxes(target, shape, torch.tensor([1, -3]))  # 1 down, 3 left: the second one's center leaves
     assert moved["boxes"].tolist() == [[0, 2, 3, 6], [5, 1, 9, 5]] and moved["labels"].tolist() == [0, 2]
     both = move_boxes(target, shape, torch.tensor([1, -3]), torch.tensor(True))
     assert both["boxes"].tolist() == [[9, 2, 12, 6], [3, 1, 7, 5]]

@@ -2,7 +2,7 @@
  *
  * Two by two tiles of sums. Two blocks of weights are decoded for a piece of k at a time, which stays in the
  * first-level cache; sums wait in memory between the pieces. A tile of activations is 16 rows of the map with one
- * distance between them, read in place: rows of a linear layer, neighbouring places of a line. Other rows are copied
+ * distance between them, read in place: rows of a linear layer, neighboring places of a line. Other rows are copied
  * together first.
  *
  * The instructions have not met the real hardware: with -DLOWBIT_EMULATE_AMX the tiles are C functions

@@ -1,4 +1,4 @@
-/* What the AVX-512 and the AMX kernels share: decoding by 64-entry tables, quantising, the epilogue. Include it after
+/* What the AVX-512 and the AMX kernels share: decoding by 64-entry tables, quantizing, the epilogue. Include it after
  * the target pragma. */
 #ifndef LOWBIT_AVX512_H
 #define LOWBIT_AVX512_H

@@ -25,7 +25,7 @@ LB_INLINE __m512i four(const uint8_t *a) {
   return _mm512_set1_epi32(bytes);
 }
 
-/* R rows by B blocks, one or two. With few sums neighbouring rows of weights add into different registers, to keep the
+/* R rows by B blocks, one or two. With few sums neighboring rows of weights add into different registers, to keep the
  * multipliers busy: U of them for each result. `two`: weights beyond int8 have a second table, looked up for all; else
  * extra[] lists them, if there are any. */
 LB_INLINE void tile(const int bits, const int two, const int B, const int R, const lb_job *job, int64_t row,

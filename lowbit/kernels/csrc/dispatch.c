@@ -1,4 +1,4 @@
-/* Chooses the instruction set, and drives one call: quantise a part of the input, multiply it, take the next part. */
+/* Chooses the instruction set, and drives one call: quantize a part of the input, multiply it, take the next part. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -239,7 +239,7 @@ static void describe_weights(run *r) {
   job->zero = r->isa->signed_bytes ? (fits_signed ? 0 : -128) : (is_unsigned ? 0 : 128);
 }
 
-/* How k runs through a window of the map. Neighbouring taps of a line lie behind each other unless they are dilated. */
+/* How k runs through a window of the map. Neighboring taps of a line lie behind each other unless they are dilated. */
 static int describe_window(const run *r, lb_span *spans) {
   const lb_args *a = r->args;
   const int joined = a->dilation_x == 1;

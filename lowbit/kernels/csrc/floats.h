@@ -1,7 +1,7 @@
 /* Activations that stay floats; compiled anew for each instruction set that includes this file.
  *
  * The sum of an output is four sums, of the k with the same k % 4, each in ascending k: (s0 + s1) + (s2 + s3). Levels
- * are whole numbers, so powers of two multiply exactly, and every product and sum is rounded on its own: all
+ * are integers, so powers of two multiply exactly, and every product and sum is rounded on its own: all
  * instruction sets give the same bits. */
 #ifndef LOWBIT_FLOATS_H
 #define LOWBIT_FLOATS_H

@@ -34,7 +34,7 @@ typedef struct {
   int64_t padded_channels; /* channels as packed */
   int64_t outputs;
   int64_t kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-  int64_t low, high; /* range of the quantised x, if it is float */
+  int64_t low, high; /* range of the quantized x, if it is float */
   int64_t relu;
   int64_t out_low, out_high; /* range of the output, if it is not float */
   int64_t threads;

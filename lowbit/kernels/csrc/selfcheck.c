@@ -1,4 +1,4 @@
-/* A program of its own, for sanitisers and for other processors under an emulator: runs random problems through every
+/* A program of its own, for sanitizers and for other processors under an emulator: runs random problems through every
  * instruction set on one to four threads, and compares each output with sums made here, code by code, in 64 bits.
  *
  *   selfcheck [problems] [seed]      exits with 1 at the first difference */
@@ -41,7 +41,7 @@ static int64_t quantized(float x, float scale, int64_t low, int64_t high) {
   return (int64_t)rintf(v);
 }
 
-static void *get(size_t bytes) { /* not rounded up: the sanitiser sees the first byte too far */
+static void *get(size_t bytes) { /* not rounded up: the sanitizer sees the first byte too far */
   void *p = malloc(bytes ? bytes : 1);
   if (!p) exit(2);
   return p;

@@ -394,7 +394,7 @@ def test_seeds_without_their_pair_are_refused_of_a_finished_run(judged):
         ({"role": "secondary"}, "no primary statement"),
         ({"descriptive": True}, "contradicts itself"),
         ({"slope": "seed", "at": "bits == 2"}, "contradicts itself"),
-        ({"conditions": ["learnt"]}, "no condition is called 'learnt'; there are learned"),
+        ({"conditions": ["trained"]}, "no condition is called 'trained'; there are learned"),
         ({"conditions": [LEARNED | {"at_most": 90}]}, "needs says, rows, value, reduce"),
         ({"conditions": [LEARNED | {"reduce": "median"}]}, "needs says, rows, value, reduce"),
         ({"conditions": [{"says": "x", "at_most": 90}]}, "rows, value"),
