@@ -127,7 +127,7 @@ def quickly():
         patch.setattr("matplotlib.use", lambda *a, **k: None)
         patch.setattr(lowbit.data, "load", functools.cache(lowbit.data.load))
         patch.setattr(lowbit.models, "create", functools.cache(lowbit.models.create))
-        patch.setattr("lowbit.plotting.use_style", lambda: None)
+        patch.setattr("lowbit_suite.plotting.use_style", lambda: None)
         patch.setattr("torch.set_num_threads", lambda number: None)
         patch.setattr("tempfile.mkdtemp", lambda **options: ".")
         yield
