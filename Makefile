@@ -58,6 +58,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
