@@ -1,9 +1,12 @@
 """``lowbit pack``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from lowbit.extras import extra
+
+if TYPE_CHECKING:
+    import pandas
 
 with extra("train", "the lowbit command"):
     import typer
@@ -21,9 +24,9 @@ def pack(
         from rich.console import Console
         from rich.table import Table
 
-    from lowbit import load, save
     from lowbit.nn.deploy import pack as pack_model
     from lowbit.nn.deploy import summary
+    from lowbit.serialization import load, save
 
     model = load(checkpoint)
     packed = pack_model(model)
@@ -37,5 +40,5 @@ def pack(
     Console(width=120).print(table)
 
 
-def _float_bytes(rows) -> float:
+def _float_bytes(rows: "pandas.DataFrame") -> float:
     return 4 * rows.weights.sum() / 1e6

@@ -12,6 +12,8 @@ on a GPU Triton divides approximately unless ``torch._inductor.config.eager_nume
 Inductor's ``freezing`` would undo the packing: it folds the decoding away and keeps the weights wide.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,28 +108,25 @@ def accumulate(q: Tensor, data: Tensor, levels: tuple[int, ...], bits: int) -> T
         return _product(q, _dense(first), SAFE_WEIGHT) + _product(q, _dense(stored - first), SAFE_WEIGHT)
     rows = row_codes(data, bits)
     words = _dense(F.pad(q, (0, padded - k))).view(torch.int32).reshape(m, -1, len(rows))
-    acc = None
+    acc = torch.zeros((), dtype=torch.int32, device=q.device)
     for r, code_bits in enumerate(rows):
         part = _dense(words[:, :, r]).view(torch.int8)
         for table in split(levels):
             weight = _dense(look_up(code_bits, table).transpose(1, 2)).reshape(blocks * 16, -1).view(torch.int8)
-            product = _product(part, weight, max(1, *map(abs, table)))
-            acc = product if acc is None else acc + product
+            acc = acc + _product(part, weight, max(1, *map(abs, table)))
     return acc
 
 
 def _stored(x: Tensor, x_scale: Tensor | None, low: int, high: int) -> tuple[Tensor, Tensor, int]:
     """Activations as int8, their scale, and the zero point: q = stored - zero."""
-    if x_scale is not None:
-        x_scale = x_scale.reshape(-1, *(1,) * (x.ndim - 1))
+    scale = reference.dynamic_scale(x, high) if x_scale is None else x_scale.reshape(-1, *(1,) * (x.ndim - 1))
     if x.is_floating_point():
-        x_scale = reference.dynamic_scale(x, high) if x_scale is None else x_scale
-        q = torch.clamp(torch.round(torch.nan_to_num(x / x_scale, nan=0.0)), low, high)
+        q = torch.clamp(torch.round(torch.nan_to_num(x / scale, nan=0.0)), low, high)
         zero = -128 if high > 127 else 0
-        return (q + zero).to(torch.int8), x_scale, zero
+        return (q + zero).to(torch.int8), scale, zero
     if x.dtype == torch.uint8:
-        return (x.to(torch.int16) - 128).to(torch.int8), x_scale, -128
-    return x, x_scale, 0
+        return (x.to(torch.int16) - 128).to(torch.int8), scale, -128
+    return x, scale, 0
 
 
 def linear(
@@ -142,7 +141,7 @@ def linear(
     low: int = -127,
     high: int = 127,
     add: Tensor | None = None,
-    **epilogue,
+    **epilogue: Any,
 ) -> Tensor:
     """`lowbit.kernels.reference.linear` of packed bytes (see `PackedWeight` for them), bit for bit."""
     q, x_scale, zero = _stored(x.reshape(-1, x.shape[-1]), x_scale, low, high)
@@ -171,7 +170,7 @@ def conv2d(
     low: int = -127,
     high: int = 127,
     add: Tensor | None = None,
-    **epilogue,
+    **epilogue: Any,
 ) -> Tensor:
     """`lowbit.kernels.reference.conv2d` of packed bytes, bit for bit; ``padded`` is C as packed."""
     q, x_scale, zero = _stored(x, x_scale, low, high)

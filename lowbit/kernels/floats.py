@@ -11,6 +11,8 @@ On x86 the multiplication costs less than the shift (one instruction against thr
 is defined by `linear`, to the bit, also how products are added up; the compiled kernels do the same.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -126,11 +128,11 @@ def shift_conv2d_float(
     """
     ops.check_dims(x, weight, 4)
     n, c, ky, kx = weight.shape
-    stride, padding, dilation = ((v, v) if isinstance(v, int) else tuple(v) for v in (stride, padding, dilation))
-    sizes = zip(x.shape[2:], (ky, kx), stride, padding, dilation, strict=True)
+    moves = [(v, v) if isinstance(v, int) else (v[0], v[1]) for v in (stride, padding, dilation)]
+    sizes = zip(x.shape[2:], (ky, kx), *moves, strict=True)
     height, width = (((size + 2 * p - d * (k - 1) - 1) // s + 1) for size, k, s, p, d in sizes)
     padded = weight.k // (ky * kx)
-    windows = F.unfold(x, (ky, kx), dilation, padding, stride)  # [B, C·ky·kx, L]
+    windows = F.unfold(x, (ky, kx), moves[2], moves[1], moves[0])  # [B, C·ky·kx, L]
     rows = F.pad(windows.reshape(len(x), c, ky * kx, -1).permute(0, 3, 2, 1), (0, padded - c)).flatten(2)
     y = torch.ops.lowbit.shift_linear_float(rows, weight.data, weight.table, weight.scale, bias, weight.bits)
     return y.permute(0, 2, 1).reshape(len(x), n, height, width)
@@ -144,7 +146,9 @@ torch.library.define(
 )
 
 
-def _check(x, packed, levels, scale, bias, bits) -> tuple[int, ...]:
+def _check(
+    x: Tensor, packed: Tensor, levels: Sequence[int], scale: Tensor, bias: Tensor | None, bits: int
+) -> tuple[int, ...]:
     """The output's shape."""
     if x.dtype != torch.float32:
         raise LowbitError(f"x is {x.dtype}; activations that stay floats are float32")

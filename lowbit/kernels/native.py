@@ -11,7 +11,7 @@ import functools
 import importlib.machinery
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lowbit.errors import LowbitError
@@ -95,9 +95,7 @@ def use(name: str) -> Iterator[None]:
     Raises:
         LowbitError: it is unknown or not offered here, or there are no compiled kernels.
     """
-    library = _load()[0]
-    if library is None:
-        raise LowbitError(f"there are no compiled kernels: {why_not()}")
+    library = _library()
     before = isa()
     _select(library, name)
     try:
@@ -106,13 +104,24 @@ def use(name: str) -> Iterator[None]:
         _select(library, before)
 
 
-def run(pointers: tuple[int, ...], numbers: tuple[int, ...], scales: tuple[float, float], levels: list[int]) -> None:
+def _library() -> ctypes.CDLL:
+    library, why = _load()
+    if library is None:
+        raise LowbitError(f"there are no compiled kernels: {why}")
+    return library
+
+
+def run(
+    pointers: tuple[int, ...], numbers: tuple[int, ...], scales: tuple[float, float], levels: Sequence[int]
+) -> None:
     """One call of ``lb_run``; the arguments are the fields of ``lb_args`` in order."""
     args = _ARGS.pack(*pointers, *numbers, *scales, *levels, *_UNUSED[len(levels) :])
-    _raise(_load()[0].lb_run(args), numbers)
+    _raise(_library().lb_run(args), numbers)
 
 
-def run_floats(pointers: tuple[int, int, int, int, int], numbers: tuple[int, int, int, int, int], levels) -> None:
+def run_floats(
+    pointers: tuple[int, int, int, int, int], numbers: tuple[int, int, int, int, int], levels: Sequence[int]
+) -> None:
     """One call of ``lb_run_floats``: x, packed, scale, bias, out; bits, rows, K, outputs, threads; the levels."""
     x, packed, scale, bias, out = pointers
     bits, rows, k, outputs, threads = numbers
@@ -120,7 +129,7 @@ def run_floats(pointers: tuple[int, int, int, int, int], numbers: tuple[int, int
         x, packed, scale, 0, bias, 0, out, 0, 0, 0, 0, bits, rows, 1, 1, k, k, outputs, *(1,) * 8, 0, 0, 0, 0, 0,
         threads, 0, 1.0, 1.0, *levels, *_UNUSED[len(levels) :],
     )  # fmt: skip
-    _raise(_load()[0].lb_run_floats(args), numbers)
+    _raise(_library().lb_run_floats(args), numbers)
 
 
 def _raise(status: int, numbers: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ are for inference: no gradient flows through them.
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,27 +144,59 @@ def check_weight(packed: Tensor, levels: Sequence[int], scale: Tensor, bias: Ten
         raise LowbitError(f"bias is {bias.dtype} {list(bias.shape)}; it is float32 [{n}]")
 
 
-def _check(
-    x: Tensor,
-    packed: Tensor,
-    levels: Sequence[int],
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
-    bits: int,
-    k: int,
-    rows: int,
-    low: int,
-    high: int,
-    out_scale: float | None,
-    out_low: int,
-    out_high: int,
-) -> None:
+class _Weight(NamedTuple):
+    """The operators' arguments about the packed weight and its input, in their order."""
+
+    packed: Tensor
+    levels: Sequence[int]
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor | None
+    x_scale: Tensor | None
+    bits: int
+
+
+class _Epilogue(NamedTuple):
+    """The operators' last arguments, with their defaults: the input's range, and what is done to each sum."""
+
+    low: int = -127
+    high: int = 127
+    relu: bool = False
+    out_scale: float | None = None
+    out_low: int = -128
+    out_high: int = 127
+    add: Tensor | None = None
+    add_scale: float = 1.0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        return torch.float32 if self.out_scale is None else torch.uint8 if self.out_high > 127 else torch.int8
+
+    def after_sums(self) -> dict[str, Any]:
+        """The keywords of `lowbit.kernels.reference.epilogue`."""
+        return {
+            name: value
+            for name, value in self._asdict().items()
+            if name in ("relu", "out_scale", "out_low", "out_high", "add_scale")
+        }
+
+
+class _Window(NamedTuple):
+    """How a convolution's kernel moves."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
+
+
+def _check(x: Tensor, weight: _Weight, epilogue: _Epilogue, k: int, rows: int) -> None:
     """``k`` is K as packed, ``rows`` how many scales ``x_scale`` may have."""
     if x.dtype not in _TYPES:
         raise LowbitError(f"x is {x.dtype}; float32, int8 and uint8 activations are allowed")
-    check_weight(packed, levels, scale, bias, bits, k)
+    check_weight(weight.packed, weight.levels, weight.scale, weight.bias, weight.bits, k)
+    sums, scale, x_scale = weight.sums, weight.scale, weight.x_scale
     if sums.dtype != torch.int32 or sums.shape != scale.shape:
         raise LowbitError(f"sums is {sums.dtype} {list(sums.shape)}; it is int32 [{scale.shape[0]}]")
     if x_scale is None:
@@ -171,6 +204,7 @@ def _check(
             raise LowbitError(f"x is {x.dtype}, so x_scale has to say what its steps are worth")
     elif x_scale.dtype != torch.float32 or x_scale.numel() not in (1, rows):
         raise LowbitError(f"x_scale is {x_scale.dtype} {list(x_scale.shape)}; it is float32, of 1 or {rows} numbers")
+    low, high, _, out_scale, out_low, out_high, *_ = epilogue
     if not (-128 <= low < high <= 127 or 0 <= low < high <= 255) or high <= 0:
         raise LowbitError(f"low={low}, high={high} is not allowed: inside -128 ... 127 or 0 ... 255, high > 0, is")
     if out_scale is not None and not 0 < out_scale <= LARGEST_FLOAT:
@@ -189,6 +223,11 @@ def check_devices(x: Tensor, **others: Tensor | None) -> None:
             raise LowbitError(f"{name} is on {tensor.device}, x on {x.device}; they have to be on one device")
 
 
+def _check_all_devices(x: Tensor, weight: _Weight, epilogue: _Epilogue) -> None:
+    tensors = {**weight._asdict(), "add": epilogue.add}
+    check_devices(x, **{name: held for name, held in tensors.items() if name not in ("levels", "bits")})
+
+
 def _check_add(add: Tensor | None, add_scale: float, shape: tuple[int, ...]) -> None:
     if add is None:
         return
@@ -200,33 +239,27 @@ def _check_add(add: Tensor | None, add_scale: float, shape: tuple[int, ...]) -> 
         raise LowbitError(f"add_scale={add_scale!r} is not allowed; a positive number of float32's range is")
 
 
-def _check_linear(
-    x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
-) -> tuple[int, ...]:
+def _check_linear(x: Tensor, weight: _Weight, epilogue: _Epilogue) -> tuple[int, ...]:
     """The output's shape."""
     if x.ndim < 1 or not x.shape[-1]:
         raise LowbitError(f"x is {list(x.shape)}; a linear layer takes [..., K]")
     *outer, k = x.shape
-    rows = x.numel() // k
-    _check(x, packed, levels, scale, sums, bias, x_scale, bits, k, rows, low, high, out_scale, out_low, out_high)
-    shape = (*outer, scale.shape[0])
-    _check_add(add, add_scale, shape)
+    _check(x, weight, epilogue, k, rows=x.numel() // k)
+    shape = (*outer, weight.scale.shape[0])
+    _check_add(epilogue.add, epilogue.add_scale, shape)
     return shape
 
 
-def _check_conv2d(
-    x, packed, levels, scale, sums, bias, x_scale, bits, kernel, stride, padding, dilation, low, high, out_scale,
-    out_low, out_high, add, add_scale,
-) -> tuple[int, int, int, int]:  # fmt: skip
+def _check_conv2d(x: Tensor, weight: _Weight, window: _Window, epilogue: _Epilogue) -> tuple[int, int, int, int]:
     """The output's shape."""
     if x.ndim != 4 or not all(x.shape[1:]):
         raise LowbitError(f"x is {list(x.shape)}; a convolution takes [B, C, H, W]")
-    pairs = (("kernel_size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
-    for name, pair, least in pairs:
+    for (name, pair), least in zip(window._asdict().items(), (1, 1, 0, 1), strict=True):
         if len(pair) != 2 or pair[0] < least or pair[1] < least:
             raise LowbitError(f"{name}={list(pair)} is not allowed; two integers from {least} are")
-    k = kernel[0] * kernel[1] * padded_channels(x.shape[1], tuple(kernel))
-    _check(x, packed, levels, scale, sums, bias, x_scale, bits, k, x.shape[0], low, high, out_scale, out_low, out_high)
+    kernel, stride, padding, dilation = window
+    k = kernel[0] * kernel[1] * padded_channels(x.shape[1], (kernel[0], kernel[1]))
+    _check(x, weight, epilogue, k, rows=x.shape[0])
     size = []
     for i in (0, 1):
         room = x.shape[2 + i] + 2 * padding[i] - (kernel[i] - 1) * dilation[i] - 1
@@ -236,129 +269,92 @@ def _check_conv2d(
                 f"{list(dilation)}"
             )
         size.append(room // stride[i] + 1)
-    shape = (x.shape[0], scale.shape[0], *size)
-    _check_add(add, add_scale, shape)
+    shape = (x.shape[0], weight.scale.shape[0], size[0], size[1])
+    _check_add(epilogue.add, epilogue.add_scale, shape)
     return shape
 
 
-def _out_dtype(out_scale: float | None, out_high: int) -> torch.dtype:
-    return torch.float32 if out_scale is None else torch.uint8 if out_high > 127 else torch.int8
+# ---- linear: x, the fields of _Weight, the fields of _Epilogue ----
 
 
-# ---- linear ----
+def _of_linear(arguments: Sequence[Any]) -> tuple[_Weight, _Epilogue]:
+    return _Weight(*arguments[:7]), _Epilogue(*arguments[7:])
 
 
-def _fake_linear(
-    x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
-    out_high=127, add=None, add_scale=1.0,
-):  # fmt: skip
-    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
-    shape = _check_linear(
-        x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
-    )
-    return x.new_empty(shape, dtype=_out_dtype(out_scale, out_high))
+def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
+    weight, epilogue = _of_linear(arguments)
+    _check_all_devices(x, weight, epilogue)
+    return x.new_empty(_check_linear(x, weight, epilogue), dtype=epilogue.dtype)
 
 
-def _linear(
-    x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
-    out_high=127, add=None, add_scale=1.0,
-):  # fmt: skip
-    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
-    shape = _check_linear(
-        x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
-    )
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    weight, epilogue = _of_linear(arguments)
+    _check_all_devices(x, weight, epilogue)
+    shape = _check_linear(x, weight, epilogue)
     if not x.numel():
-        return x.new_empty(shape, dtype=_out_dtype(out_scale, out_high))
+        return x.new_empty(shape, dtype=epilogue.dtype)
     return compiled.linear(
-        x, packed, tuple(levels), scale, sums, bias, x_scale, bits, low, high, add, relu=relu, out_scale=out_scale,
-        out_low=out_low, out_high=out_high, add_scale=add_scale,
+        x, weight.packed, tuple(weight.levels), weight.scale, weight.sums, weight.bias, weight.x_scale, weight.bits,
+        epilogue.low, epilogue.high, epilogue.add, **epilogue.after_sums(),
     )  # fmt: skip
 
 
-def _linear_cpu(
-    x, packed, levels, scale, sums, bias, x_scale, bits, low=-127, high=127, relu=False, out_scale=None, out_low=-128,
-    out_high=127, add=None, add_scale=1.0,
-):  # fmt: skip
+def _linear_cpu(x: Tensor, *arguments: Any) -> Tensor:
     if not use_native():
-        return _linear(
-            x, packed, levels, scale, sums, bias, x_scale, bits, low, high, relu, out_scale, out_low, out_high, add,
-            add_scale,
-        )  # fmt: skip
-    shape = _check_linear(
-        x, packed, levels, scale, sums, bias, x_scale, bits, low, high, out_scale, out_low, out_high, add, add_scale
-    )
-    out = x.new_empty(shape, dtype=_out_dtype(out_scale, out_high))
+        return _linear(x, *arguments)
+    weight, epilogue = _of_linear(arguments)
+    shape = _check_linear(x, weight, epilogue)
+    out = x.new_empty(shape, dtype=epilogue.dtype)
     k, n = x.shape[-1], shape[-1]
-    geometry = (x.numel() // k, 1, 1, k, k, n, 1, 1, 1, 1, 0, 0, 1, 1)
-    x, add = x.contiguous(), None if add is None else add.contiguous()
-    _run(
-        x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
-        add, add_scale, out,
-    )  # fmt: skip
+    add = None if epilogue.add is None else epilogue.add.contiguous()
+    _run(x.contiguous(), weight, (x.numel() // k, 1, 1, k, k, n, 1, 1, 1, 1, 0, 0, 1, 1), epilogue, add, out)
     return out
 
 
-# ---- convolution ----
+# ---- convolution: x, the fields of _Weight, of _Window, of _Epilogue ----
+
+
+def _of_conv2d(arguments: Sequence[Any]) -> tuple[_Weight, _Window, _Epilogue]:
+    return _Weight(*arguments[:7]), _Window(*arguments[7:11]), _Epilogue(*arguments[11:])
 
 
 def _new_nhwc(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake_conv2d(
-    x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
-):  # fmt: skip
-    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
-    shape = _check_conv2d(
-        x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-        out_scale, out_low, out_high, add, add_scale,
-    )  # fmt: skip
-    return _new_nhwc(x, shape, _out_dtype(out_scale, out_high))
+def _fake_conv2d(x: Tensor, *arguments: Any) -> Tensor:
+    weight, window, epilogue = _of_conv2d(arguments)
+    _check_all_devices(x, weight, epilogue)
+    return _new_nhwc(x, _check_conv2d(x, weight, window, epilogue), epilogue.dtype)
 
 
-def _conv2d(
-    x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
-):  # fmt: skip
-    check_devices(x, packed=packed, scale=scale, sums=sums, bias=bias, x_scale=x_scale, add=add)
-    shape = _check_conv2d(
-        x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-        out_scale, out_low, out_high, add, add_scale,
-    )  # fmt: skip
+def _conv2d(x: Tensor, *arguments: Any) -> Tensor:
+    weight, window, epilogue = _of_conv2d(arguments)
+    _check_all_devices(x, weight, epilogue)
+    shape = _check_conv2d(x, weight, window, epilogue)
     if not x.numel():
-        return _new_nhwc(x, shape, _out_dtype(out_scale, out_high))
-    kernel = tuple(kernel_size)
+        return _new_nhwc(x, shape, epilogue.dtype)
+    kernel, stride, padding, dilation = ((pair[0], pair[1]) for pair in window)
     return compiled.conv2d(
-        x, packed, tuple(levels), scale, sums, bias, x_scale, bits, kernel, padded_channels(x.shape[1], kernel), stride,
-        padding, dilation, low, high, add, relu=relu, out_scale=out_scale, out_low=out_low, out_high=out_high,
-        add_scale=add_scale,
+        x, weight.packed, tuple(weight.levels), weight.scale, weight.sums, weight.bias, weight.x_scale, weight.bits,
+        kernel, padded_channels(x.shape[1], kernel), stride, padding, dilation, epilogue.low, epilogue.high,
+        epilogue.add, **epilogue.after_sums(),
     )  # fmt: skip
 
 
-def _conv2d_cpu(
-    x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    low=-127, high=127, relu=False, out_scale=None, out_low=-128, out_high=127, add=None, add_scale=1.0,
-):  # fmt: skip
+def _conv2d_cpu(x: Tensor, *arguments: Any) -> Tensor:
     if not use_native():
-        return _conv2d(
-            x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-            relu, out_scale, out_low, out_high, add, add_scale,
-        )  # fmt: skip
-    shape = _check_conv2d(
-        x, packed, levels, scale, sums, bias, x_scale, bits, kernel_size, stride, padding, dilation, low, high,
-        out_scale, out_low, out_high, add, add_scale,
-    )  # fmt: skip
-    out = _new_nhwc(x, shape, _out_dtype(out_scale, out_high))
-    batch, channels, *size = x.shape
-    padded = padded_channels(channels, tuple(kernel_size))
-    geometry = (batch, *size, channels, padded, shape[1], *kernel_size, *stride, *padding, *dilation)
+        return _conv2d(x, *arguments)
+    weight, window, epilogue = _of_conv2d(arguments)
+    shape = _check_conv2d(x, weight, window, epilogue)
+    out = _new_nhwc(x, shape, epilogue.dtype)
+    batch, channels, height, width = x.shape
+    kernel, stride, padding, dilation = window
+    padded = padded_channels(channels, (kernel[0], kernel[1]))
+    geometry = (batch, height, width, channels, padded, shape[1], *kernel, *stride, *padding, *dilation)
     nhwc = torch.channels_last
-    x, add = x.contiguous(memory_format=nhwc), None if add is None else add.contiguous(memory_format=nhwc)
-    _run(
-        x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
-        add, add_scale, out,
-    )  # fmt: skip
+    add = None if epilogue.add is None else epilogue.add.contiguous(memory_format=nhwc)
+    _run(x.contiguous(memory_format=nhwc), weight, geometry, epilogue, add, out)
     return out
 
 
@@ -367,7 +363,7 @@ def _conv2d_cpu(
 
 @functools.cache
 def use_native() -> bool:
-    """Says once, where it is so, that the slow form serves."""
+    """Whether the compiled kernels serve; warns once if the slower PyTorch form does."""
     if native.available():
         return True
     warnings.warn(
@@ -379,27 +375,25 @@ def use_native() -> bool:
 
 
 def _run(
-    x, packed, levels, scale, sums, bias, x_scale, bits, geometry, low, high, relu, out_scale, out_low, out_high,
-    add, add_scale, out,
-) -> None:  # fmt: skip
+    x: Tensor, weight: _Weight, geometry: tuple[int, ...], epilogue: _Epilogue, add: Tensor | None, out: Tensor
+) -> None:
     """``x``, ``add`` and ``out`` lie in memory as the kernels want them, channels fastest."""
     # Held by these names until the call is over: a copy must not be freed under it.
-    packed, scale, sums = packed.contiguous(), scale.contiguous(), sums.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    x_scale = None if x_scale is None else x_scale.contiguous()
-    pointers = (
-        x.data_ptr(), packed.data_ptr(), scale.data_ptr(), sums.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(),
-        0 if add is None else add.data_ptr(),
-    )  # fmt: skip
+    packed, scale, sums = weight.packed.contiguous(), weight.scale.contiguous(), weight.sums.contiguous()
+    bias = None if weight.bias is None else weight.bias.contiguous()
+    x_scale = None if weight.x_scale is None else weight.x_scale.contiguous()
     native.run(
-        pointers,
         (
-            _TYPES[x.dtype], _TYPES[out.dtype], 0 if x_scale is None else x_scale.numel(), bits, *geometry, low, high,
-            relu, out_low, out_high, torch.get_num_threads(), 0 if add is None else _TYPES[add.dtype],
+            x.data_ptr(), packed.data_ptr(), scale.data_ptr(), sums.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            0 if x_scale is None else x_scale.data_ptr(), out.data_ptr(), 0 if add is None else add.data_ptr(),
         ),
-        (1.0 if out_scale is None else out_scale, add_scale),
-        levels,
+        (
+            _TYPES[x.dtype], _TYPES[out.dtype], 0 if x_scale is None else x_scale.numel(), weight.bits, *geometry,
+            epilogue.low, epilogue.high, epilogue.relu, epilogue.out_low, epilogue.out_high, torch.get_num_threads(),
+            0 if add is None else _TYPES[add.dtype],
+        ),
+        (1.0 if epilogue.out_scale is None else epilogue.out_scale, epilogue.add_scale),
+        weight.levels,
     )  # fmt: skip
 
 

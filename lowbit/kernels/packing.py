@@ -76,8 +76,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return rows.reshape(blocks, -1)
     if bits == 4:
         return (rows[:, 0::2] | rows[:, 1::2] << 4).reshape(blocks, -1)
-    low = rows & 3
-    quarters = (low[:, 0::4] | low[:, 1::4] << 2) | (low[:, 2::4] << 4 | low[:, 3::4] << 6)
+    two = rows & 3
+    quarters = (two[:, 0::4] | two[:, 1::4] << 2) | (two[:, 2::4] << 4 | two[:, 3::4] << 6)
     if bits == 2:
         return quarters.reshape(blocks, -1)
     top = torch.zeros_like(rows[:, 0::8])
@@ -109,11 +109,11 @@ def unpack(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
         rows = torch.stack([data >> 2 * r & 3 for r in range(4)], dim=2)
     else:
         data = packed.reshape(blocks, -1, 3, 64)
-        rows = [
+        eight = [
             (data[:, :, r // 4] >> 2 * (r % 4) & 3) | (data[:, :, 2] >> (TOP_BIT[r % 4] + (r & 4)) & 1) << 2
             for r in range(8)
         ]
-        rows = torch.stack(rows, dim=2)
+        rows = torch.stack(eight, dim=2)
     codes = rows.reshape(blocks, -1, 16, 4).transpose(1, 2).reshape(blocks * 16, -1)
     return codes[:n, :k].to(torch.int16).contiguous()
 
@@ -211,7 +211,7 @@ class PackedWeight:
     @property
     def kernel(self) -> tuple[int, int]:
         """(ky, kx); (1, 1) for a linear layer."""
-        return tuple(self.shape[2:]) if len(self.shape) == 4 else (1, 1)
+        return (self.shape[2], self.shape[3]) if len(self.shape) == 4 else (1, 1)
 
     @property
     def k(self) -> int:
@@ -358,9 +358,9 @@ def _as_matrix(codes: Tensor, first: int) -> Tensor:
     codes = (codes.to(torch.int16) + first) & 255
     if codes.ndim == 2:
         return codes
-    n, c, *kernel = codes.shape
+    n, c, ky, kx = codes.shape
     taps = codes.permute(0, 2, 3, 1)
-    return F.pad(taps, (0, padded_channels(c, tuple(kernel)) - c)).reshape(n, -1)
+    return F.pad(taps, (0, padded_channels(c, (ky, kx)) - c)).reshape(n, -1)
 
 
 def _row_scale(scale: Tensor | float, divisor: float, codes: Tensor) -> Tensor:

@@ -13,6 +13,8 @@
 Hence all forms agree bit for bit. Activations that stay floats are in `lowbit.kernels.floats`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,12 +64,8 @@ def epilogue(
 
 def _activations(x: Tensor, x_scale: Tensor | None, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Integers (int64) and their scale, which broadcasts against ``x``."""
-    if x_scale is not None:
-        x_scale = x_scale.reshape(-1, *(1,) * (x.ndim - 1))
-    if not x.is_floating_point():
-        return x.to(torch.int64), x_scale
-    x_scale = dynamic_scale(x, high) if x_scale is None else x_scale
-    return quantize(x, x_scale, low, high), x_scale
+    scale = dynamic_scale(x, high) if x_scale is None else x_scale.reshape(-1, *(1,) * (x.ndim - 1))
+    return (quantize(x, scale, low, high) if x.is_floating_point() else x.to(torch.int64)), scale
 
 
 def linear(
@@ -78,7 +76,7 @@ def linear(
     low: int = -127,
     high: int = 127,
     add: Tensor | None = None,
-    **epilogue_options,
+    **epilogue_options: Any,
 ) -> Tensor:
     """The linear layer ``[..., K]`` → ``[..., N]``; arguments as of `lowbit.kernels.shift_linear`."""
     q, x_scale = _activations(x.reshape(-1, x.shape[-1]), x_scale, low, high)
@@ -100,7 +98,7 @@ def conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     add: Tensor | None = None,
-    **epilogue_options,
+    **epilogue_options: Any,
 ) -> Tensor:
     """The convolution ``[B, C, H, W]`` → ``[B, N, H', W']``, padded by q = 0; arguments as of `shift_conv2d`."""
     q, x_scale = _activations(x, x_scale, low, high)
