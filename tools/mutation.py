@@ -21,7 +21,10 @@ from lowbit.errors import LowbitError
 
 FILE = "tests/mutations.yaml"
 LIMIT = 900  # seconds that the tests of one fault may take
-COPIED = ("lowbit", "tests", "notebooks", "data", "configs", "pyproject.toml", "README.md", "results/baselines")
+COPIED = (
+    "lowbit", "lowbit_suite", "benchmarks", "tools", "tests", "notebooks", "data", "configs", "pyproject.toml",
+    "README.md", "results/baselines",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
