@@ -100,7 +100,7 @@ def test_outside_the_sources_it_says_where_to_go(project):
         LowbitError, match=r"there is no lowbit/quantizers/ in .*inside a copy of the project's sources"
     ):
         new.quantizer("mine")
-    assert files(project.folder) == ["notebooks/profiles.yaml"]
+    assert files(project.folder) == ["notebooks/claims.yaml", "notebooks/profiles.yaml"]
 
 
 def test_a_notebook_has_prose_and_code_cells_in_the_order_of_the_skeleton(sources):
