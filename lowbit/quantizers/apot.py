@@ -6,7 +6,7 @@ are those of its CIFAR-10 part, see `apot`.
 """
 
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -47,7 +47,7 @@ def _normalized(w: Tensor) -> Tensor:
 
 class _APoT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, alpha: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, w: Tensor, alpha: Tensor, bits: int) -> Tensor:
         levels = apot_levels(bits).to(w)
         x = w / alpha
         value = levels[nearest(x, levels).long()]
@@ -56,7 +56,7 @@ class _APoT(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, value, alpha = ctx.saved_tensors
         slope = torch.where(x.abs() > 1, x.sign(), value - x)
         return grad, (grad * slope).sum_to_size(alpha.shape), None

@@ -8,13 +8,16 @@ package imports every file in it, so a new file is all that a new method needs.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.settings import settings
+
+Kind = Literal["weight", "activation"]
+R = TypeVar("R")
 
 
 class Method:
@@ -34,9 +37,20 @@ class Method:
         raise LowbitError(f"{self!r} does not quantize activations; {_choices('activation')} do")
 
     @classmethod
-    def quantizes(cls, kind: str) -> bool:
-        """Whether the method applies to ``kind``: "weight" or "activation"."""
+    def quantizes(cls, kind: Kind) -> bool:
+        """Whether the method applies to ``kind``: "weight" or "activation".
+
+        Raises:
+            LowbitError: another ``kind``.
+        """
+        if kind not in ("weight", "activation"):
+            raise LowbitError(f"kind={kind!r} is not allowed; 'weight' and 'activation' are")
         return getattr(cls, kind) is not getattr(Method, kind)
+
+
+def _own_latents(method: Callable[..., R]) -> Callable[..., R]:
+    """Let an override name its own latents, since their number depends on the method; changes nothing at run time."""
+    return method
 
 
 class WeightQuantizer(nn.Module):
@@ -45,12 +59,13 @@ class WeightQuantizer(nn.Module):
     Whatever the method, ``forward(*latents) == scale(*latents) * levels[codes(*latents)]`` holds exactly.
     """
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Every method's `right_inverse` refuses a weight that is not finite."""
         super().__init_subclass__(**kwargs)
         if "right_inverse" in cls.__dict__:
-            cls.right_inverse = _finite_only(cls.right_inverse)
+            cls.right_inverse = _finite_only(cls.right_inverse)  # type: ignore[method-assign]  # wrapped on purpose
 
+    @_own_latents
     def forward(self, *latents: Tensor) -> Tensor:
         """The fake-quantized weight, float, of the weight's shape; differentiable as the method defines."""
         raise NotImplementedError
@@ -60,10 +75,12 @@ class WeightQuantizer(nn.Module):
         """The value set before scaling: float32 ``[L]``, strictly ascending."""
         raise NotImplementedError
 
+    @_own_latents
     def codes(self, *latents: Tensor) -> Tensor:
         """Indices into `levels`: int16, of the weight's shape. Neighboring levels have neighboring codes."""
         raise NotImplementedError
 
+    @_own_latents
     def scale(self, *latents: Tensor) -> Tensor:
         """What multiplies `levels`: float, broadcastable to the weight, detached."""
         raise NotImplementedError
@@ -78,13 +95,16 @@ class WeightQuantizer(nn.Module):
         refuse_nonfinite("the weight", weight)
         return weight
 
+    @_own_latents
     def initialize_(self, *latents: Tensor) -> None:
         """Overwrites the latents in place where the method starts from its own random draw; else does nothing."""
 
+    @_own_latents
     def penalty(self, *latents: Tensor) -> Tensor:
         """A differentiable scalar that `lowbit.train` adds to the loss, for methods that override this."""
         raise NotImplementedError
 
+    @_own_latents
     def before_step_(self, progress: float, *latents: Tensor) -> None:
         """Called by `lowbit.train` before each step's forward pass, for methods that override this.
 
@@ -206,12 +226,13 @@ class CalibratedQuantizer(ActivationQuantizer):
     @torch.no_grad()
     def _set_(self, sign: int, values: dict[str, Tensor], x: Tensor) -> int:
         """Gives the parameters their values; returns the sign, in several processes that of the first."""
-        grows = [name for name in values if self._parameters[name].numel() == 0]
+        own = {name: self.get_parameter(name) for name in values}
+        grows = [name for name, parameter in own.items() if parameter.numel() == 0]
         for name, value in values.items():
-            if name not in grows and value.numel() != self._parameters[name].numel():
+            if name not in grows and value.numel() != own[name].numel():
                 raise LowbitError(
                     f"an input of shape {list(x.shape)} needs a {name} of {value.numel()} numbers, but its layer "
-                    f"has {self._parameters[name].numel()} input channels; give inputs that fit the layer"
+                    f"has {own[name].numel()} input channels; give inputs that fit the layer"
                 )
         wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None and grows:
@@ -220,17 +241,16 @@ class CalibratedQuantizer(ActivationQuantizer):
                 "made before it: call lowbit.calibrate(model, x) before wrapping the model"
             )
         for name, value in values.items():
-            parameter = self._parameters[name]
             if name in grows:
-                parameter.data = value
+                own[name].data = value
                 self._grown.add(name)
             else:
-                parameter.copy_(value.reshape(parameter.shape))
+                own[name].copy_(value.reshape(own[name].shape))
         if wrapper is None:
             return sign
         # Each process has a batch of its own, but replicas must not differ.
         shared = torch.tensor(sign, device=x.device)
-        for tensor in (shared, *(self._parameters[name].data for name in values)):
+        for tensor in (shared, *(parameter.data for parameter in own.values())):
             torch.distributed.broadcast(tensor, group_src=0, group=wrapper.process_group)
         return int(shared)
 
@@ -247,14 +267,14 @@ class CalibratedQuantizer(ActivationQuantizer):
             )
         self._known = int(state)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Also reads what older versions saved: steps of the first batch's number of dims, or empty before it."""
-        own_names = [name for name, own in self._parameters.items() if own is not None]
-        held = {name: state_dict[prefix + name] for name in own_names if prefix + name in state_dict}
+        parameters = {name: own for name, own in self._parameters.items() if own is not None}
+        held = {name: state_dict[prefix + name] for name in parameters if prefix + name in state_dict}
         key = prefix + "_extra_state"
         empty = any(saved.numel() == 0 for saved in held.values())
         for name, saved in held.items():
-            own = self._parameters[name]
+            own = parameters[name]
             if empty:
                 own.data = own.new_empty(0) if name in self._grown else torch.full_like(own, torch.inf)
                 state_dict[prefix + name] = own.detach()
@@ -269,26 +289,27 @@ class CalibratedQuantizer(ActivationQuantizer):
 
 
 _registry: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
+M = TypeVar("M", bound=Method)
 
 
 @dataclass_transform(frozen_default=True)
-def method(name: str) -> Callable[[M], M]:
+def method(name: str) -> Callable[[type[M]], type[M]]:
     """Class decorator: makes the settings a validated frozen dataclass and registers the method as ``name``."""
 
-    def register(cls: M) -> M:
+    def register(cls: type[M]) -> type[M]:
         if name in _registry:
             raise LowbitError(
                 f"two quantization methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}"
             )
         cls.name = name
-        _registry[name] = settings(cls)
-        return _registry[name]
+        validated = settings(cls)
+        _registry[name] = validated
+        return validated
 
     return register
 
 
-def names(kind: str | None = None) -> list[str]:
+def names(kind: Kind | None = None) -> list[str]:
     """Registered method names, sorted; with ``kind`` "weight" or "activation" only those that apply to it."""
     return sorted(key for key, cls in _registry.items() if kind is None or cls.quantizes(kind))
 
@@ -305,7 +326,7 @@ def methods() -> Iterator[type[Method]]:
     return (_registry[name] for name in names())
 
 
-def _choices(kind: str) -> str:
+def _choices(kind: Kind) -> str:
     return ", ".join(_registry[name].__name__ for name in names(kind))
 
 
@@ -333,9 +354,9 @@ def refuse_nan(what: str, *latents: Tensor) -> None:
             )
 
 
-def _finite_only(right_inverse: Callable) -> Callable:
+def _finite_only(right_inverse: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(right_inverse)
-    def checked(self: WeightQuantizer, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def checked(self: WeightQuantizer, weight: Tensor) -> R:
         refuse_nonfinite("the weight", weight)
         return right_inverse(self, weight)
 

@@ -4,7 +4,7 @@ The Binary-Weight-Network of Rastegari, Ordonez, Redmon and Farhadi, "XNOR-Net: 
 Convolutional Neural Networks", ECCV 2016, arXiv 1603.05279, section 3.1.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, pe
 
 __all__ = ["Binary", "binary", "binary_codes", "binary_scale"]
 
+Gradient = Literal["published", "ste"]
+
 
 def binary_scale(w: Tensor) -> Tensor:
     """The scale ``mean|w|`` of each row (dim 0), detached, with kept dims: ``[rows, 1, ...]``."""
@@ -24,14 +26,14 @@ def binary_scale(w: Tensor) -> Tensor:
 
 class _Binary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, gradient: str) -> Tensor:
+    def forward(ctx: Any, w: Tensor, gradient: Gradient) -> Tensor:
         ctx.gradient = gradient
         ctx.save_for_backward(w)
         return (2 * binary_codes(w) - 1) * binary_scale(w)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (w,) = ctx.saved_tensors
         slope = (w.abs() <= 1).to(w.dtype)
         if ctx.gradient == "published":
@@ -39,7 +41,7 @@ class _Binary(torch.autograd.Function):
         return grad * slope, None
 
 
-def binary(w: Tensor, gradient: Literal["published", "ste"] = "published") -> Tensor:
+def binary(w: Tensor, gradient: Gradient = "published") -> Tensor:
     """Fake-quantizes ``w`` to ``α·sign(w)`` with α the mean of |w| over its row; ±0 counts as positive.
 
     The published gradient is ``G·(1/n + α·[|w| <= 1])``, n the elements of a row: the sign straight through inside ±1,
@@ -81,7 +83,7 @@ class Binary(Method):
     """
 
     bits: Literal[1] = 1
-    gradient: Literal["published", "ste"] = "published"
+    gradient: Gradient = "published"
 
     def weight(self, weight: Tensor) -> WeightQuantizer:
         """See `Method.weight`."""

@@ -5,7 +5,7 @@ arXiv 1905.13298, section 3 (DeepShift-PS); range, gradient and start as in the 
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -37,7 +37,7 @@ def _shift_and_sign(p: Tensor, s: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 class _DeepShiftPS(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, p: Tensor, s: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, p: Tensor, s: Tensor, bits: int) -> Tensor:
         shift, sign = _shift_and_sign(p, s, bits)
         weight = torch.exp2(shift) * sign
         ctx.save_for_backward(weight)
@@ -45,7 +45,7 @@ class _DeepShiftPS(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (weight,) = ctx.saved_tensors
         return grad * weight * math.log(2), grad, None
 

@@ -4,7 +4,7 @@ Elhoushi et al., "DeepShift: Toward Multiplication-Less Neural Networks", CVPR W
 arXiv 1905.13298, section 3 (DeepShift-Q); the range as in the authors' code.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -39,12 +39,12 @@ def _exponent(w: Tensor, bits: int) -> Tensor:
 
 class _DeepShiftQ(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, w: Tensor, bits: int) -> Tensor:
         size = torch.exp2(_exponent(w, bits))
         return torch.where(w >= 0, size, -size)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -4,7 +4,7 @@ Li et al., "DenseShift: Toward Accurate and Efficient Low-Bit Power-of-Two Quant
 arXiv 2208.09708; the recursion, its surrogate gradient and the initialization as in the authors' code.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,22 +17,35 @@ from lowbit.quantizers.scaling import kaiming_std, nearest_codes, rms, row_scale
 
 __all__ = ["DenseShift", "denseshift", "denseshift_exponent", "denseshift_latents", "denseshift_levels"]
 
+Recursion = Literal["nested", "sum"]
+Surrogate = Literal["sqrt", "identity"]
+
 GATES = {2: 1, 3: 3, 4: 7}  # bits -> exponent latents, 2^(b-1) - 1
 
 
 def denseshift_levels(bits: int) -> Tensor:
     """The value set {±2^p : p = 0 ... 2^(bits-1)-1}, float32, ascending; zero is not in it."""
-    if bits not in GATES:
-        raise LowbitError(f"bits={bits!r} is not allowed: DenseShift takes 2, 3 or 4 bits")
-    positive = 2.0 ** torch.arange(GATES[bits] + 1, dtype=torch.float32)
+    positive = 2.0 ** torch.arange(_gates(bits) + 1, dtype=torch.float32)
     return torch.cat([-positive.flip(0), positive])
 
 
-def denseshift_exponent(*w_t: Tensor, recursion: Literal["nested", "sum"] = "nested") -> Tensor:
+def _gates(bits: int) -> int:
+    if bits not in GATES:
+        raise LowbitError(f"bits={bits!r} is not allowed: DenseShift takes 2, 3 or 4 bits")
+    return GATES[bits]
+
+
+def _check_recursion(recursion: Recursion) -> None:
+    if recursion not in ("nested", "sum"):
+        raise LowbitError(f"recursion={recursion!r} is not allowed; 'nested' and 'sum' are")
+
+
+def denseshift_exponent(*w_t: Tensor, recursion: Recursion = "nested") -> Tensor:
     """The exponent S_N, float: of the nested recursion the trailing run of open gates, of the sum all open gates.
 
     Nested (as published): S_k = (S_(k-1)+1)·[t_k > 0], S_0 = 0. Sum: S_k = S_(k-1) + [t_k > 0].
     """
+    _check_recursion(recursion)
     exponent = (w_t[0] > 0).to(w_t[0].dtype)
     for t in w_t[1:]:
         exponent = (exponent + 1) * (t > 0) if recursion == "nested" else exponent + (t > 0)
@@ -48,14 +61,14 @@ class _DenseShift(torch.autograd.Function):
     """sgn·2^S forward; backward as if the value were sgn·sqrt(S+1) (or the true power), gates by identity."""
 
     @staticmethod
-    def forward(ctx, surrogate: str, recursion: str, w_sign: Tensor, *w_t: Tensor) -> Tensor:
+    def forward(ctx: Any, surrogate: Surrogate, recursion: Recursion, w_sign: Tensor, *w_t: Tensor) -> Tensor:
         ctx.surrogate, ctx.recursion = surrogate, recursion
         ctx.save_for_backward(w_sign, *w_t)
         return _sign(w_sign) * torch.exp2(denseshift_exponent(*w_t, recursion=recursion))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w_sign, *w_t = ctx.saved_tensors
         gates = [(t > 0).to(grad.dtype) for t in w_t]
         before = [torch.zeros_like(gates[0])]  # S_(k-1) for k = 1 ... N, then S_N
@@ -81,8 +94,8 @@ class _DenseShift(torch.autograd.Function):
 def denseshift(
     w_sign: Tensor,
     *w_t: Tensor,
-    surrogate: Literal["sqrt", "identity"] = "sqrt",
-    recursion: Literal["nested", "sum"] = "nested",
+    surrogate: Surrogate = "sqrt",
+    recursion: Recursion = "nested",
 ) -> Tensor:
     """The DenseShift weight sgn(t_sign)·2^S_N of 2, 4 or 8 latents (2, 3 or 4 bits).
 
@@ -108,8 +121,7 @@ def denseshift(
         raise LowbitError(f"{len(w_t)} gate latents were given; DenseShift has 1, 3 or 7 (2, 3 or 4 bits)")
     if surrogate not in ("sqrt", "identity"):
         raise LowbitError(f"surrogate={surrogate!r} is not allowed; 'sqrt' and 'identity' are")
-    if recursion not in ("nested", "sum"):
-        raise LowbitError(f"recursion={recursion!r} is not allowed; 'nested' and 'sum' are")
+    _check_recursion(recursion)
     refuse_nan("denseshift", w_sign, *w_t)
     return _DenseShift.apply(surrogate, recursion, w_sign, *w_t)
 
@@ -119,7 +131,8 @@ def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Te
 
     The last S gates are open and all before them closed, which is right for both recursions.
     """
-    half, gates = 2 ** (bits - 1), GATES[bits]
+    gates = _gates(bits)
+    half = 2 ** (bits - 1)
     positive = codes >= half
     exponent = torch.where(positive, codes - half, half - 1 - codes)
     sign = torch.where(positive, size, -size)
@@ -146,8 +159,8 @@ class DenseShift(Method):
 
     bits: Literal[2, 3, 4] = 4
     scale: Literal["none", "statistical", "pow2"] = "none"
-    surrogate: Literal["sqrt", "identity"] = "sqrt"
-    recursion: Literal["nested", "sum"] = "nested"
+    surrogate: Surrogate = "sqrt"
+    recursion: Recursion = "nested"
     init: Literal["random", "kaiming", "project"] = "random"
     sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
 

@@ -4,7 +4,7 @@ Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks wi
 arXiv 1606.06160, sections 2.3 and 2.4. Its quantized gradients are not part of this library.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -28,21 +28,21 @@ class _Round(torch.autograd.Function):
     """Straight-through rounding; unlike ``x + (round(x) - x).detach()`` its value is exactly ``round(x)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return torch.round(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
 class _ScaledSign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor) -> Tensor:
+    def forward(ctx: Any, w: Tensor) -> Tensor:
         return torch.where(w >= 0, 1.0, -1.0).to(w.dtype) * dorefa_scale(w, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 

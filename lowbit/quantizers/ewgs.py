@@ -4,7 +4,7 @@ Lee, Kim and Ham, "Network Quantization with Element-wise Gradient Scaling", CVP
 The grid is LSQ's, its step learned as in LSQ: that combination is ours; the paper learns the bounds of an interval.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,13 +21,13 @@ class _ElementWiseScale(torch.autograd.Function):
     """The identity; its gradient is ``g·(1 + δ·sign(g)·error)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, error: Tensor, delta: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, error: Tensor, delta: float) -> Tensor:
         ctx.save_for_backward(error)
         ctx.delta = delta
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (error,) = ctx.saved_tensors
         return grad * (1 + ctx.delta * grad.sign() * error), None, None
 
@@ -88,6 +88,8 @@ class EWGS(Method):
 
 class EWGSWeight(LSQWeight):
     """`ewgs` as a parametrization with one latent, the full-precision weight; all but the gradient is LSQ's."""
+
+    config: EWGS  # type: ignore[assignment]  # of the settings, the inherited methods read `bits` alone
 
     def __init__(self, config: EWGS, weight: Tensor):
         super().__init__(LSQ(bits=config.bits, granularity=config.granularity), weight)

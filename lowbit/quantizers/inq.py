@@ -4,7 +4,7 @@ Zhou et al., "Incremental Network Quantization: Toward Lossless CNNs with Low-Pr
 arXiv 1702.03044: value set equations 1 to 3, rounding equation 4, partition by magnitude section 2.2.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -51,12 +51,12 @@ def _values(codes: Tensor, bits: int, scale: Tensor) -> Tensor:
 
 class _INQ(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, bits: int, n1: Tensor) -> Tensor:
+    def forward(ctx: Any, w: Tensor, bits: int, n1: Tensor) -> Tensor:
         value = _values(_codes(w, bits, n1), bits, torch.exp2(n1.to(w)))
         return torch.where(w.isnan(), w, value)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
@@ -182,5 +182,6 @@ class INQWeight(WeightQuantizer):
             latent.copy_(torch.where(self.held >= 0, self._frozen_values(latent), latent))
 
 
-def _forget_stage(module: nn.Module, _keys) -> None:
+def _forget_stage(module: nn.Module, _keys: object) -> None:
+    assert isinstance(module, INQWeight)
     module._stage = None

@@ -5,7 +5,7 @@ Esser et al., "Learned Step Size Quantization", ICLR 2020, arXiv 1902.08153, equ
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -43,7 +43,7 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float, inclusive: bool = False
+        ctx: Any, x: Tensor, step: Tensor, low: int, high: int, grad_scale: float, inclusive: bool = False
     ) -> Tensor:
         y = torch.div(x, step).round_().clamp_(low, high).mul_(step)
         ctx.save_for_backward(x, y, step)
@@ -52,7 +52,7 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, step = ctx.saved_tensors
         low, high = ctx.range
         if ctx.inclusive:
@@ -83,11 +83,11 @@ class _Round(torch.autograd.Function):
     """Straight-through rounding; unlike ``x + (round(x) - x).detach()`` its value is exactly ``round(x)``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return torch.round(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -101,12 +101,12 @@ def _lsq_composed(x: Tensor, step: Tensor, low: int, high: int, grad_scale: floa
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.scale, None
 
 
@@ -236,8 +236,8 @@ class LSQ(Method):
 class PositiveStep(nn.Module):
     """The step, kept positive at use without cutting its gradient, so that it can come back."""
 
-    step: nn.Parameter
-    smallest_step = SMALLEST_STEP
+    step: Tensor
+    smallest_step: float = SMALLEST_STEP
 
     def positive_step(self) -> Tensor:
         """The step, at least ``smallest_step``."""
@@ -290,6 +290,9 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
         step_dims: the same for the step; None is what ``config.granularity`` says.
     """
 
+    bias_in: nn.Parameter | None
+    bias_out: nn.Parameter | None
+
     def __init__(
         self,
         config: LSQ,
@@ -341,21 +344,28 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
         start = lsq_step(x, shapes.pop("step") or (1,) * x.ndim, self.config.bits, signed)
         start = start.clamp_min(self.config.smallest_step)
         values = {"step": start if self.step.numel() != 1 else start.reshape(self.step.shape)}
-        return int(signed), values | {name: start.new_zeros(shape) for name, shape in shapes.items()}
+        for name, shape in shapes.items():
+            if shape is None:
+                raise LowbitError(
+                    f"LSQ: bias={self.config.bias!r} does not fit an input of shape {list(x.shape)}, which has too few "
+                    "dimensions; give a batch: [batch, channels, places, ...]"
+                )
+            values[name] = start.new_zeros(shape)
+        return int(signed), values
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.ready(x):
             return x
         step, bits, signed, bounds = self.positive_step(), self.config.bits, self.signed, self.config.bounds
         grad_scale = shared_scale(lsq_range(bits, signed)[1], math.prod(x.shape[1:]), step)
-        if not self.config.bias:
+        if self.bias_out is None:
             return lsq(x, step, bits, signed, grad_scale, bounds)
         y = lsq(self._shifted(x), step, bits, signed, grad_scale, bounds)
         return (y + as_float(self.bias_out)).to(x.dtype)
 
     def _shifted(self, x: Tensor) -> Tensor:
         """What is rounded: ``x + bias_in`` in at least float32, or ``x`` itself without biases."""
-        return as_float(x) + as_float(self.bias_in) if self.config.bias else x
+        return x if self.bias_in is None else as_float(x) + as_float(self.bias_in)
 
     @property
     def levels(self) -> Tensor:
@@ -373,8 +383,8 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
         """See `ActivationQuantizer.integer`."""
         self.require_calibrated()
         low, high = lsq_range(self.config.bits, self.signed)
-        biases = [self.bias_in.detach(), self.bias_out.detach()] if self.config.bias else [None, None]
-        return IntegerForm(self.positive_step().detach(), low, high, *biases)
+        before, after = (None if bias is None else bias.detach() for bias in (self.bias_in, self.bias_out))
+        return IntegerForm(self.positive_step().detach(), low, high, before, after)
 
 
 def _kept(shape: tuple[int | None, ...], dims: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -383,5 +393,8 @@ def _kept(shape: tuple[int | None, ...], dims: tuple[int, ...]) -> tuple[int, ..
         return None
     kept = [1] * len(shape) if dims else []
     for dim in dims:
-        kept[dim] = shape[dim]
-    return None if None in kept else tuple(kept)
+        size = shape[dim]
+        if size is None:
+            return None
+        kept[dim] = size
+    return tuple(kept)

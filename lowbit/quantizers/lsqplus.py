@@ -23,7 +23,7 @@ SAMPLE = 2**16
 
 class _LSQPlus(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, low: int, high: int, grad_scale: float) -> Tensor:
         codes = torch.round(((x - offset) / step).clamp(low, high))
         ctx.save_for_backward(x, step, offset)
         ctx.range, ctx.grad_scale = (low, high), grad_scale
@@ -32,7 +32,7 @@ class _LSQPlus(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step, offset = ctx.saved_tensors
         low, high = ctx.range
         position = (x - offset) / step

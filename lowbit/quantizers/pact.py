@@ -3,7 +3,7 @@
 Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", arXiv 1805.06085, equations 1-3.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -31,13 +31,13 @@ def _position(x: Tensor, alpha: Tensor, steps: int) -> Tensor:
 
 class _PACT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, alpha: Tensor, steps: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, steps: int) -> Tensor:
         ctx.save_for_backward(x, alpha)
         return (_position(x, alpha, steps) / steps) * alpha
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, alpha = ctx.saved_tensors
         clipped = x >= alpha
         grad_x = torch.where((x >= 0) & ~clipped, grad, 0)

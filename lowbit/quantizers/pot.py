@@ -5,7 +5,7 @@ arXiv 1909.13144, equation 2, counted so that b bits hold 2^b - 1 values; scale 
 chosen to be those of the simplest straight-through scheme.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,8 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, ne
 
 __all__ = ["PoT", "pot", "pot_codes", "pot_levels", "pot_scale"]
 
+Scale = Literal["mean", "max"]
+
 
 def pot_levels(bits: int) -> Tensor:
     """The value set {0, ±2^-k : k = 0 ... 2^(bits-1)-2}, float32, ascending: {0, ±1} at 2 bits, 7 values at 3."""
@@ -25,8 +27,10 @@ def pot_levels(bits: int) -> Tensor:
     return torch.cat([-positive.flip(0), torch.zeros(1), positive])
 
 
-def pot_scale(w: Tensor, scale: str = "mean") -> Tensor:
+def pot_scale(w: Tensor, scale: Scale = "mean") -> Tensor:
     """Of each row (dim 0): ``2·mean|w|`` ("mean") or ``max|w|`` ("max"), detached, ``[rows, 1, ...]``."""
+    if scale not in ("mean", "max"):
+        raise LowbitError(f"scale={scale!r} is not allowed; 'mean' and 'max' are")
     size = as_float(w.detach()).abs()
     value = 2 * size.mean(per_row(w), keepdim=True) if scale == "mean" else size.amax(per_row(w), keepdim=True)
     return value.clamp_min(torch.finfo(value.dtype).tiny)
@@ -34,16 +38,16 @@ def pot_scale(w: Tensor, scale: str = "mean") -> Tensor:
 
 class _PoT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, bits: int, scale: str) -> Tensor:
+    def forward(ctx: Any, w: Tensor, bits: int, scale: Scale) -> Tensor:
         s, levels = pot_scale(w, scale), pot_levels(bits).to(w.device)
         return s * levels[nearest(w / s, levels).long()]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
-def pot(w: Tensor, bits: int, scale: Literal["mean", "max"] = "mean") -> Tensor:
+def pot(w: Tensor, bits: int, scale: Scale = "mean") -> Tensor:
     """Fake-quantizes ``w`` to the nearest of ``s·{0, ±2^-k}``; the gradient is the identity everywhere.
 
     Args:
@@ -51,13 +55,16 @@ def pot(w: Tensor, bits: int, scale: Literal["mean", "max"] = "mean") -> Tensor:
         bits: 2 to 5.
         scale: what s is, see `pot_scale`.
 
+    Returns:
+        A tensor like ``w``.
+
     Raises:
-        LowbitError: ``bits`` out of range.
+        LowbitError: ``bits`` out of range, or an unknown ``scale``.
     """
     return _PoT.apply(as_float(w), bits, scale).to(w.dtype)  # cast outside, see statsq
 
 
-def pot_codes(w: Tensor, bits: int, scale: Literal["mean", "max"] = "mean") -> Tensor:
+def pot_codes(w: Tensor, bits: int, scale: Scale = "mean") -> Tensor:
     """Indices into `pot_levels`, int16."""
     with torch.no_grad():
         return nearest(as_float(w) / pot_scale(w, scale), pot_levels(bits).to(w.device))
@@ -73,7 +80,7 @@ class PoT(Method):
     """
 
     bits: Annotated[int, Field(ge=2, le=5)] = 4
-    scale: Literal["mean", "max"] = "mean"
+    scale: Scale = "mean"
 
     def weight(self, weight: Tensor) -> WeightQuantizer:
         """See `Method.weight`."""

@@ -6,7 +6,7 @@ the authors' code; 2 and 4 bits continue the same chain.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -25,10 +25,14 @@ SHIFTS = {2: 0, 3: 2, 4: 6}  # bits -> shift latents, 2^(b-1) - 2
 
 def s3_levels(bits: int) -> Tensor:
     """The value set {0, ±2^p : p = 0 ... 2^(bits-1)-2}, float32, ascending: 3, 7 or 15 values at 2, 3 or 4 bits."""
+    positive = 2.0 ** torch.arange(_shifts(bits) + 1, dtype=torch.float32)
+    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+
+
+def _shifts(bits: int) -> int:
     if bits not in SHIFTS:
         raise LowbitError(f"bits={bits!r} is not allowed: S3 takes 2, 3 or 4 bits")
-    positive = 2.0 ** torch.arange(SHIFTS[bits] + 1, dtype=torch.float32)
-    return torch.cat([-positive.flip(0), torch.zeros(1), positive])
+    return SHIFTS[bits]
 
 
 def _runs(w_t: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
@@ -41,13 +45,13 @@ def _runs(w_t: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
 
 class _S3(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
+    def forward(ctx: Any, w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
         ctx.save_for_backward(w_sign, w_sparse, *w_t)
         return torch.where(w_sparse > 0, _sign(w_sign) * torch.exp2(_runs(w_t, w_sign)[0]), 0.0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         w_sign, w_sparse, *w_t = ctx.saved_tensors
         runs = _runs(tuple(w_t), w_sign)
         size, sign, kept = torch.exp2(runs[0]), _sign(w_sign), (w_sparse > 0).to(grad.dtype)
@@ -98,9 +102,10 @@ def s3_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ..
 
     The first S shift gates are open, the others closed; those of a zero are closed, and its sign is positive.
     """
-    index = codes - (SHIFTS[bits] + 1)
+    shifts = _shifts(bits)
+    index = codes - (shifts + 1)
     sign = torch.where(index >= 0, size, -size)
-    return sign, *(torch.where(index.abs() > k, size, -size) for k in range(SHIFTS[bits] + 1))
+    return sign, *(torch.where(index.abs() > k, size, -size) for k in range(shifts + 1))
 
 
 @method("s3")

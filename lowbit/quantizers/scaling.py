@@ -1,6 +1,7 @@
 """What the shift methods share: the size of rows, scales that keep it, and the nearest weight on a grid."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,19 +27,21 @@ def _search(w: Tensor, levels: Tensor) -> Tensor:
     size = rms(w)
     candidates = [torch.ones_like(size), smallest.clamp_min(torch.finfo(w.dtype).tiny)]
     candidates += [size * 2.0 ** (-k / 4) for k in range(-4, 24)]
-    best_codes, best_error = None, None
-    for scale in candidates:
-        codes = nearest(w / scale, levels)
-        error = (levels[codes.long()] * scale - w).square().sum(dim=per_row(w), keepdim=True)
-        if best_codes is None:
-            best_codes, best_error = codes, error
-        else:
-            better = error < best_error
-            best_codes, best_error = torch.where(better, codes, best_codes), torch.where(better, error, best_error)
+    best_codes, best_error = _rounded(w, levels, candidates[0])
+    for scale in candidates[1:]:
+        codes, error = _rounded(w, levels, scale)
+        better = error < best_error
+        best_codes, best_error = torch.where(better, codes, best_codes), torch.where(better, error, best_error)
     return best_codes
 
 
-def row_scale(weight: Tensor, target: Tensor, kind: str) -> Tensor:
+def _rounded(w: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the levels nearest to ``w / scale``, and each row's squared error, ``[rows, 1, ...]``."""
+    codes = nearest(w / scale, levels)
+    return codes, (levels[codes.long()] * scale - w).square().sum(dim=per_row(w), keepdim=True)
+
+
+def row_scale(weight: Tensor, target: Tensor, kind: Literal["statistical", "pow2"]) -> Tensor:
     """What brings each row of ``weight`` to the root mean square ``target``: detached, ``[rows, 1, ...]``, finite.
 
     ``kind`` "pow2" rounds it to a power of two, "statistical" does not. A row of zeros has no say: it gets ``target``.

@@ -4,7 +4,7 @@ Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transforme
 arXiv 2302.02210, section 4.1; details as in the authors' code.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -36,12 +36,12 @@ def _half_steps(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 class _StatsQ(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, w: Tensor, bits: int) -> Tensor:
         scale = statsq_scale(w)
         return scale * ((_half_steps(w, scale, bits) + 0.5) / 2 ** (bits - 1))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -18,8 +18,10 @@ __all__ = ["Ternary", "ternary", "ternary_codes", "ternary_scale", "ttq", "ttq_c
 
 SMALLEST_SCALE = 1e-8
 
+Granularity = Literal["tensor", "channel"]
 
-def _spanned(w: Tensor, granularity: str) -> tuple[int, ...]:
+
+def _spanned(w: Tensor, granularity: Granularity) -> tuple[int, ...]:
     if granularity not in ("tensor", "channel"):
         raise LowbitError(f"granularity={granularity!r} is not allowed; 'tensor' and 'channel' are")
     return per_row(w) if granularity == "channel" else tuple(range(w.ndim))
@@ -30,11 +32,11 @@ def _beyond(w: Tensor, threshold: Tensor) -> Tensor:
     return (1 + (w > threshold).to(torch.int16) - (w < -threshold).to(torch.int16)).to(torch.int16)
 
 
-def _twn_threshold(w: Tensor, granularity: str) -> Tensor:
+def _twn_threshold(w: Tensor, granularity: Granularity) -> Tensor:
     return 0.7 * as_float(w.detach()).abs().mean(_spanned(w, granularity), keepdim=True)
 
 
-def ternary_scale(w: Tensor, granularity: Literal["tensor", "channel"] = "tensor") -> Tensor:
+def ternary_scale(w: Tensor, granularity: Granularity = "tensor") -> Tensor:
     """TWN's scale: the mean of those |w| that exceed 0.7·mean|w|, detached, ``[1, 1, ...]`` or ``[rows, 1, ...]``."""
     dims = _spanned(w, granularity)
     size = as_float(w.detach()).abs()
@@ -45,15 +47,15 @@ def ternary_scale(w: Tensor, granularity: Literal["tensor", "channel"] = "tensor
 
 class _TWN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, granularity: str) -> Tensor:
+    def forward(ctx: Any, w: Tensor, granularity: Granularity) -> Tensor:
         return (ternary_codes(w, granularity) - 1) * ternary_scale(w, granularity)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-def ternary(w: Tensor, granularity: Literal["tensor", "channel"] = "tensor") -> Tensor:
+def ternary(w: Tensor, granularity: Granularity = "tensor") -> Tensor:
     """Fake-quantizes ``w`` with TWN: ``α·sign(w)`` where ``|w| > 0.7·mean|w|``, else 0; the gradient is the identity.
 
     α, the mean of |w| above the threshold, is the least-squares best for it; no gradient flows through either.
@@ -71,7 +73,7 @@ def ternary(w: Tensor, granularity: Literal["tensor", "channel"] = "tensor") -> 
     return _TWN.apply(as_float(w), granularity).to(w.dtype)  # cast outside, see statsq
 
 
-def ternary_codes(w: Tensor, granularity: Literal["tensor", "channel"] = "tensor") -> Tensor:
+def ternary_codes(w: Tensor, granularity: Granularity = "tensor") -> Tensor:
     """Indices into the levels (-1, 0, 1) of `ternary`, int16."""
     with torch.no_grad():
         return _beyond(as_float(w), _twn_threshold(w, granularity))
@@ -85,14 +87,14 @@ def ttq_levels(w_p: Tensor, w_n: Tensor) -> Tensor:
 
 class _TTQ(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, w_p: Tensor, w_n: Tensor, threshold: float) -> Tensor:
+    def forward(ctx: Any, w: Tensor, w_p: Tensor, w_n: Tensor, threshold: float) -> Tensor:
         codes = ttq_codes(w, threshold)
         ctx.save_for_backward(codes, w_p, w_n)
         return ttq_levels(w_p, w_n)[codes.long()] * w_p
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, w_p, w_n = ctx.saved_tensors
         positive, negative = codes == 2, codes == 0
         grad_w = torch.where(positive, w_p * grad, torch.where(negative, w_n * grad, grad))
@@ -140,7 +142,7 @@ class Ternary(Method):
 
     bits: Literal[2] = 2
     variant: Literal["twn", "ttq"] = "twn"
-    granularity: Literal["tensor", "channel"] = "tensor"
+    granularity: Granularity = "tensor"
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
     init: Literal["one", "mean"] = "one"
 
@@ -182,6 +184,9 @@ class TTQWeight(WeightQuantizer):
     There being one `scale`, the positive one, `levels` depends on the parameters: (-w_n/w_p, 0, 1).
     """
 
+    w_p: nn.Parameter
+    w_n: nn.Parameter
+
     def __init__(self, config: Ternary, weight: Tensor):
         super().__init__()
         self.config = config
@@ -194,8 +199,8 @@ class TTQWeight(WeightQuantizer):
 
     def positive_scales(self) -> tuple[Tensor, Tensor]:
         """w_p and w_n, kept positive at use without cutting their gradients, so that they can come back."""
-        scales = as_float(self.w_p), as_float(self.w_n)
-        return tuple(s.clamp_min(SMALLEST_SCALE).detach() + (s - s.detach()) for s in scales)
+        p, n = as_float(self.w_p), as_float(self.w_n)
+        return _positive(p), _positive(n)
 
     def forward(self, latent: Tensor) -> Tensor:
         return ttq(latent, *self.positive_scales(), self.config.threshold)
@@ -209,3 +214,7 @@ class TTQWeight(WeightQuantizer):
 
     def scale(self, latent: Tensor) -> Tensor:
         return self.positive_scales()[0].detach().reshape((1,) * latent.ndim)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return scale.clamp_min(SMALLEST_SCALE).detach() + (scale - scale.detach())  # the bracket is exactly zero

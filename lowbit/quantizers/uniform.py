@@ -5,7 +5,7 @@ option, so that a factorial can tell what an effect comes from. Two corners are 
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -52,7 +52,7 @@ def _rounded(w: Tensor, step: Tensor, bits: int, grid: Grid) -> Tensor:
 
 class _Uniform(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, w: Tensor, step: Tensor, bits: int, grid: Grid, masked: bool, grad_scale: float) -> Tensor:
+    def forward(ctx: Any, w: Tensor, step: Tensor, bits: int, grid: Grid, masked: bool, grad_scale: float) -> Tensor:
         level = _rounded(w, step, bits, grid) + (0.5 if grid == "mid-rise" else 0.0)
         ctx.save_for_backward(w, step, level)
         n = 2 ** (bits - 1)
@@ -60,7 +60,7 @@ class _Uniform(torch.autograd.Function):
         return step * level
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w, step, level = ctx.saved_tensors
         scaled = w / step
         inside = (scaled > ctx.bounds[0]) & (scaled < ctx.bounds[1])

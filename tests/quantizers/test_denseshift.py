@@ -190,6 +190,14 @@ def test_an_unknown_surrogate_is_refused():
 def test_an_unknown_recursion_is_refused():
     with pytest.raises(LowbitError, match="recursion"):
         denseshift(torch.ones(1), torch.ones(1), recursion="max")
+    with pytest.raises(LowbitError, match="recursion='max'.*'nested' and 'sum'"):
+        denseshift_exponent(torch.ones(1), torch.ones(1), torch.ones(1), recursion="max")
+
+
+@pytest.mark.parametrize("call", [denseshift_levels, lambda bits: denseshift_latents(torch.ones(1), bits)])
+def test_wrong_bits_are_refused(call):
+    with pytest.raises(LowbitError, match="bits=5"):
+        call(5)
 
 
 @pytest.mark.parametrize("place", range(4))

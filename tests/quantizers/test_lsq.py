@@ -414,6 +414,14 @@ def test_biases_for_each_place_are_for_images():
     assert sound.bias_in.shape == (1, 1, 7)
 
 
+@pytest.mark.parametrize(("bias", "shape"), [("place", (3, 7)), ("place", (7,)), (True, (7,))])
+def test_an_input_with_too_few_dimensions_for_its_biases_is_refused(bias, shape):
+    quantizer = LSQ(bias=bias).activation(1)
+    with pytest.raises(LowbitError, match=f"bias={bias!r} does not fit an input of shape .{shape[0]}.*give a batch"):
+        quantizer(torch.ones(shape))
+    assert not quantizer.calibrated and quantizer.bias_in.numel() == 0
+
+
 def test_newer_options_at_their_defaults_do_not_change_what_checkpoints_say():
     assert repr(LSQ(bits=2)) == "LSQ(bits=2, granularity='tensor', signed=None, learn_step=True, bias=False)"
     assert "bounds='inside'" in repr(LSQ(bounds="inside")) and "smallest_step=1e-05" in repr(LSQ(smallest_step=1e-5))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.functional import pot, pot_codes, pot_levels
+from lowbit.functional import pot, pot_codes, pot_levels, pot_scale
 
 
 def test_levels_by_hand():
@@ -32,3 +32,9 @@ def test_max_scale_by_hand():
 def test_wrong_bits_are_refused(bits):
     with pytest.raises(LowbitError, match="bits="):
         pot(torch.ones(1, 1), bits)
+
+
+@pytest.mark.parametrize("call", [pot_scale, lambda w, scale: pot(w, 3, scale), lambda w, scale: pot_codes(w, 3, scale)])
+def test_an_unknown_scale_is_refused(call):
+    with pytest.raises(LowbitError, match="scale='median'.*'mean' and 'max'"):
+        call(torch.ones(1, 1), scale="median")

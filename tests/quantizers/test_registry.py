@@ -40,6 +40,12 @@ def test_unknown_name_is_refused_with_the_known_ones():
         quantizers.get("lqs")
 
 
+@pytest.mark.parametrize("call", [quantizers.names, quantizers.LSQ.quantizes, quantizers.StatsQ().quantizes])
+def test_an_unknown_kind_is_refused(call):
+    with pytest.raises(LowbitError, match="kind='weights'.*'weight' and 'activation'"):
+        call("weights")
+
+
 def test_two_methods_of_one_name_are_refused():
     with pytest.raises(LowbitError, match="two"):
         method("lsq")(type("Other", (quantizers.Method,), {"__module__": "other"}))

@@ -205,7 +205,7 @@ def test_a_wrong_number_of_latents_is_refused(count):
         s3(torch.ones(1), torch.ones(1), *(torch.ones(1) for _ in range(count)))
 
 
-@pytest.mark.parametrize("make", [lambda: S3(bits=5), lambda: s3_levels(5)])
+@pytest.mark.parametrize("make", [lambda: S3(bits=5), lambda: s3_levels(5), lambda: s3_latents(torch.ones(1), 5)])
 def test_wrong_bits_are_refused(make):
     with pytest.raises(LowbitError, match="bits=5"):
         make()
