@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
+from lowbit.metrics.layers import parametrization_of, weight_of
 from lowbit.nn.attention import low_bit_attentions
 from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
@@ -111,7 +112,7 @@ def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"
         raise LowbitError(f"optimizer={optimizer!r} is not allowed; {', '.join(map(repr, STATES))} are")
     states = STATES[optimizer]
 
-    def row(name: str, latents: int, parameters: list[nn.Parameter], original: list[nn.Parameter]) -> dict[str, Any]:
+    def row(name: str, latents: int, parameters: Sequence[Tensor], original: Sequence[Tensor]) -> dict[str, Any]:
         held, trained, full, full_trained = (
             sum(p.nbytes for p in some if p.requires_grad or not only_trained)
             for some in (parameters, original)
@@ -128,10 +129,11 @@ def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"
             "full_precision_bytes": full + (1 + states) * full_trained,
         }
 
-    rows, seen = [], set()
+    rows: list[dict[str, Any]] = []
+    seen: set[int] = set()
     for found in _layers(model):
         quantized = found.weight is not None
-        parameters = list(found.layer.parametrizations.weight.parameters()) if quantized else [found.layer.weight]
+        parameters = list(parametrization_of(found.layer).parameters()) if quantized else list(found.latents)
         seen |= {id(p) for p in parameters}
         rows.append(row(found.name, len(found.latents), parameters, [found.latents[0]]))
     steps = {id(p) for found in quantized_layers(model) if found.activation for p in found.activation.parameters()}
@@ -157,7 +159,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     # A copy, since a first forward pass calibrates activation quantizers and changes running statistics.
     own = copy.deepcopy(model).eval()
     x = torch.zeros(1, *input_shape, device=getattr(next(own.parameters(), None), "device", None))
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     # Attention as plain matrix products, and with gradients, which keeps torch.nn.MultiheadAttention off its fast path:
     # the counter does not know the fused forms.
     with counter, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
@@ -177,7 +179,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
         if isinstance(layer.weight, QueryKeyProduct):
             parts = layer.name.split(".")
             for name in (".".join(parts[:i]) for i in range(len(parts) + 1)):
-                macs[name] -= layer.latents[0].numel() * layer.layer.in_features
+                macs[name] -= layer.latents[0].numel() * layer.latents[0].shape[1]
     return macs
 
 
@@ -188,7 +190,7 @@ def _integer(model: nn.Module) -> list[str]:
 
 
 def _layer_row(found: QuantizedLayer, macs: int) -> dict[str, Any]:
-    weight, quantizer = found.layer.weight.detach(), found.weight
+    weight, quantizer = weight_of(found.layer).detach(), found.weight
     row: dict[str, Any] = {
         "layer": found.name,
         "kind": parametrize.type_before_parametrizations(found.layer).__name__,

@@ -21,6 +21,8 @@ from lowbit.metrics.oscillation import OscillationTracker
 if TYPE_CHECKING:
     import pandas
 
+Since = Literal["mark", "start"]
+
 KINDS = ("", "sign_", "size_")  # prefixes of the columns: the whole value, its sign, its size
 BITS = (1, 2, 4)  # their bits in the masks of changed weights
 FULL = 255  # looks that a uint8 can count
@@ -64,7 +66,7 @@ class FreezingTracker(OscillationTracker):
         self._changed[0], self._flips[0], self._looks[0] = 0, 0, 0
         self._mark_due = False
 
-    def summary(self, total: bool = False, since: Literal["mark", "start"] = "mark") -> "pandas.DataFrame":
+    def summary(self, total: bool = False, since: Since = "mark") -> "pandas.DataFrame":
         """One row a layer.
 
         Columns: layer, weights; flip_rate, sign_flip_rate, size_flip_rate (means over the looks since then, NaN if
@@ -74,11 +76,9 @@ class FreezingTracker(OscillationTracker):
             total: adds a row "(all)" over all weights of all layers.
             since: the last `mark` (in `lowbit.train` the epoch's beginning), or the start (the last `reset`).
         """
-        if since not in ("mark", "start"):
-            raise LowbitError(f"since={since!r} is not allowed; 'mark' and 'start' are")
         return self._frame(self._rates(since) | self._frozen(since) | self._sums(), total)
 
-    def changed(self, layer: str, since: Literal["mark", "start"] = "mark") -> Tensor:
+    def changed(self, layer: str, since: Since = "mark") -> Tensor:
         """Which weights of ``layer`` changed their value since then: bool, of the weight's shape, on the CPU."""
         return self._of(layer, self._masks(since) & 1 > 0)
 
@@ -139,20 +139,27 @@ class FreezingTracker(OscillationTracker):
         super()._move(device)
         self._counts, self._changed = self._counts.to(device), self._changed.to(device)
 
-    def _masks(self, since: str) -> Tensor:
+    def _masks(self, since: Since) -> Tensor:
+        _check_since(since)
         self._collect()
         return self._changed[0] if since == "mark" else self._changed[0] | self._changed[1]
 
-    def _frozen(self, since: str) -> dict[str, Tensor]:
+    def _frozen(self, since: Since) -> dict[str, Tensor]:
         masks = self._masks(since)
         return {
             f"{kind}frozen": self.codes.sums(masks & bit == 0).double() for kind, bit in zip(KINDS, BITS, strict=True)
         }
 
-    def _rates(self, since: str) -> dict[str, Tensor]:
+    def _rates(self, since: Since) -> dict[str, Tensor]:
+        _check_since(since)
         self._collect()
         flips, looks = (self._flips[0], self._looks[0]) if since == "mark" else (self._flips.sum(0), sum(self._looks))
         return {f"{kind}flip_rate": flips[i].double() / looks for i, kind in enumerate(KINDS)}
+
+
+def _check_since(since: Since) -> None:
+    if since not in ("mark", "start"):
+        raise LowbitError(f"since={since!r} is not allowed; 'mark' and 'start' are")
 
 
 class FrozenFrom:
@@ -181,7 +188,7 @@ class FrozenFrom:
                 codes.clone(),
                 torch.zeros(2, len(codes), dtype=torch.bool, device=codes.device),
             )
-        elif self._start is not None:
+        elif self._start is not None and self._changed is not None:
             self._changed[0] |= codes != self._start
             self._changed[1] |= codes.sign() != self._start.sign()
 

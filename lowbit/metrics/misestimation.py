@@ -4,7 +4,7 @@ Liu, Liu and Cheng (OFQ, arXiv 2302.02210) argue that queries and keys misestima
 key weights contains the rounded query weights, and the other way round. The measure is ours.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
+from lowbit.metrics.layers import parametrization_of
 from lowbit.nn.attention import LowBitAttention, low_bit_attentions
+from lowbit.nn.query_key import QueryKeyProduct
 
 
 def query_key_misestimation(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -46,16 +48,19 @@ def query_key_misestimation(model: nn.Module, batches: Iterable[tuple[Tensor, Te
 
 def _latents(attention: LowBitAttention) -> list[Tensor]:
     """The query and key weights: as one stacked latent (values included), or as the two factors of a product."""
-    layer = attention.qk if hasattr(attention, "qk") else attention.qkv
+    reparameterized = hasattr(attention, "qk")
+    layer = attention.get_submodule("qk" if reparameterized else "qkv")
     if not parametrize.is_parametrized(layer, "weight"):
         raise LowbitError("the query and key weights are not quantized; give quantize_ a weight method")
-    held = layer.parametrizations.weight
-    if not (hasattr(attention, "qk") or hasattr(held, "original")):
+    held = parametrization_of(layer)
+    if not (reparameterized or hasattr(held, "original")):
         raise LowbitError(f"{held[0].config!r} has several latents a weight; this measure is for methods with one")
-    return [held.original0, held.original1] if hasattr(attention, "qk") else [held.original]
+    return [held.get_parameter(f"original{i}") for i in range(2)] if reparameterized else [held.original]
 
 
-def _gradients(model: nn.Module, attentions: list[LowBitAttention], batches: list) -> list[Tensor]:
+def _gradients(
+    model: nn.Module, attentions: Sequence[LowBitAttention], batches: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor]:
     """For each attention one vector: the gradients of query and key weights."""
     latents = [_latents(attention) for attention in attentions]
     flat = [latent for group in latents for latent in group]
@@ -79,14 +84,15 @@ def _gradients(model: nn.Module, attentions: list[LowBitAttention], batches: lis
 def _unrounded(attention: LowBitAttention) -> Iterator[None]:
     """While it lasts, query and key weights (or their product) are not rounded; values are."""
     if hasattr(attention, "qk"):
-        product = attention.qk.parametrizations.weight[0]
+        product = parametrization_of(attention.get_submodule("qk"))[0]
+        assert isinstance(product, QueryKeyProduct)
         held, product.quantizer = product.quantizer, None
         try:
             yield
         finally:
             product.quantizer = held
         return
-    quantizer = attention.qkv.parametrizations.weight[0]
+    quantizer = parametrization_of(attention.get_submodule("qkv"))[0]
     forward = quantizer.forward
 
     def values_only(latent: Tensor) -> Tensor:

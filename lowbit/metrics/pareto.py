@@ -39,4 +39,5 @@ def pareto_front(cost: ArrayLike, quality: ArrayLike) -> NDArray[np.bool_]:
     # [i, j]: how j compares with i. Some dozens of points, so n² comparisons that can be read as the definition.
     no_dearer, no_worse = costs <= costs[:, None], qualities >= qualities[:, None]
     better = (costs < costs[:, None]) | (qualities > qualities[:, None])
-    return ~(no_dearer & no_worse & better).any(axis=1)
+    dominated: NDArray[np.bool_] = np.any(no_dearer & no_worse & better, axis=1)
+    return ~dominated

@@ -5,9 +5,9 @@ their scatter as about normal.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 LEAST_SEEDS = 5
 """Fewer seeds never decide a claim."""
 
-EXPECTED = ("positive", "negative", "not worse", "equal")
+Expected = Literal["positive", "negative", "not worse", "equal"]
+EXPECTED: tuple[Expected, ...] = ("positive", "negative", "not worse", "equal")
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -91,7 +92,17 @@ class Effect:
         return f"{mean}{unit} ({100 * self.confidence:g} % interval {low} ... {high}, {self.n} {self.of})"
 
 
-Scores = Sequence[float] | Mapping[Any, float]
+@runtime_checkable
+class Keyed(Protocol):
+    """Numbers by seed: a mapping, or a pandas Series."""
+
+    def keys(self) -> Iterable[Any]:
+        """The seeds."""
+
+    def __getitem__(self, seed: Any, /) -> float: ...
+
+
+Scores = Sequence[float] | Keyed
 
 
 def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str = "", of: str = "seeds") -> Effect:
@@ -109,13 +120,13 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str 
     Raises:
         LowbitError: different seeds, no seed, or a number that is not finite.
     """
-    if hasattr(a, "keys") != hasattr(b, "keys"):
-        raise LowbitError("a and b are not alike: give two sequences, or two mappings from seed to number")
-    if hasattr(a, "keys"):
+    if isinstance(a, Keyed) and isinstance(b, Keyed):
         seeds = list(a.keys())
         if len(set(seeds)) != len(seeds) or sorted(map(str, seeds)) != sorted(map(str, b.keys())):
             raise LowbitError(f"a has the seeds {seeds}, b {list(b.keys())}: a pair needs the same seeds, each once")
         a, b = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+    elif isinstance(a, Keyed) or isinstance(b, Keyed):
+        raise LowbitError("a and b are not alike: give two sequences, or two mappings from seed to number")
     if len(a) != len(b):
         raise LowbitError(f"a has {len(a)} values, b has {len(b)}: a pair needs one of each for every seed")
     differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
@@ -123,7 +134,7 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str 
 
 
 def verdict(
-    effect: Effect, expected: Literal["positive", "negative", "not worse", "equal"], margin: float = 0.0
+    effect: Effect, expected: Expected, margin: float = 0.0
 ) -> Literal["reproduced", "not reproduced", "inconclusive"]:
     """What the whole interval of ``effect`` says about a claim; fewer than 5 seeds say nothing.
 
@@ -147,8 +158,7 @@ def verdict(
     Raises:
         LowbitError: an unknown kind or a margin that makes no sense.
     """
-    if expected not in EXPECTED:
-        raise LowbitError(f"expected={expected!r} is not allowed; {', '.join(map(repr, EXPECTED))} are")
+    _check_expected(expected)
     if not (math.isfinite(margin) and margin >= 0) or (expected == "equal" and margin == 0):
         least = "above 0 (measured values never agree exactly)" if expected == "equal" else "from 0"
         raise LowbitError(f"margin={margin!r} is not allowed for expected={expected!r}; numbers {least} are")
@@ -162,6 +172,11 @@ def verdict(
         "equal": (-margin <= low and high <= margin, low > margin or high < -margin),
     }[expected]
     return "reproduced" if holds else "not reproduced" if fails else "inconclusive"
+
+
+def _check_expected(expected: Expected) -> None:
+    if expected not in EXPECTED:
+        raise LowbitError(f"expected={expected!r} is not allowed; {', '.join(map(repr, EXPECTED))} are")
 
 
 def standard_error(effect: Effect) -> float:
@@ -194,7 +209,7 @@ def detectable(effect: Effect, power: float = 0.8, error: float = 0.05) -> float
     return float(quantiles.sum()) * standard_error(effect)
 
 
-def p_against(effect: Effect, expected: str, margin: float = 0.0) -> float:
+def p_against(effect: Effect, expected: Expected, margin: float = 0.0) -> float:
     """The p-value against a claim: the smallest error at which the interval speaks against it, as in `verdict`.
 
     With at least 5 seeds, `verdict` says "not reproduced" just if it is at most 1 - ``effect.confidence``.
@@ -206,7 +221,11 @@ def p_against(effect: Effect, expected: str, margin: float = 0.0) -> float:
 
     Returns:
         A number from 0 to 1; 1 where the mean itself lies on the claim's side.
+
+    Raises:
+        LowbitError: an unknown kind of claim.
     """
+    _check_expected(expected)
     with extra("train", "a test over seeds"):
         from scipy import stats
 

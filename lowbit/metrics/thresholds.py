@@ -78,7 +78,7 @@ def _even(model: nn.Module, bits: int | None) -> Iterator[TrackedLayer]:
     found = False
     for layer in tracked_layers(model, None):
         gaps = layer.levels.diff()
-        wanted = bits is None or getattr(layer.found.weight.config, "bits", None) == bits
+        wanted = bits is None or getattr(layer.quantizer.config, "bits", None) == bits
         if wanted and len(layer.latents) == 1 and torch.allclose(gaps, gaps[:1].expand_as(gaps)):
             found = True
             yield layer
@@ -92,5 +92,5 @@ def _even(model: nn.Module, bits: int | None) -> Iterator[TrackedLayer]:
 
 def _spacing(layer: TrackedLayer) -> Tensor:
     """Distance between thresholds in units of the latent, broadcastable to the weight."""
-    scale = layer.found.weight.scale(*layer.found.latents).detach().float()
+    scale = layer.quantizer.scale(*layer.found.latents).detach().float()
     return scale * float(layer.levels[1] - layer.levels[0])

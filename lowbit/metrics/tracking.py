@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
+from lowbit.metrics.layers import weight_of
 from lowbit.nn.config import QuantConfig
 from lowbit.nn.convert import QuantizedLayer, _plan, quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
-from lowbit.quantizers import Method
+from lowbit.quantizers import Method, WeightQuantizer
 from lowbit.quantizers.base import as_float, nearest
 
 if TYPE_CHECKING:
@@ -47,13 +48,16 @@ class TrackedLayer:
 
     def __init__(self, found: QuantizedLayer, grid: Method | None):
         self.name, self.found = found.name, found
-        self.shape, self.weights = found.layer.weight.shape, found.layer.weight.numel()
+        weight = weight_of(found.layer)
+        self.shape, self.weights = weight.shape, weight.numel()
         self.fixed_scale: Tensor | None = None
         if found.weight is not None:
             self.levels = found.weight.levels.cpu()
             return
+        if grid is None:
+            raise LowbitError(f"layer {self.name!r} is in full precision; give the grid through which to see it")
         with torch.no_grad():
-            weight = as_float(found.layer.weight)
+            weight = as_float(weight)
             quantizer = grid.weight(weight)
             latents = quantizer.right_inverse(weight)
             self.fixed_scale = quantizer.scale(*(latents if isinstance(latents, tuple) else (latents,))).clone()
@@ -65,6 +69,17 @@ class TrackedLayer:
                 f"{self.name!r} is nearest to a level of size {sizes.max():g}; take a method with a scale, e.g. "
                 "PoT() or DenseShift(scale='statistical')"
             )
+
+    @property
+    def quantizer(self) -> WeightQuantizer:
+        """The quantizer of the layer's weight.
+
+        Raises:
+            LowbitError: the layer is in full precision, seen through a grid.
+        """
+        if self.found.weight is None:
+            raise LowbitError(f"layer {self.name!r} is in full precision: it has no weight quantizer")
+        return self.found.weight
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
@@ -85,7 +100,7 @@ class TrackedLayer:
         """Scale times level, float, of the weight's shape: the weight itself for a quantized layer."""
         codes, levels, scale = self.codes().long(), self.levels, self.fixed_scale
         if scale is None:
-            levels, scale = self.found.weight.levels, self.found.weight.scale(*self.found.latents)
+            levels, scale = self.quantizer.levels, self.quantizer.scale(*self.found.latents)
         return levels.to(codes.device)[codes] * scale
 
 

@@ -319,6 +319,8 @@ def test_a_state_of_another_model_or_setting_is_refused():
         FreezingTracker(twin(), grid=PoT()).load_state_dict(state)
     with pytest.raises(LowbitError, match="since='epoch'"):
         FreezingTracker(make_model(StatsQ())).summary(since="epoch")
+    with pytest.raises(LowbitError, match="since='epoch'"):
+        FreezingTracker(make_model(StatsQ())).changed("1", since="epoch")
 
 
 def test_learnt_levels_are_ranked_as_they_were_at_the_start():

@@ -226,6 +226,7 @@ def test_summary_of_groups():
         (lambda: Effect(0, math.nan, math.nan, 5), "nan"),
         (lambda: Effect(2, 0, 1, 5), "no effect"),
         (lambda: verdict(Effect(0, -1, 1, 5), "better"), "expected='better'.*'positive'"),
+        (lambda: p_against(Effect(0, -1, 1, 5), "better"), "expected='better'.*'positive'"),
         (lambda: verdict(Effect(0, -1, 1, 5), "equal"), "margin=0.0.*above 0"),
         (lambda: verdict(Effect(0, -1, 1, 5), "positive", -1), "margin=-1"),
         (lambda: verdict(Effect(0, -1, 1, 5), "positive", math.nan), "margin=nan"),
