@@ -18,7 +18,7 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method, ne
 
 __all__ = ["APoT", "apot", "apot_codes", "apot_levels"]
 
-# bits -> for each summand the exponents k of the powers 2^-k that it may be, besides 0
+# bits -> for each summand, the exponents k of its values 2^-k, besides 0
 SUMMANDS = {2: ((1,),), 3: ((1, 2, 3),), 4: ((1, 2, 4), (3,)), 5: ((1, 3, 5), (2, 4, 6))}
 SMALLEST_STD = 1e-5
 SMALLEST_ALPHA = 1e-8
@@ -63,18 +63,18 @@ class _APoT(torch.autograd.Function):
 
 
 def apot(w: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Fake-quantizes ``w`` to ``α`` times the level nearest to ``clip((w - mean)/(α·std), -1, 1)``.
+    """Fake-quantize ``w`` to ``α`` times the level nearest to ``clip((w - mean)/(α·std), -1, 1)``.
 
-    Mean and (unbiased) standard deviation are those of the whole layer; the mean is not added back and the deviation
-    not multiplied back, so the result has a deviation of about 1 whatever that of ``w``: a normalization is expected
-    to follow. The gradient to the normalized weight is the identity everywhere, also where it is clipped, and so
-    that to ``w`` is ``G/std``. That to ``α`` is the sum of ``G·sign(x)`` where x, the normalized weight over α, lies
-    outside ±1, and of ``G·(level - x)`` inside.
+    Mean and (unbiased) standard deviation are those of the whole layer. They are not restored afterwards, so the
+    result has a deviation of about 1, independent of that of ``w``, and a normalization should follow. The gradient to
+    the normalized weight is the identity everywhere, also where it is clipped, so the gradient to ``w`` is ``G/std``.
+    With x the normalized weight divided by α, the gradient to ``α`` is the sum of ``G·sign(x)`` outside ±1 and of
+    ``G·(level - x)`` inside.
 
-    The authors' code exists in two forms. This is the CIFAR-10 one; the ImageNet one also differentiates mean and
-    deviation, and stops the gradient of clipped weights. The paper adds a small ε to the deviation and the code does
-    not; here the deviation counts as at least 1e-5. At 2 bits the CIFAR-10 code has no value set; {0, ±1} is that of
-    the ImageNet one.
+    The authors' code exists in two forms. This is the form for CIFAR-10; the form for ImageNet also differentiates mean
+    and deviation, and stops the gradient of clipped weights. The paper adds a small ε to the deviation, the code does
+    not; here the deviation is at least 1e-5. The CIFAR-10 form has no value set for 2 bits; {0, ±1} is that of the
+    ImageNet form.
 
     Args:
         w: float, any shape.
@@ -122,7 +122,7 @@ class APoTWeight(WeightQuantizer):
         self.alpha = nn.Parameter(torch.tensor(config.alpha, dtype=weight.dtype, device=weight.device))
 
     def positive_alpha(self) -> Tensor:
-        """The threshold, kept positive at use without cutting its gradient, so that it can come back."""
+        """The threshold, clamped to be positive; its gradient still flows, so training can raise it again."""
         alpha = self.alpha
         return alpha.clamp_min(SMALLEST_ALPHA).detach() + (alpha - alpha.detach())  # the bracket is exactly zero
 

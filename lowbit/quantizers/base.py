@@ -1,6 +1,6 @@
-"""What every quantizer offers, and the registry that finds them.
+"""The interface of all quantizers, and the registry of methods.
 
-A method is one file here. It holds the maths as a pure function, a frozen dataclass with the method's
+A method is one file in this package. It holds the maths as a pure function, a frozen dataclass with the method's
 settings (decorated with `method`, which also registers it), and a thin module on top. Importing this
 package imports every file in it, so a new file is all that a new method needs.
 """
@@ -33,7 +33,7 @@ class Method:
         raise LowbitError(f"{self!r} does not quantize weights; {_choices('weight')} do")
 
     def activation(self, channel_dim: int = -1) -> "ActivationQuantizer":
-        """The quantizer for a layer's input, whose channels lie in ``channel_dim``: -1 for linear layers, else 1."""
+        """The quantizer for a layer's input; ``channel_dim`` holds its channels: -1 for linear layers, else 1."""
         raise LowbitError(f"{self!r} does not quantize activations; {_choices('activation')} do")
 
     @classmethod
@@ -56,11 +56,11 @@ def _own_latents(method: Callable[..., R]) -> Callable[..., R]:
 class WeightQuantizer(nn.Module):
     """A parametrization: latent tensor(s) in, fake-quantized weight out.
 
-    Whatever the method, ``forward(*latents) == scale(*latents) * levels[codes(*latents)]`` holds exactly.
+    For every method, ``forward(*latents) == scale(*latents) * levels[codes(*latents)]`` holds exactly.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Every method's `right_inverse` refuses a weight that is not finite."""
+        """Make the `right_inverse` of every method refuse a weight that is not finite."""
         super().__init_subclass__(**kwargs)
         if "right_inverse" in cls.__dict__:
             cls.right_inverse = _finite_only(cls.right_inverse)  # type: ignore[method-assign]  # wrapped on purpose
@@ -82,35 +82,35 @@ class WeightQuantizer(nn.Module):
 
     @_own_latents
     def scale(self, *latents: Tensor) -> Tensor:
-        """What multiplies `levels`: float, broadcastable to the weight, detached."""
+        """The factor of `levels`: float, broadcastable to the weight, detached."""
         raise NotImplementedError
 
     @property
     def has_scale(self) -> bool:
-        """Whether `scale` can be anything but 1, so that it has to be kept; no matter what it is just now."""
+        """Whether `scale` can differ from 1, so that it must be stored; its current value does not matter."""
         return getattr(getattr(self, "config", None), "scale", None) != "none"
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Latents for which `forward` gives (the quantized form of) ``weight``; lets one assign ``layer.weight``."""
+        """Latents for which `forward` returns ``weight``, quantized; makes ``layer.weight`` assignable."""
         refuse_nonfinite("the weight", weight)
         return weight
 
     @_own_latents
     def initialize_(self, *latents: Tensor) -> None:
-        """Overwrites the latents in place where the method starts from its own random draw; else does nothing."""
+        """Overwrite the latents in place if the method starts from a random draw of its own; else do nothing."""
 
     @_own_latents
     def penalty(self, *latents: Tensor) -> Tensor:
-        """A differentiable scalar that `lowbit.train` adds to the loss, for methods that override this."""
+        """A differentiable scalar that `lowbit.train` adds to the loss if the method overrides this."""
         raise NotImplementedError
 
     @_own_latents
     def before_step_(self, progress: float, *latents: Tensor) -> None:
-        """Called by `lowbit.train` before each step's forward pass, for methods that override this.
+        """Prepare the latents for a step; `lowbit.train` calls this before each forward pass if overridden.
 
         Args:
-            progress: share of the training's steps that is done, 0 <= progress < 1.
-            latents: may be changed in place, without gradient.
+            progress: fraction of the training steps done so far, 0 <= progress < 1.
+            latents: the latent tensors, which may be changed in place, without gradient.
         """
         raise NotImplementedError
 
@@ -119,13 +119,13 @@ class WeightQuantizer(nn.Module):
 class IntegerForm:
     """An activation quantizer as integers: ``q = clip(round((x + before)/scale), low, high)``.
 
-    What the quantizer puts out is ``scale·q + after``.
+    The output of the quantizer is ``scale·q + after``.
 
     Attributes:
-        scale: float32, detached; broadcasts against the input ``[N, ...]``, its first dimension, if it has as many,
-            being 1.
+        scale: float32, detached, broadcastable against the input ``[N, ...]``; if it has as many dimensions, the first
+            is 1.
         low, high: the range of q.
-        before, after: float32, broadcast against the input; None is without.
+        before, after: shifts, float32, broadcastable against the input; None for no shift.
     """
 
     scale: Tensor
@@ -136,7 +136,7 @@ class IntegerForm:
 
 
 class ActivationQuantizer(nn.Module):
-    """A module that stands in front of a layer: float in, fake-quantized float of the same shape and dtype out."""
+    """A module in front of a layer: float in, fake-quantized float of the same shape and dtype out."""
 
     @property
     def levels(self) -> Tensor:
@@ -153,15 +153,15 @@ class ActivationQuantizer(nn.Module):
         return True
 
     def expect_(self, shape: tuple[int | None, ...]) -> None:
-        """Told by `quantize_`, before the first batch, what is known of the input's shape.
+        """Prepare for inputs of this shape; `quantize_` calls this before the first batch.
 
         Args:
-            shape: the last dimensions of the input, None for sizes that are unknown: ``(C,)`` for a linear layer and
+            shape: sizes of the last dimensions of the input, None where unknown: ``(C,)`` for a linear layer and
                 ``(None, C, None, None)`` for a convolution of images.
         """
 
     def integer(self) -> IntegerForm | None:
-        """The same quantizer for kernels that calculate with integers; None where there is no such form."""
+        """This quantizer in the form that integer kernels use; None if it has no such form."""
         return None
 
 
@@ -172,23 +172,23 @@ UNCALIBRATED = "this activation quantizer has seen no batch yet, so it has no st
 class CalibratedQuantizer(ActivationQuantizer):
     """An activation quantizer whose parameters get their starting values from the first batch.
 
-    Until then they are infinite, in their final shape wherever it is known, and else empty (``[0]``). So what copies
-    parameters (DistributedDataParallel, averaged copies of a model) also copies whether they have values. The parameter
-    objects stay the same, so an optimizer built earlier keeps them. An empty batch says nothing and is handed on as it
-    is. A subclass writes `begin`, and asks `ready` in its ``forward``.
+    Until then the parameters are infinite, in their final shape if it is known, and empty (``[0]``) if it is not. Code
+    that copies parameters (DistributedDataParallel, averaged copies of a model) thus also copies whether they have
+    values. The parameter objects stay the same, so an optimizer built earlier keeps them. An empty batch passes through
+    unchanged and sets nothing. A subclass implements `begin` and calls `ready` in its ``forward``.
 
     Args:
-        sign: what `begin` decides besides the parameters, 0 or 1, if that is known without a batch.
+        sign: the sign that `begin` would return, 0 or 1, if it is known without a batch; None otherwise.
     """
 
     def __init__(self, sign: int | None = 1) -> None:
         super().__init__()
         self._sign = sign
-        self._known = UNSEEN  # what `begin` has decided; asking the parameters at each step would stall a GPU
-        self._grown: set[str] = set()  # parameters whose shape the first batch gave
+        self._known = UNSEEN  # the sign that `begin` returned; reading the parameters at each step would stall a GPU
+        self._grown: set[str] = set()  # parameters that got their shape from the first batch
 
     def begin(self, x: Tensor) -> tuple[int, dict[str, Tensor]]:
-        """What the first batch decides: 0 or 1 (LSQ: whether codes have signs), and the parameters' values by name."""
+        """Compute from the first batch the sign, 0 or 1 (LSQ: signed codes), and the parameters' values by name."""
         raise NotImplementedError
 
     @property
@@ -202,7 +202,7 @@ class CalibratedQuantizer(ActivationQuantizer):
         return any(parameter.numel() == 0 or not parameter.isfinite().all() for parameter in self.parameters())
 
     def ready(self, x: Tensor) -> bool:
-        """Whether the parameters have their values, after a look at ``x`` if it is the first batch."""
+        """Whether the parameters have their values; if ``x`` is the first batch, it sets them."""
         if self._known == UNSEEN:
             if torch.compiler.is_exporting():
                 raise LowbitError(f"{UNCALIBRATED} before torch.export")
@@ -210,7 +210,7 @@ class CalibratedQuantizer(ActivationQuantizer):
         return self._known != UNSEEN
 
     def require_calibrated(self) -> None:
-        """Raises LowbitError before the first batch."""
+        """Raise LowbitError if no batch has set the parameters yet."""
         if not self.calibrated:
             raise LowbitError(UNCALIBRATED)
 
@@ -219,13 +219,13 @@ class CalibratedQuantizer(ActivationQuantizer):
         if self.calibrated or x.numel() == 0:
             return
         sign, values = self.begin(x)
-        if self._blank():  # else a copy has the values of another model, and the batch only decides the sign
+        if self._blank():  # else the values are those of another model, and only the sign is missing
             sign = self._set_(sign, values, x)
         self._known = sign
 
     @torch.no_grad()
     def _set_(self, sign: int, values: dict[str, Tensor], x: Tensor) -> int:
-        """Gives the parameters their values; returns the sign, in several processes that of the first."""
+        """Set the parameters and return the sign; with several processes, both are those of the first process."""
         own = {name: self.get_parameter(name) for name in values}
         grows = [name for name, parameter in own.items() if parameter.numel() == 0]
         for name, value in values.items():
@@ -237,8 +237,8 @@ class CalibratedQuantizer(ActivationQuantizer):
         wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None and grows:
             raise LowbitError(
-                f"the shape of {' and '.join(grows)} follows from the first batch, and DistributedDataParallel was "
-                "made before it: call lowbit.calibrate(model, x) before wrapping the model"
+                f"the shape of {' and '.join(grows)} depends on the first batch, but DistributedDataParallel wraps the "
+                "model already: call lowbit.calibrate(model, x) before wrapping the model"
             )
         for name, value in values.items():
             if name in grows:
@@ -248,27 +248,31 @@ class CalibratedQuantizer(ActivationQuantizer):
                 own[name].copy_(value.reshape(own[name].shape))
         if wrapper is None:
             return sign
-        # Each process has a batch of its own, but replicas must not differ.
+        # Each process has its own batch, but replicas must not differ.
         shared = torch.tensor(sign, device=x.device)
         for tensor in (shared, *(parameter.data for parameter in own.values())):
             torch.distributed.broadcast(tensor, group_src=0, group=wrapper.process_group)
         return int(shared)
 
     def get_extra_state(self) -> Tensor:
-        """What the first batch has decided travels with the state dict (int8; `UNSEEN` before it)."""
+        """The sign from the first batch as part of the state dict: int8, `UNSEEN` before that batch."""
         return torch.tensor(self._known, dtype=torch.int8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restores what `get_extra_state` gave."""
+        """Restore the state that `get_extra_state` returned.
+
+        Raises:
+            CheckpointError: a state that is not one of the allowed values.
+        """
         if state.numel() != 1 or int(state) not in (UNSEEN, 0, 1):
             raise CheckpointError(
                 f"the state of a {type(self).__name__} is {state.flatten()[:3].tolist()}; -1, 0 or 1 is allowed: "
-                "get the file anew"
+                "the checkpoint is damaged, so get it again"
             )
         self._known = int(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Also reads what older versions saved: steps of the first batch's number of dims, or empty before it."""
+        """Also read older versions: a step with as many dimensions as the first batch, or empty before it."""
         parameters = {name: own for name, own in self._parameters.items() if own is not None}
         held = {name: state_dict[prefix + name] for name in parameters if prefix + name in state_dict}
         key = prefix + "_extra_state"
@@ -294,12 +298,17 @@ M = TypeVar("M", bound=Method)
 
 @dataclass_transform(frozen_default=True)
 def method(name: str) -> Callable[[type[M]], type[M]]:
-    """Class decorator: makes the settings a validated frozen dataclass and registers the method as ``name``."""
+    """Turn the decorated settings class into a validated frozen dataclass and register it as ``name``.
+
+    Raises:
+        LowbitError: another method has this name.
+    """
 
     def register(cls: type[M]) -> type[M]:
         if name in _registry:
             raise LowbitError(
-                f"two quantization methods are called {name!r}: {_registry[name].__module__}, {cls.__module__}"
+                f"two quantization methods are called {name!r}, in {_registry[name].__module__} and {cls.__module__}; "
+                "rename one of them"
             )
         cls.name = name
         validated = settings(cls)
@@ -315,9 +324,13 @@ def names(kind: Kind | None = None) -> list[str]:
 
 
 def get(name: str) -> type[Method]:
-    """The settings dataclass registered under ``name``."""
+    """The settings dataclass registered under ``name``.
+
+    Raises:
+        LowbitError: no method has this name.
+    """
     if name not in _registry:
-        raise LowbitError(f"there is no quantization method {name!r}; there are {', '.join(names())}")
+        raise LowbitError(f"there is no quantization method {name!r}; the methods are {', '.join(names())}")
     return _registry[name]
 
 
@@ -331,26 +344,26 @@ def _choices(kind: Kind) -> str:
 
 
 def refuse_nonfinite(what: str, x: Tensor) -> None:
-    """Raises LowbitError if ``x`` (float, called ``what`` in the message) holds NaN or infinity."""
+    """Raise LowbitError if ``x`` (float, called ``what`` in the message) holds NaN or infinity."""
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         raise LowbitError(
-            f"{what} holds {bad} NaN or infinite value(s) of {x.numel()}; it has to be finite to be quantized: "
-            "look for a damaged checkpoint or a training run that diverged"
+            f"{what} holds {bad} NaN or infinite value(s) of {x.numel()}; only finite values can be quantized: "
+            "check for a damaged checkpoint or a training run that diverged"
         )
 
 
 def refuse_nan(what: str, *latents: Tensor) -> None:
-    """Raises LowbitError if one of ``latents`` holds NaN, which a comparison would quietly take for a closed gate.
+    """Raise LowbitError if one of ``latents`` holds NaN, which comparisons would silently treat as a closed gate.
 
-    Only eagerly and on the CPU, where it costs one reading of the latents: a GPU would have to be waited for.
+    The check is limited to eager mode on the CPU, where it reads the latents once; on a GPU it would force a wait.
     """
     if torch.compiler.is_compiling():
         return
     for latent in latents:
         if latent.device.type == "cpu" and latent.numel() and latent.detach().amin().isnan():
             raise LowbitError(
-                f"{what} holds NaN in a latent; latents are numbers (±inf too): did the training diverge?"
+                f"{what} holds NaN in a latent; numbers and ±inf are allowed: check whether the training diverged"
             )
 
 

@@ -42,19 +42,20 @@ class _Binary(torch.autograd.Function):
 
 
 def binary(w: Tensor, gradient: Gradient = "published") -> Tensor:
-    """Fake-quantizes ``w`` to ``α·sign(w)`` with α the mean of |w| over its row; ±0 counts as positive.
+    """Fake-quantize ``w`` to ``α·sign(w)`` with α the mean of |w| over its row; ±0 counts as positive.
 
-    The published gradient is ``G·(1/n + α·[|w| <= 1])``, n the elements of a row: the sign straight through inside ±1,
-    and α differentiated as if each weight were alone in its row. Since α is small, plain SGD moves such latents slowly
-    (the authors' code multiplies by n, among other things); Adam does not mind. ``"ste"`` is ``G·[|w| <= 1]``.
+    The published gradient is ``G·(1/n + α·[|w| <= 1])``, n the number of elements in a row: the sign is
+    straight-through inside ±1, and α is differentiated as if each weight were alone in its row. Since α is small, plain
+    SGD moves such latents slowly (the authors' code multiplies by n, among other things); Adam is not affected.
+    ``"ste"`` is ``G·[|w| <= 1]``.
 
-    The authors' code also subtracts the mean over the input channels from the latents and clips these to ±1 before
-    each step, which the paper's algorithm 1 does not; nor does this function. Its sign of 0 is 0, which is no value
-    here.
+    Before each step, the authors' code also subtracts the mean over the input channels from the latents and clips them
+    to ±1. The paper's algorithm 1 does not, and neither does this function. In the authors' code the sign of 0 is 0,
+    which is no level here.
 
     Args:
         w: float ``[rows, ...]``; each row (dim 0) has its own scale.
-        gradient: see above.
+        gradient: "published", or "ste" for the plain straight-through estimator inside ±1.
 
     Returns:
         A tensor like ``w``.

@@ -1,7 +1,7 @@
 """DeepShift-PS: powers of two and zero, trained through a shift and a sign for each weight.
 
 Elhoushi et al., "DeepShift: Toward Multiplication-Less Neural Networks", CVPR Workshops 2021,
-arXiv 1905.13298, section 3 (DeepShift-PS); range, gradient and start as in the authors' code.
+arXiv 1905.13298, section 3 (DeepShift-PS); range, gradient and initialization as in the authors' code.
 """
 
 import math
@@ -53,14 +53,14 @@ class _DeepShiftPS(torch.autograd.Function):
 def deepshift_ps(p: Tensor, s: Tensor, bits: int) -> Tensor:
     """The DeepShift-PS weight 2^round(clamp(p))·sign(round(s)), p clamped to [-(2^(bits-1)-2), 0].
 
-    Both roundings go half to even, so the weight is zero where |s| <= ½. Backward, roundings and clamp are
-    straight-through: dL/dp = G·W·ln 2 (the shift of a zero does not move), while dL/ds = G, not times 2^p.
+    Both roundings go half to even, so the weight is zero where |s| <= ½. In the backward pass, roundings and clamp are
+    straight-through: dL/dp = G·W·ln 2 (so the shift of a zero does not move), but dL/ds = G, without the factor 2^p.
 
     Args:
-        p: the shift latent, float, any shape; ``p`` in training is kept inside the range by `DeepShiftPS`.
+        p: the shift latent, float, any shape; in training `DeepShiftPS` keeps it inside the range.
         s: the sign latent, of the same shape.
-        bits: 2 to 6; at 2 the weight is ternary, 0 or ±1, and ``p`` has nothing to choose. The smallest levels at 6
-            bits, down to 2^-30, do not exist in float16.
+        bits: 2 to 6; at 2 the weight is ternary, 0 or ±1, and ``p`` has no effect. The smallest levels at 6 bits, down
+            to 2^-30, do not exist in float16.
 
     Returns:
         Float tensor of the latents' shape, every element 0 or ±2^p.
@@ -88,20 +88,20 @@ def deepshift_ps_latents(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @method("deepshift_ps")
 class DeepShiftPS(Method):
-    """Powers of two with zero, by a trained shift and a trained sign; two latents a weight.
+    """Powers of two with zero, by a trained shift and a trained sign; two latents per weight.
 
-    Train it with RAdam at a learning rate of 0.01, as its authors do: one step has to carry a latent over whole
-    numbers, and what suits weights of a usual size hardly moves it. `lowbit.train` keeps the shifts inside their range
-    before each step, as the authors' code does in its forward pass.
+    Train it with RAdam at a learning rate of 0.01, as its authors do. Neighboring levels are 1 apart in the shift
+    latent, so learning rates that suit ordinary weights hardly move it. `lowbit.train` clamps the shifts to their
+    range before each step, as the authors' code does in its forward pass.
 
     Args:
         bits: 2 to 6; one bit pattern in 2^bits is unused, and 2 bits are ternary.
-        scale: "none" uses 0, ±2^p raw, as published, where a normalization follows; "statistical" keeps each output
-            channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
-        init: "random" draws s ~ U(-1, 1) and p ~ U(-10, -1), then clamped, as the authors' convolutions do (their
-            linear layers have drawn p from its whole range since a later version); "project" starts from the given
-            weight: raw by the authors' conversion p = round(log2|w|), s = sign(w), with a scale from the nearest
-            levels after a search for each row's best one.
+        scale: "none" uses 0, ±2^p without a factor, as published, if a normalization follows; "statistical" keeps each
+            output channel at the root mean square of its weight at conversion; "pow2" rounds that to a power of 2.
+        init: "random" draws s ~ U(-1, 1) and p ~ U(-10, -1), then clamps p, as the authors' convolutions do (their
+            linear layers draw p from its whole range since a later version); "project" starts from the given weight:
+            without a scale by the authors' conversion p = round(log2|w|), s = sign(w); with one from the nearest
+            levels, after a search for the best scale of each row.
     """
 
     bits: Annotated[int, Field(ge=2, le=6)] = 4

@@ -16,7 +16,7 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method
 __all__ = ["DeepShiftQ", "deepshift_q", "deepshift_q_codes", "deepshift_q_levels"]
 
 SPREAD = 0.35
-"""Root mean square of the weights at a start that uses all levels; their range ends at 1."""
+"""Root mean square of starting weights that use all levels, whose range ends at 1."""
 
 
 def _lowest(bits: int) -> int:
@@ -49,11 +49,11 @@ class _DeepShiftQ(torch.autograd.Function):
 
 
 def deepshift_q(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantizes ``w`` to sign(w)·2^round(log2|w|), |w| clamped to [2^-(2^(bits-1)-1), 1].
+    """Fake-quantize ``w`` to sign(w)·2^round(log2|w|), |w| clamped to [2^-(2^(bits-1)-1), 1].
 
     The thresholds between 2^p and 2^(p+1) are geometric, 2^(p+½), with ties to the even exponent. The gradient is
-    the identity everywhere, also outside the range. Zero has no logarithm and the set no zero: ±0.0 become the
-    smallest positive level (the authors' code keeps an exact zero, which is then a level more than the bits hold).
+    the identity everywhere, also outside the range. Zero has no logarithm and is no level: ±0.0 become the
+    smallest positive level (the authors' code keeps an exact zero, one level more than the bits can hold).
 
     Args:
         w: float, any shape; there is no scale, so weights above 1 are clipped.
@@ -81,13 +81,13 @@ class DeepShiftQ(Method):
     """Powers of two without zero, by rounding the logarithm of the weight.
 
     Args:
-        bits: 2 to 6; 1 sign bit and bits-1 exponent bits. The range ends at 1, so with few bits all weights of a
-            usual size share the smallest level and only their signs are left; a normalization must absorb the gain.
+        bits: 2 to 6; 1 sign bit and bits-1 exponent bits. The range ends at 1, so with few bits all weights of
+            ordinary size share the smallest level and only their signs remain; a normalization must absorb the gain.
         clamp: where |w| is clamped. "forward" clamps the value only. "latent" also clamps the full-precision weight
             itself before each training step, as the released code does: a weight then changes its sign only by a single
             step larger than the smallest level, so that at 2 or 3 bits hardly any sign ever changes.
-        init: "project" starts from the given weight, as published. "spread" (ours) multiplies it to a root mean square
-            of `SPREAD` first, so that the weights use all levels from the start.
+        init: "project" starts from the given weight, as published. "spread" (ours) first scales it to a root mean
+            square of `SPREAD`, so that the weights use all levels from the start.
     """
 
     bits: Annotated[int, Field(ge=2, le=6)] = 4

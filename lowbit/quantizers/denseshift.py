@@ -41,7 +41,7 @@ def _check_recursion(recursion: Recursion) -> None:
 
 
 def denseshift_exponent(*w_t: Tensor, recursion: Recursion = "nested") -> Tensor:
-    """The exponent S_N, float: of the nested recursion the trailing run of open gates, of the sum all open gates.
+    """The exponent S_N, float: the number of open gates at the end of the chain (nested), or of all open gates (sum).
 
     Nested (as published): S_k = (S_(k-1)+1)·[t_k > 0], S_0 = 0. Sum: S_k = S_(k-1) + [t_k > 0].
     """
@@ -58,7 +58,7 @@ def _sign(t: Tensor) -> Tensor:
 
 
 class _DenseShift(torch.autograd.Function):
-    """sgn·2^S forward; backward as if the value were sgn·sqrt(S+1) (or the true power), gates by identity."""
+    """Forward sgn·2^S; backward the gradient of sgn·sqrt(S+1), or of the true power, with straight-through gates."""
 
     @staticmethod
     def forward(ctx: Any, surrogate: Surrogate, recursion: Recursion, w_sign: Tensor, *w_t: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def denseshift(
 ) -> Tensor:
     """The DenseShift weight sgn(t_sign)·2^S_N of 2, 4 or 8 latents (2, 3 or 4 bits).
 
-    S_1 = [t_1 > 0], S_k = (S_(k-1)+1)·[t_k > 0]. Backward, both binarizations are straight-through without a
-    clipping window. With ``surrogate="sqrt"`` (as published) the gradient is that of sgn·sqrt(S_N+1):
+    S_1 = [t_1 > 0], S_k = (S_(k-1)+1)·[t_k > 0]. In the backward pass, both binarizations are straight-through
+    without a clipping window. With ``surrogate="sqrt"`` (as published) the gradient is that of sgn·sqrt(S_N+1):
     dL/dt_sign = G·sqrt(S_N+1), dL/dS_N = G·sgn/(2·sqrt(S_N+1)), dL/dt_k = dL/dS_k·(S_(k-1)+1),
     dL/dS_(k-1) = dL/dS_k·[t_k > 0]. With ``"identity"`` it is that of the true value sgn·2^S_N. With
     ``recursion="sum"`` (ours, for comparison) S_N counts the open gates, and dL/dt_k = dL/dS_N for every k.
@@ -108,17 +108,17 @@ def denseshift(
     Args:
         w_sign: the sign latent, float, any shape; ±0.0 count as positive.
         w_t: 1, 3 or 7 gate latents of the same shape; a gate is open where its latent is > 0.
-        surrogate: whose gradient is taken.
-        recursion: how the gates make the exponent.
+        surrogate: the value whose gradient is used: "sqrt" for sgn·sqrt(S_N+1), "identity" for the true value.
+        recursion: the exponent: "nested" for the open gates at the end of the chain, "sum" for all open gates.
 
     Returns:
         Float tensor of the latents' shape, every element ±2^p.
 
     Raises:
-        LowbitError: another number of latents, an unknown surrogate or recursion, or NaN (see `refuse_nan`).
+        LowbitError: a wrong number of latents, an unknown surrogate or recursion, or NaN in a latent on the CPU.
     """
     if len(w_t) not in GATES.values():
-        raise LowbitError(f"{len(w_t)} gate latents were given; DenseShift has 1, 3 or 7 (2, 3 or 4 bits)")
+        raise LowbitError(f"{len(w_t)} gate latents were given; DenseShift takes 1, 3 or 7 (2, 3 or 4 bits)")
     if surrogate not in ("sqrt", "identity"):
         raise LowbitError(f"surrogate={surrogate!r} is not allowed; 'sqrt' and 'identity' are")
     _check_recursion(recursion)
@@ -129,7 +129,10 @@ def denseshift(
 def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ...]:
     """Latents of magnitude ``size`` that give level index ``codes`` (int, 0 ... 2^bits-1): the inverse of `denseshift`.
 
-    The last S gates are open and all before them closed, which is right for both recursions.
+    The last S gates are open and all gates before them are closed, which is correct for both recursions.
+
+    Raises:
+        LowbitError: ``bits`` out of range.
     """
     gates = _gates(bits)
     half = 2 ** (bits - 1)
@@ -143,17 +146,17 @@ def denseshift_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Te
 class DenseShift(Method):
     """Zero-free power-of-two weights by sign-scale decomposition.
 
-    Training holds 2, 4 or 8 latents a weight (2, 3 or 4 bits) instead of one, and as many of each of the optimizer's
-    states: with SGD and momentum 24, 48 or 96 bytes a weight (latent, gradient, momentum in float32) instead of 12.
+    Training holds 2, 4 or 8 latents per weight (2, 3 or 4 bits) instead of one, each with its optimizer state: with SGD
+    and momentum, 24, 48 or 96 bytes per weight (latent, gradient and momentum in float32) instead of 12.
 
     Args:
         bits: 2, 3 or 4; 1 sign bit and bits-1 exponent bits.
-        scale: "none" uses ±2^p raw, as published, where a normalization follows; "statistical" keeps each output
-            channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
-        surrogate: "sqrt" as published, or "identity"; see `denseshift`.
-        recursion: "nested" as published, or "sum"; see `denseshift`.
-        init: "random" draws every latent from N(0, sigma), as published; "kaiming" from N(0, sqrt(2/(k²·C_out))), the
-            start of S3 and the published ablation's other arm; "project" starts from the given weight.
+        scale: "none" uses ±2^p without a factor, as published, if a normalization follows; "statistical" keeps each
+            output channel at the root mean square of its weight at conversion; "pow2" rounds that to a power of 2.
+        surrogate: the value whose gradient is used: "sqrt" as published, or "identity" for the true value.
+        recursion: the exponent: "nested" as published, or "sum" for the number of open gates.
+        init: "random" draws every latent from N(0, sigma), as published; "kaiming" from N(0, sqrt(2/(k²·C_out))), as S3
+            does and as in the published ablation; "project" starts from the given weight.
         sigma: standard deviation of the latents at the start, 1e-3 as published.
     """
 

@@ -15,7 +15,7 @@ from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, Method, Wei
 
 __all__ = ["DoReFa", "dorefa", "dorefa_activation", "dorefa_activation_codes", "dorefa_codes", "dorefa_scale"]
 
-SMALLEST_RANGE = 1e-8  # of max|tanh w|: a layer of zeros has finite values and gradients
+SMALLEST_RANGE = 1e-8  # lower bound of max|tanh w|, so that values and gradients of a layer of zeros are finite
 
 
 def _steps(bits: int) -> int:
@@ -47,7 +47,7 @@ class _ScaledSign(torch.autograd.Function):
 
 
 def _position(w: Tensor, bits: int) -> Tensor:
-    """``(2^bits - 1)·(tanh(w)/(2·max|tanh w|) + ½)``: where on the grid 0 ... 2^bits - 1 a weight lies, unrounded."""
+    """``(2^bits - 1)·(tanh(w)/(2·max|tanh w|) + ½)``: the position of a weight on the grid 0 ... 2^bits - 1."""
     t = torch.tanh(as_float(w))
     largest = t.abs().amax()
     # Not clamp_min: torch 2.14 changed its gradient at the bound.
@@ -62,14 +62,14 @@ def _clip(x: Tensor) -> Tensor:
 
 
 def dorefa(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantizes a weight: ``2·quantize_k(tanh(w)/(2·max|tanh w|) + ½) - 1``, or ``sign(w)·mean|w|`` at 1 bit.
+    """Fake-quantize a weight: ``2·quantize_k(tanh(w)/(2·max|tanh w|) + ½) - 1``, or ``sign(w)·mean|w|`` at 1 bit.
 
-    quantize_k(v) = round(v·(2^k-1))/(2^k-1), straight through. The levels are the odd multiples of 1/(2^k-1) from -1
-    to 1: zero is not among them. The maximum runs over the whole layer and is differentiated like the tanh, as
-    automatic differentiation does it in the authors' code; equally large weights share its gradient equally. The result
-    has a size of about 1 whatever that of ``w``: a normalization is expected to follow. At 1 bit the mean runs over the
-    whole layer, without gradient, the gradient is the identity everywhere, and ±0 counts as positive (the authors' code
-    gives 0).
+    quantize_k(v) = round(v·(2^k-1))/(2^k-1), straight-through. The levels are the odd multiples of 1/(2^k-1) from -1
+    to 1, without zero. The maximum is that of the whole layer and is differentiated like the tanh, as by automatic
+    differentiation in the authors' code; equally large weights share its gradient equally. The result has a size of
+    about 1, independent of that of ``w``, so a normalization should follow. At 1 bit the mean is that of the whole
+    layer, without gradient; the gradient to ``w`` is the identity everywhere, and ±0 counts as positive (the authors'
+    code gives 0).
 
     Args:
         w: float, any shape.
@@ -94,14 +94,14 @@ def dorefa_codes(w: Tensor, bits: int) -> Tensor:
 
 
 def dorefa_scale(w: Tensor, bits: int) -> Tensor:
-    """What multiplies the levels: mean|w| at 1 bit, else 1; detached, ``[1, 1, ...]``."""
+    """The factor of the levels: mean|w| at 1 bit, else 1; detached, ``[1, 1, ...]``."""
     w = as_float(w.detach())
     scale = w.abs().mean().clamp_min(torch.finfo(w.dtype).tiny) if bits == 1 else w.new_ones(())
     return scale.reshape((1,) * w.ndim)
 
 
 def dorefa_activation(x: Tensor, bits: int) -> Tensor:
-    """Fake-quantizes an activation: ``quantize_k(clip(x, 0, 1))``; the gradient passes for 0 <= x <= 1.
+    """Fake-quantize an activation: ``quantize_k(clip(x, 0, 1))``; the gradient passes for 0 <= x <= 1.
 
     Args:
         x: float, any shape.
@@ -138,7 +138,7 @@ class DoReFa(Method):
         return DoReFaWeight(self)
 
     def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
-        """See `Method.activation`; the channels play no part."""
+        """See `Method.activation`; ``channel_dim`` has no effect."""
         return DoReFaActivation(self)
 
 

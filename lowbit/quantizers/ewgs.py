@@ -1,7 +1,7 @@
-"""EWGS: rounding whose gradient also knows how far it moved each value.
+"""EWGS: rounding whose gradient depends on how far each value was moved.
 
 Lee, Kim and Ham, "Network Quantization with Element-wise Gradient Scaling", CVPR 2021, arXiv 2104.00903, equation 4.
-The grid is LSQ's, its step learned as in LSQ: that combination is ours; the paper learns the bounds of an interval.
+The grid and its learned step are LSQ's. This combination is ours; the paper learns the bounds of an interval.
 """
 
 from typing import Annotated, Any, Literal
@@ -35,22 +35,22 @@ class _ElementWiseScale(torch.autograd.Function):
 def ewgs(
     x: Tensor, step: Tensor, bits: int, delta: float = 0.2, signed: bool = True, grad_scale: float | None = None
 ) -> Tensor:
-    """Fake-quantizes ``x`` as `lsq` does, to ``step · round(clip(x/step, -Qn, Qp))``, with another gradient to ``x``.
+    """Fake-quantize ``x`` as `lsq` does, to ``step · round(clip(x/step, -Qn, Qp))``, with another gradient to ``x``.
 
-    Inside the clip range it is ``g·(1 + δ·sign(g)·(v - round(v)))``, v = x/step: larger where a descent step pulls the
+    Inside the range this is ``g·(1 + δ·sign(g)·(v - round(v)))``, v = x/step: larger where a descent step pulls the
     value toward the level it was rounded to, and smaller where it pushes it away (equation 4). Outside it is zero.
     The gradient to ``step`` is that of `lsq`. With ``delta=0`` this is `lsq`.
 
-    The error ``v - round(v)`` counts steps, as in the comparison of Nagel et al. (arXiv 2203.11086), from where the
-    default comes. The paper's own δ counts clip ranges, 2^b-1 steps each: it is 2^b-1 times this one.
+    The error ``v - round(v)`` is in units of the step, as in the comparison by Nagel et al. (arXiv 2203.11086), the
+    source of the default. The paper's own δ is in units of the clip range, 2^b-1 steps: it is 2^b-1 times this one.
 
     Args:
         x: float, any shape; half precision is computed in float32 and cast back.
         step: positive float, broadcastable against ``x``; its shape says what shares a step.
         bits: 2 to 16 signed, 1 to 16 unsigned.
-        delta: δ, at least 0.
-        signed: codes -2^(b-1) ... 2^(b-1)-1, or 0 ... 2^b-1.
-        grad_scale: of the step's gradient, see `lsq`.
+        delta: δ, finite, at least 0.
+        signed: True for codes -2^(b-1) ... 2^(b-1)-1, False for 0 ... 2^b-1.
+        grad_scale: factor of the gradient to ``step``; None means LSQ's 1/sqrt(Qp · elements that share a step).
 
     Returns:
         A tensor like ``x``.
@@ -73,7 +73,7 @@ class EWGS(Method):
 
     Args:
         bits: 2 to 8.
-        granularity: what shares one learned step: the whole "tensor", or an output "channel".
+        granularity: elements that share one learned step: the whole "tensor", or an output "channel".
         delta: how much the gradient depends on the rounding error; 0 is LSQ.
     """
 

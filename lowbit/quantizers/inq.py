@@ -15,8 +15,8 @@ from lowbit.quantizers.base import Method, WeightQuantizer, as_float, method
 
 __all__ = ["INQ", "inq", "inq_codes", "inq_exponent", "inq_levels", "inq_partition"]
 
-SHARES = (0.5, 0.75, 0.875, 1.0)  # of a layer's weights that are frozen in each quarter of the training
-FREE, UNSCHEDULED = -1, -2  # what stands for a code while a weight has none
+SHARES = (0.5, 0.75, 0.875, 1.0)  # fractions of a layer's weights that are frozen in each quarter of the training
+FREE, UNSCHEDULED = -1, -2  # placeholders for the code of a weight that has none yet
 
 
 def inq_levels(bits: int) -> Tensor:
@@ -61,14 +61,14 @@ class _INQ(torch.autograd.Function):
 
 
 def inq(w: Tensor, bits: int, n1: Tensor | None = None) -> Tensor:
-    """Fake-quantizes ``w`` to {0, ±2^n2 ... ±2^n1}, n2 = n1+1-2^(bits-2), at once; the gradient is the identity.
+    """Fake-quantize ``w`` to {0, ±2^n2 ... ±2^n1}, n2 = n1+1-2^(bits-2), at once; the gradient is the identity.
 
-    A weight goes to the nearest level, to the larger of two equally near, and to ±2^n1 if it is beyond (equation 4).
+    A weight is rounded to the nearest level, ties to the larger magnitude, and clipped at ±2^n1 (equation 4).
 
     Args:
         w: float, any shape; one layer.
         bits: 2 to 5; at 2 the set is {0, ±2^n1}.
-        n1: the largest exponent, an int tensor without dims; None is `inq_exponent` of ``w``.
+        n1: the largest exponent, an int tensor without dims; None takes `inq_exponent` of ``w``.
 
     Returns:
         A tensor like ``w``.
@@ -86,15 +86,16 @@ def inq_codes(w: Tensor, bits: int, n1: Tensor | None = None) -> Tensor:
 
 
 def inq_partition(w: Tensor, share: float, frozen: Tensor | None = None) -> Tensor:
-    """Which weights are frozen once ``share`` of them are: the ones ``frozen`` before, then the largest of the rest.
+    """Mask that freezes ``share`` of the weights: those in ``frozen``, then the largest of the rest.
 
     Args:
         w: float, any shape; one layer.
-        share: 0 to 1, of all weights, rounded to whole ones.
-        frozen: bool like ``w``; None is none. These stay, even if they are more than ``share``.
+        share: fraction of all weights, 0 to 1; their number is rounded to an integer.
+        frozen: weights that are frozen already, bool like ``w``; None for none. They stay frozen, even if they exceed
+            ``share``.
 
     Returns:
-        Bool like ``w``. Of equally large weights the first go first.
+        Bool like ``w``. Ties go to the first of equally large weights.
     """
     frozen = torch.zeros_like(w, dtype=torch.bool) if frozen is None else frozen
     size = torch.where(frozen, torch.inf, as_float(w.detach()).abs()).flatten()
@@ -107,17 +108,17 @@ class INQ(Method):
     """Incremental network quantization; starts from a trained full-precision model, one scale 2^n1 for each layer.
 
     `lowbit.train` freezes 50, 75, 87.5 and 100 % of each layer's weights at the start of the four quarters of the
-    training, always the largest of the remaining ones. Frozen weights have their level and never move again, the others
-    train in full precision; so the weight is off the grid until the last quarter, in which only the rest of the model
+    training, always the largest of the remaining ones. Frozen weights keep their level and never move again; the others
+    train in full precision. So the layer is not on the grid until the last quarter, in which only the rest of the model
     (biases, normalization, first and last layers) still trains. The paper restarts its learning rate at each stage;
-    one run here has one schedule.
+    here one run has one schedule.
 
-    Without that loop nothing is frozen: all weights are rounded in every forward pass, with the identity as gradient,
-    which is plain quantization after training, or straight-through training on INQ's grid. Assigning a weight to a
-    layer returns it to that state, with a new scale.
+    Outside `lowbit.train` nothing is frozen: every forward pass rounds all weights, with the identity as gradient. This
+    is post-training quantization, or straight-through training on INQ's grid. Assigning a weight to a layer returns the
+    layer to this state, with a new scale.
 
     Args:
-        bits: 2 to 5. As published one bit is spent on telling zero apart: 2^(bits-1)+1 of 2^bits codes are used.
+        bits: 2 to 5. As published, one bit is reserved for zero, so 2^(bits-1)+1 of the 2^bits codes are used.
     """
 
     bits: Annotated[int, Field(ge=2, le=5)] = 4
@@ -128,7 +129,7 @@ class INQ(Method):
 
 
 class INQWeight(WeightQuantizer):
-    """`inq` as a parametrization with one latent, the full-precision weight, and the memory of what is frozen.
+    """`inq` as a parametrization with one latent, the full-precision weight, and a record of the frozen weights.
 
     Attributes:
         n1: exponent of the largest level, int32, without dims; set at conversion.
@@ -144,7 +145,7 @@ class INQWeight(WeightQuantizer):
         self.config = config
         self.register_buffer("n1", inq_exponent(weight))
         self.register_buffer("held", torch.full_like(weight, UNSCHEDULED, dtype=torch.int8))
-        self._stage: int | None = None  # up to which `held` is known to be frozen; asking `held` would stall a GPU
+        self._stage: int | None = None  # the stage up to which `held` is frozen; reading `held` would stall a GPU
         self.register_load_state_dict_post_hook(_forget_stage)
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def lsq_range(bits: int, signed: bool = True) -> tuple[int, int]:
 
 
 class _LSQ(torch.autograd.Function):
-    """One graph node instead of six: the forward keeps x, y and the step, which the layer keeps alive anyway."""
+    """One graph node instead of six; it saves x, y and the step, which the layer keeps alive anyway."""
 
     @staticmethod
     def forward(
@@ -59,15 +59,15 @@ class _LSQ(torch.autograd.Function):
             v = x / step
             grad_x = torch.where((v >= low) & (v <= high), grad, 0)
         elif step.numel() == 1 and x.device.type == "cpu":
-            # One pass with scalar bounds, ten times as fast as a mask; it passes strictly inside, in every torch.
+            # One pass with scalar bounds is ten times as fast as a mask; every torch passes strictly inside them.
             s = step.item()
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * s, high * s)
         else:
             grad_x = torch.where((x > low * step) & (x < high * step), grad, 0)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None, None
-        # Inside the range d(y)/d(step) = round(x/s) - x/s, outside it is the bound itself, and the rounded and
-        # clipped code is y/s in both cases: so it is (y - x·[inside]) / s, and the sum needs two dot products.
+        # d(y)/d(step) is round(x/s) - x/s inside the range and the bound outside. The rounded and clipped code is
+        # y/s in both cases, so the derivative is (y - x·[inside]) / s, and its sum takes two dot products.
         if step.numel() == 1:
             channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
             order = (0, 2, 3, 1) if channels_last else range(x.ndim)
@@ -118,17 +118,17 @@ def lsq(
     grad_scale: float | None = None,
     bounds: Literal["outside", "inside"] = "outside",
 ) -> Tensor:
-    """Fake-quantizes ``x`` to ``step · round(clip(x/step, -Qn, Qp))`` (equations 1 and 2).
+    """Fake-quantize ``x`` to ``step · round(clip(x/step, -Qn, Qp))`` (equations 1 and 2).
 
     The gradient to ``x`` passes inside the clip range and is zero outside; the gradient to ``step``
     is equation 3, ``round(x/step) - x/step`` inside, ``-Qn`` or ``Qp`` outside, times ``grad_scale``.
 
     Args:
         x: float, any shape; half precision is computed in float32 and cast back.
-        step: positive float, broadcastable against ``x``; its shape says what shares a step.
+        step: positive float, broadcastable against ``x``; its shape determines which elements share a step.
         bits: 2 to 16 signed, 1 to 16 unsigned.
-        signed: codes -2^(b-1) ... 2^(b-1)-1, or 0 ... 2^b-1.
-        grad_scale: None means the paper's 1/sqrt(Qp · elements that share a step).
+        signed: True for codes -2^(b-1) ... 2^(b-1)-1, False for 0 ... 2^b-1.
+        grad_scale: factor of the gradient to ``step``; None means the paper's 1/sqrt(Qp · elements that share a step).
         bounds: whether a value exactly at a bound of the clip range counts as "outside" it, or "inside" as in OFQ's
             code.
 
@@ -160,14 +160,14 @@ def lsq_codes(x: Tensor, step: Tensor, bits: int, signed: bool = True) -> Tensor
 def lsq_step(x: Tensor, shape: tuple[int, ...], bits: int, signed: bool = True) -> Tensor:
     """The starting step ``2·mean|x|/sqrt(Qp)`` for each group of a step of ``shape`` (section 2.1).
 
-    For unsigned codes 4·mean|x|, as OFQ's code does: half of such a range would otherwise lie unused.
+    For unsigned codes it is twice as large, as in OFQ's code; otherwise half of the range would stay unused.
 
     Raises:
         LowbitError: ``bits`` out of range, or an ``x`` without elements.
     """
     high = lsq_range(bits, signed)[1]
     if x.numel() == 0:
-        raise LowbitError(f"a starting step needs values, and x has the shape {list(x.shape)}; give a batch with items")
+        raise LowbitError(f"x of shape {list(x.shape)} has no values to set a starting step; give a batch with items")
     total = as_float(x.detach()).abs().sum_to_size(shape)
     mean = total * (total.numel() / x.numel())
     return (mean * ((2 if signed else 4) / math.sqrt(high))).clamp_min(SMALLEST_STEP)
@@ -179,15 +179,16 @@ class LSQ(Method):
 
     Args:
         bits: 2 to 8.
-        granularity: what shares one step: the whole "tensor" (as in the paper), an output "channel" of a weight
-            or an input channel of an activation, or a "token" (every place of the ``[batch, ..., channel]`` input of a
-            linear layer, as in OFQ; ties the model to its sequence length).
-        signed: None signs weights, and signs activations when the first batch has a negative value.
-        learn_step: False keeps the step as it starts.
-        bias: of an activation: learned shifts b1 before and b2 after quantization, one number a channel each, as in
-            OFQ's code: ``lsq(x + b1) + b2``. "place" has one number for each place of an image instead, shared by its
-            channels, as OFQ's patch embedding has; it ties the model to the size of its images.
-        smallest_step: the floor of the step, at use and at the start; 1e-5 in OFQ's code.
+        granularity: the elements that share one step: the whole "tensor" (as in the paper), an output "channel" of a
+            weight or an input channel of an activation, or a "token" (each position of the ``[batch, ..., channel]``
+            input of a linear layer, as in OFQ; this ties the model to its sequence length).
+        signed: whether codes are signed; None means signed for weights, and for activations signed if the first batch
+            has a negative value.
+        learn_step: whether the step is trained; False keeps its starting value.
+        bias: for activations: learned shifts b1 before and b2 after quantization, one number per channel each, as in
+            OFQ's code: ``lsq(x + b1) + b2``. "place" learns one number per position of an image instead, shared by its
+            channels, as in OFQ's patch embedding; this ties the model to the size of its images.
+        smallest_step: lower bound of the step, at the start and in each forward pass; 1e-5 in OFQ's code.
         bounds: whether a value exactly at a bound of the clip range counts as "outside" it, where no gradient passes,
             or "inside" as in OFQ's code.
     """
@@ -201,7 +202,7 @@ class LSQ(Method):
     bounds: Literal["outside", "inside"] = "outside"
 
     def __repr__(self) -> str:
-        """Leaves the newest settings out at their defaults: checkpoints of runs are told apart by this text."""
+        """Omit the newest settings at their defaults, since this text identifies the checkpoints of a run."""
         shown = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
@@ -216,25 +217,27 @@ class LSQ(Method):
         if self.signed is False:
             raise LowbitError("LSQ: signed=False is not allowed for weights; True and None are")
         if self.bias:
-            raise LowbitError(f"LSQ: bias={self.bias!r} is not allowed for weights; False is (it shifts activations)")
+            raise LowbitError(
+                f"LSQ: bias={self.bias!r} is not allowed for weights; False is, since biases shift activations"
+            )
         return LSQWeight(self, weight)
 
     def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
         """See `Method.activation`; the input of a convolution has no tokens."""
         if self.granularity == "token" and channel_dim != -1:
             raise LowbitError(
-                "LSQ: granularity='token' is not allowed for the input of a convolution; 'tensor' and 'channel' are "
-                "(filter_fn leaves layers out)"
+                "LSQ: granularity='token' is not allowed for the input of a convolution; 'tensor' and 'channel' are: "
+                "use one of them, or exclude convolutions by filter_fn"
             )
         if self.bias == "place" and channel_dim == -1:
             raise LowbitError(
-                "LSQ: bias='place' is not allowed for the input of a linear layer, no image; False and True are"
+                "LSQ: bias='place' is not allowed for the input of a linear layer, which is no image: use False or True"
             )
         return LSQActivation(self, channel_dim)
 
 
 class PositiveStep(nn.Module):
-    """The step, kept positive at use without cutting its gradient, so that it can come back."""
+    """A step that is clamped to be positive in use; its gradient still flows, so training can raise it again."""
 
     step: Tensor
     smallest_step: float = SMALLEST_STEP
@@ -276,18 +279,18 @@ class LSQWeight(PositiveStep, WeightQuantizer):
 class LSQActivation(PositiveStep, CalibratedQuantizer):
     """`lsq` in front of a layer, with ``bias`` between two learned shifts: ``lsq(x + bias_in) + bias_out``.
 
-    The first batch gives the step its value; the biases start at zero, and without ``bias`` they are None. One step
-    for the whole tensor has the shape ``[]``. A step or bias for each channel has its final shape once `expect_` told
-    the number of channels, which `quantize_` does. Others are empty until the first batch. The paper's gradient scale
-    counts the elements of one sample, so it does not depend on the batch size or on the number of processes.
+    The first batch sets the step. The biases start at zero, and are None without ``bias``. One step for the whole
+    tensor has the shape ``[]``. A step or bias for each channel gets its final shape from `expect_`, which `quantize_`
+    calls; all others are empty until the first batch. As in the paper, the gradient scale counts the elements of one
+    sample, so it depends neither on the batch size nor on the number of processes.
 
-    `levels`, `codes` and the step describe ``lsq(x + bias_in)``; ``bias_out`` comes on top.
+    `levels`, `codes` and the step describe ``lsq(x + bias_in)``; ``bias_out`` is added afterwards.
 
     Args:
         config: the settings.
-        channel_dim: where the input has its channels.
-        bias_dims: dims of the input along which biases differ; None is what ``config.bias`` says.
-        step_dims: the same for the step; None is what ``config.granularity`` says.
+        channel_dim: the dimension of the input that holds its channels.
+        bias_dims: dimensions of the input along which biases differ; None derives them from ``config.bias``.
+        step_dims: dimensions of the input along which steps differ; None derives them from ``config.granularity``.
     """
 
     bias_in: nn.Parameter | None
@@ -312,7 +315,7 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
 
     @property
     def signed(self) -> bool:
-        """Whether codes have signs: as configured, or as the first batch has decided."""
+        """Whether codes are signed: as configured, or as the first batch decided."""
         return self.config.signed is not False if self._known == UNSEEN else self._known == 1
 
     def expect_(self, shape: tuple[int | None, ...]) -> None:
@@ -323,9 +326,9 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
                 own.data = torch.full(wanted, torch.inf if name == "step" else 0.0, dtype=own.dtype, device=own.device)
 
     def _shapes(self, shape: tuple[int | None, ...]) -> dict[str, tuple[int, ...] | None]:
-        """Of step and biases for an input of ``shape``; None where that does not tell."""
+        """Shapes of the step and the biases for an input of ``shape``; None where ``shape`` does not determine them."""
         dims, step_dims, bias_dims = len(shape), self.step_dims, self.bias_dims
-        unknown = (dims,)  # no dim of the input
+        unknown = (dims,)  # no dimension of the input
         if step_dims is None:
             tokens = tuple(range(1, dims - 1)) if dims > 1 else unknown
             step_dims = {"tensor": (), "channel": (self.channel_dim,), "token": tokens}[self.config.granularity]
@@ -364,7 +367,7 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
         return (y + as_float(self.bias_out)).to(x.dtype)
 
     def _shifted(self, x: Tensor) -> Tensor:
-        """What is rounded: ``x + bias_in`` in at least float32, or ``x`` itself without biases."""
+        """The input of the rounding: ``x + bias_in`` in at least float32, or ``x`` itself without biases."""
         return x if self.bias_in is None else as_float(x) + as_float(self.bias_in)
 
     @property
@@ -388,7 +391,7 @@ class LSQActivation(PositiveStep, CalibratedQuantizer):
 
 
 def _kept(shape: tuple[int | None, ...], dims: tuple[int, ...]) -> tuple[int, ...] | None:
-    """``shape`` with 1 for all dims but ``dims``, and () without any; None if one is unknown."""
+    """``shape`` with 1 in all dimensions but ``dims``; () if ``dims`` is empty, None if one of the sizes is unknown."""
     if any(not -len(shape) <= dim < len(shape) for dim in dims):
         return None
     kept = [1] * len(shape) if dims else []

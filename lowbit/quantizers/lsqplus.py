@@ -1,7 +1,7 @@
 """LSQ+: activations on a uniform grid whose step and offset are learned, for ranges that are not symmetric.
 
 Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better initialization", CVPR
-Workshops 2020, arXiv 2004.09576, section 3. Its weights are those of LSQ: ``QuantConfig(LSQ(...), LSQPlus(...))``.
+Workshops 2020, arXiv 2004.09576, section 3. Use it with LSQ's weights: ``QuantConfig(LSQ(...), LSQPlus(...))``.
 """
 
 import math
@@ -27,7 +27,7 @@ class _LSQPlus(torch.autograd.Function):
         codes = torch.round(((x - offset) / step).clamp(low, high))
         ctx.save_for_backward(x, step, offset)
         ctx.range, ctx.grad_scale = (low, high), grad_scale
-        # Step times level, the level being code + offset/step, so that no level near zero loses its digits.
+        # Step times level (code + offset/step), so that levels near zero keep their digits.
         return (codes + offset / step) * step
 
     @staticmethod
@@ -47,20 +47,21 @@ class _LSQPlus(torch.autograd.Function):
 def lsqplus(
     x: Tensor, step: Tensor, offset: Tensor, bits: int, signed: bool = False, grad_scale: float | None = None
 ) -> Tensor:
-    """Fake-quantizes ``x`` to ``step · round(clip((x - offset)/step, n, p)) + offset``.
+    """Fake-quantize ``x`` to ``step · round(clip((x - offset)/step, n, p)) + offset``.
 
     With v = (x - offset)/step the gradient to ``x`` passes strictly inside the clip range, n < v < p, and is zero
-    outside; that to ``step`` is ``round(v) - v`` inside, n or p outside; that to ``offset`` is 0 inside, 1 outside.
-    The last two are summed over what shares them and multiplied by ``grad_scale``.
+    outside. The gradient to ``step`` is ``round(v) - v`` inside and n or p outside; the gradient to ``offset`` is 0
+    inside and 1 outside. These two are summed over the elements that share them and multiplied by ``grad_scale``.
 
     Args:
         x: float, any shape; half precision is computed in float32 and cast back.
         step: positive float, broadcastable against ``x``.
         offset: β, float, broadcastable against ``x``.
         bits: 2 to 16 signed, 1 to 16 unsigned.
-        signed: (n, p) is (-2^(b-1), 2^(b-1)-1), or (0, 2^b-1). The same grids can be reached; the offset is then the
-            value of another code.
-        grad_scale: None means LSQ's 1/sqrt(p · elements that share a step).
+        signed: True for (n, p) = (-2^(b-1), 2^(b-1)-1), False for (0, 2^b-1). Both reach the same grids; the offset is
+            then the value of another code.
+        grad_scale: factor of the gradients to ``step`` and ``offset``; None means LSQ's 1/sqrt(p · elements that share
+            a step).
 
     Returns:
         A tensor like ``x``.
@@ -85,18 +86,18 @@ def lsqplus_start(
 ) -> tuple[Tensor, Tensor]:
     """Starting step and offset for the activations ``x`` (section 3.2), float scalars, detached.
 
-    "minmax" spans what there is: ``step = (max - min)/(p - n)``, ``offset = min - n·step``. One outlier then makes
-    the steps wide. "mse", as in the paper, goes on from there to a minimum of the mean squared quantization error;
-    where the paper descends its gradient, the best step and offset for the codes at hand and the codes for those take
-    turns here, ``rounds`` times: each is a least-squares solution, so the error never grows. Of more than `SAMPLE`
-    values it looks at that many, drawn with a fixed seed. A tensor whose values are all alike gets a step of a
-    hundred-thousandth of their size, so that the levels differ in float32.
+    "minmax" covers the range of the values: ``step = (max - min)/(p - n)``, ``offset = min - n·step``. A single outlier
+    then makes the steps wide. "mse", as in the paper, continues from there to a minimum of the mean squared
+    quantization error. The paper follows the gradient of this error; here two least-squares solutions alternate,
+    ``rounds`` times, so the error never grows: the step and offset for the current codes, and the codes for these. If
+    there are more than `SAMPLE` values, it uses a sample of that size, drawn with a fixed seed. If all values are
+    equal, the step is a hundred-thousandth of their size, so that the levels differ in float32.
 
     Raises:
         LowbitError: ``bits`` out of range, an unknown ``init``, or an ``x`` without elements.
     """
     if x.numel() == 0:
-        raise LowbitError(f"a starting step needs values, and x has the shape {list(x.shape)}; give a batch with items")
+        raise LowbitError(f"x of shape {list(x.shape)} has no values to set a starting step; give a batch with items")
     if init not in ("mse", "minmax"):
         raise LowbitError(f"init={init!r} is not allowed; 'mse' and 'minmax' are")
     low, high = lsq_range(bits, signed)
@@ -115,7 +116,7 @@ def lsqplus_start(
         codes = ((x - offset) / step).clamp(low, high).round()
         centered = codes - codes.mean()
         spread = centered.square().mean()
-        if spread == 0:  # all values alike: nothing tells how wide a step should be
+        if spread == 0:  # all values are equal, so they determine no step
             break
         step = torch.maximum(((centered * x).mean() / spread).to(step.dtype), narrowest)
         offset = (x.mean() - step * codes.mean()).to(offset.dtype)
@@ -128,9 +129,9 @@ class LSQPlus(Method):
 
     Args:
         bits: 1 to 8; at least 2 if signed.
-        signed: which code the offset is the value of: that in the middle of the grid, or (False) the lowest. The grids
-            are the same, training moves them differently.
-        init: how the first batch sets step and offset, see `lsqplus_start`.
+        signed: whether the offset is the value of the middle code of the grid (True) or of the lowest (False). Both
+            reach the same grids, but training moves them differently.
+        init: how the first batch sets step and offset: "mse" or "minmax", as in `lsqplus_start`.
     """
 
     bits: Annotated[int, Field(ge=1, le=8)] = 4
@@ -144,15 +145,15 @@ class LSQPlus(Method):
         return self
 
     def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
-        """See `Method.activation`; the channels play no part."""
+        """See `Method.activation`; ``channel_dim`` has no effect."""
         return LSQPlusActivation(self)
 
 
 class LSQPlusActivation(PositiveStep, CalibratedQuantizer):
     """`lsqplus` in front of a layer; the first batch sets step and offset, of shape ``[]``.
 
-    ``levels`` is n + β/s ... p + β/s, so that the output is the step times a level. As in LSQ the gradient scale
-    counts the elements of one sample.
+    ``levels`` is n + β/s ... p + β/s, so the output is the step times a level. As in LSQ, the gradient scale counts the
+    elements of one sample.
     """
 
     def __init__(self, config: LSQPlus):

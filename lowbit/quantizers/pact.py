@@ -1,4 +1,4 @@
-"""PACT: activations clipped at a learned threshold, then put on a uniform grid.
+"""PACT: activations clipped at a learned threshold, then rounded to a uniform grid.
 
 Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", arXiv 1805.06085, equations 1-3.
 """
@@ -45,10 +45,10 @@ class _PACT(torch.autograd.Function):
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
-    """Fake-quantizes ``x`` to ``round(y·(2^k-1)/α)·α/(2^k-1)`` with ``y = clip(x, 0, α)`` (equations 1 and 2).
+    """Fake-quantize ``x`` to ``round(y·(2^k-1)/α)·α/(2^k-1)`` with ``y = clip(x, 0, α)`` (equations 1 and 2).
 
-    The gradient to ``x`` passes for 0 <= x < α; that to ``α`` is the sum of the gradients where x >= α (equation 3:
-    the rounding's share inside the range is left out, unlike in LSQ).
+    The gradient to ``x`` passes for 0 <= x < α. The gradient to ``α`` is the sum of the gradients where x >= α
+    (equation 3); unlike LSQ's, it ignores the rounding errors inside the range.
 
     Args:
         x: float, any shape; half precision is computed in float32 and cast back.
@@ -72,27 +72,27 @@ def pact_codes(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 @method("pact")
 class PACT(Method):
-    """Learned clipping of a layer's input, one threshold for each layer. Takes the place of the ReLU before it.
+    """Learned clipping of a layer's input, one threshold for each layer. It replaces the ReLU before it.
 
-    The paper regularizes α by an L2 penalty as strong as that of the weights: that is the optimizer's weight decay,
-    as long as α is not excluded from it.
+    The paper regularizes α by the same L2 penalty as the weights. The optimizer's weight decay does so, unless α is
+    excluded from it.
 
     Args:
         bits: 1 to 8.
-        alpha: starting threshold. The penalty is there to shrink one that starts too large, such as the customary
-            10.0; None starts at the largest value of the first batch.
+        alpha: starting threshold; None takes the largest value of the first batch. The penalty shrinks a threshold
+            that starts too large, such as the usual 10.0.
     """
 
     bits: Annotated[int, Field(ge=1, le=8)] = 4
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 10.0
 
     def activation(self, channel_dim: int = -1) -> ActivationQuantizer:
-        """See `Method.activation`; the channels play no part."""
+        """See `Method.activation`; ``channel_dim`` has no effect."""
         return PACTActivation(self)
 
 
 class PACTActivation(CalibratedQuantizer):
-    """`pact` in front of a layer; with ``alpha=None`` the first batch gives the threshold its value."""
+    """`pact` in front of a layer; with ``alpha=None`` the first batch sets the threshold."""
 
     def __init__(self, config: PACT):
         super().__init__()
@@ -100,7 +100,7 @@ class PACTActivation(CalibratedQuantizer):
         self.alpha = nn.Parameter(torch.tensor(torch.inf if config.alpha is None else config.alpha))
 
     def positive_alpha(self) -> Tensor:
-        """The threshold, kept positive at use without cutting its gradient, so that it can come back."""
+        """The threshold, clamped to be positive; its gradient still flows, so training can raise it again."""
         alpha = self.alpha
         return alpha.clamp_min(SMALLEST_ALPHA).detach() + (alpha - alpha.detach())  # the bracket is exactly zero
 

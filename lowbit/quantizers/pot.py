@@ -28,7 +28,7 @@ def pot_levels(bits: int) -> Tensor:
 
 
 def pot_scale(w: Tensor, scale: Scale = "mean") -> Tensor:
-    """Of each row (dim 0): ``2·mean|w|`` ("mean") or ``max|w|`` ("max"), detached, ``[rows, 1, ...]``."""
+    """The scale of each row (dim 0): ``2·mean|w|`` ("mean") or ``max|w|`` ("max"), detached, ``[rows, 1, ...]``."""
     if scale not in ("mean", "max"):
         raise LowbitError(f"scale={scale!r} is not allowed; 'mean' and 'max' are")
     size = as_float(w.detach()).abs()
@@ -48,12 +48,12 @@ class _PoT(torch.autograd.Function):
 
 
 def pot(w: Tensor, bits: int, scale: Scale = "mean") -> Tensor:
-    """Fake-quantizes ``w`` to the nearest of ``s·{0, ±2^-k}``; the gradient is the identity everywhere.
+    """Fake-quantize ``w`` to the nearest of ``s·{0, ±2^-k}``; the gradient is the identity everywhere.
 
     Args:
         w: float ``[rows, ...]``; each row (dim 0) has its own scale s.
         bits: 2 to 5.
-        scale: what s is, see `pot_scale`.
+        scale: "mean" for s = 2·mean|w|, "max" for s = max|w|.
 
     Returns:
         A tensor like ``w``.

@@ -36,7 +36,7 @@ def _shifts(bits: int) -> int:
 
 
 def _runs(w_t: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
-    """S_1 ... S_N, 0 of S_k = [t_k > 0]·(S_(k+1)+1): how many gates in a row are open from the k-th on."""
+    """S_1 ... S_N and 0, S_k = [t_k > 0]·(S_(k+1)+1): the number of consecutive open gates from the k-th on."""
     runs = [torch.zeros_like(like)]
     for t in reversed(w_t):
         runs.append((runs[-1] + 1) * (t > 0))
@@ -67,12 +67,12 @@ def s3(w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
     """The S3 weight sgn(t_sign)·[t_sparse > 0]·2^(S_1) of 2, 4 or 8 latents (2, 3 or 4 bits).
 
     S_k = [t_k > 0]·(S_(k+1)+1), S_(N+1) = 0: at 3 bits S_1 = [t_1 > 0]·([t_2 > 0]+1), as published. So t_1 is the
-    master gate, the first of a leading run of open ones: the opposite order to `denseshift`, whose last latent is.
+    master gate: only an unbroken run of open gates from t_1 on counts. In `denseshift` the last latent is the master.
 
-    Backward, all binarizations are straight-through, without a clipping window, and the rest is the true value:
+    In the backward pass, all binarizations are straight-through without a clipping window, and the rest is exact:
     dL/dt_sign = G·[t_sparse > 0]·2^S_1, dL/dt_sparse = G·sgn·2^S_1, dL/dS_1 = G·W·ln 2,
-    dL/dt_k = dL/dS_k·(S_(k+1)+1), dL/dS_(k+1) = dL/dS_k·[t_k > 0]. A weight that is zero moves its sparsity latent
-    only.
+    dL/dt_k = dL/dS_k·(S_(k+1)+1), dL/dS_(k+1) = dL/dS_k·[t_k > 0]. A weight that is zero moves only its
+    sparsity latent.
 
     Args:
         w_sign: the sign latent, float, any shape; ±0.0 count as positive.
@@ -83,10 +83,10 @@ def s3(w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
         Float tensor of the latents' shape, every element 0 or ±2^p.
 
     Raises:
-        LowbitError: another number of shift latents.
+        LowbitError: a wrong number of shift latents.
     """
     if len(w_t) not in SHIFTS.values():
-        raise LowbitError(f"{len(w_t)} shift latents were given; S3 has 0, 2 or 6 (2, 3 or 4 bits)")
+        raise LowbitError(f"{len(w_t)} shift latents were given; S3 takes 0, 2 or 6 (2, 3 or 4 bits)")
     return _S3.apply(w_sign, w_sparse, *w_t)
 
 
@@ -100,7 +100,10 @@ def s3_codes(w_sign: Tensor, w_sparse: Tensor, *w_t: Tensor) -> Tensor:
 def s3_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ...]:
     """Latents of magnitude ``size`` that give level index ``codes`` (int, 0 ... 2^bits-2): the inverse of `s3`.
 
-    The first S shift gates are open, the others closed; those of a zero are closed, and its sign is positive.
+    The first S shift gates are open and the others closed; a zero has closed gates and a positive sign.
+
+    Raises:
+        LowbitError: ``bits`` out of range.
     """
     shifts = _shifts(bits)
     index = codes - (shifts + 1)
@@ -110,14 +113,14 @@ def s3_latents(codes: Tensor, bits: int, size: float = 1e-3) -> tuple[Tensor, ..
 
 @method("s3")
 class S3(Method):
-    """Power-of-two weights with zero by sign-sparse-shift decomposition. Costs 2, 4 or 8 latents a weight in training.
+    """Power-of-two weights with zero by sign-sparse-shift decomposition, with 2, 4 or 8 latents per weight in training.
 
     Args:
         bits: 2 (ternary, no shift latent), 3 (as published) or 4; one bit pattern in 2^bits is unused.
-        scale: "none" uses 0, ±2^p raw, as published, where a normalization follows; "statistical" keeps each output
-            channel at the root mean square that its weight had at conversion; "pow2" rounds that scale to a power of 2.
+        scale: "none" uses 0, ±2^p without a factor, as published, if a normalization follows; "statistical" keeps each
+            output channel at the root mean square of its weight at conversion; "pow2" rounds that to a power of 2.
         init: "kaiming" draws every latent from N(0, sqrt(2/(k²·C_out))), as published; "dense" is the authors' variant
-            of it, sparsity latents positive and shift latents negative, so that all weights start at ±1; "normal" draws
+            with positive sparsity latents and negative shift latents, so that all weights start at ±1; "normal" draws
             from N(0, sigma); "project" starts from the given weight.
         sigma: standard deviation ("normal") or magnitude ("project", and weights assigned later) of the latents.
         sparse_penalty: α of the term α·Σ max(-t_sparse, 0) in the loss, which pulls zeros back toward ±2^p; 1e-5 as

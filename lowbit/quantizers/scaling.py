@@ -1,4 +1,4 @@
-"""What the shift methods share: the size of rows, scales that keep it, and the nearest weight on a grid."""
+"""Helpers of the shift methods: the size of rows, scales that preserve it, and the nearest weight on a grid."""
 
 import math
 from typing import Literal
@@ -22,7 +22,7 @@ def rms(w: Tensor) -> Tensor:
 
 
 def _search(w: Tensor, levels: Tensor) -> Tensor:
-    """Codes of the nearest levels after the best per-row scale of a small search; on-grid weights keep their codes."""
+    """Codes of the nearest levels at the best per-row scale of a small search; weights on the grid keep their codes."""
     smallest = w.abs().amin(dim=per_row(w), keepdim=True)
     size = rms(w)
     candidates = [torch.ones_like(size), smallest.clamp_min(torch.finfo(w.dtype).tiny)]
@@ -42,9 +42,9 @@ def _rounded(w: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_scale(weight: Tensor, target: Tensor, kind: Literal["statistical", "pow2"]) -> Tensor:
-    """What brings each row of ``weight`` to the root mean square ``target``: detached, ``[rows, 1, ...]``, finite.
+    """The scale that brings each row of ``weight`` to the root mean square ``target``: ``[rows, 1, ...]``, detached.
 
-    ``kind`` "pow2" rounds it to a power of two, "statistical" does not. A row of zeros has no say: it gets ``target``.
+    It is finite: a row of zeros gets ``target``. ``kind`` "pow2" rounds it to a power of two, "statistical" does not.
     """
     now = rms(weight)
     scale = target / torch.where(now > torch.finfo(now.dtype).tiny, now, 1.0)
@@ -52,9 +52,9 @@ def row_scale(weight: Tensor, target: Tensor, kind: Literal["statistical", "pow2
 
 
 def nearest_codes(weight: Tensor, levels: Tensor, raw: bool) -> Tensor:
-    """Codes of the levels (which hold 0 and ±1) nearest to each row of ``weight`` after a search for its best scale.
+    """Codes of the ``levels`` nearest to each row of ``weight``, after a search for the best scale of the row.
 
-    A row that is a scale times levels keeps its ratios exactly; with ``raw`` one that is levels keeps its codes.
+    A row that is a multiple of levels keeps its ratios exactly; with ``raw``, a row of levels keeps its codes.
     """
     weight = as_float(weight)
     if not raw:

@@ -1,4 +1,4 @@
-"""StatsQ: a mid-rise, zero-free uniform grid whose scale is a statistic of the weights, not a learned number.
+"""StatsQ: a mid-rise, zero-free uniform grid whose scale is a statistic of the weights, not a parameter.
 
 Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023,
 arXiv 2302.02210, section 4.1; details as in the authors' code.
@@ -27,8 +27,8 @@ def _half_steps(w: Tensor, scale: Tensor, bits: int) -> Tensor:
     if not (isinstance(bits, int) and 1 <= bits <= 8):
         raise LowbitError(f"bits={bits!r} is not allowed: StatsQ takes 1 to 8 bits")
     n = 2 ** (bits - 1)
-    # At 1 bit round-half-even would send w = -s to -2, off the grid: there the lower edge needs the same care.
-    # 1e-6 keeps the top inside the last level; spelled out, since torch.compile(dynamic=True) lifts a global number
+    # At 1 bit, round-half-even would send w = -s to -2, off the grid, so the lower edge needs the same margin.
+    # 1e-6 keeps the top inside the last level. It has no name, since torch.compile(dynamic=True) lifts a global number
     # out of an autograd.Function's forward as an input, and then fails.
     low = -1 + 1e-6 if bits == 1 else -1
     return torch.round(torch.clamp(as_float(w) / scale, low, 1 - 1e-6) * n - 0.5)
@@ -46,10 +46,10 @@ class _StatsQ(torch.autograd.Function):
 
 
 def statsq(w: Tensor, bits: int) -> Tensor:
-    """Fake-quantizes ``w`` with StatsQ: ``s·(round(clip(w/s, -1, 1-1e-6)·n - ½) + ½)/n``, n = 2^(bits-1).
+    """Fake-quantize ``w`` with StatsQ: ``s·(round(clip(w/s, -1, 1-1e-6)·n - ½) + ½)/n``, n = 2^(bits-1).
 
-    Levels over s are the odd multiples of 1/2^bits: ±¼ and ±¾ at 2 bits. The gradient to ``w`` is the identity
-    everywhere, also where ``w`` is clipped, and none flows through the scale.
+    The levels divided by s are the odd multiples of 1/2^bits: ±¼ and ±¾ at 2 bits. The gradient to ``w`` is the
+    identity everywhere, also where ``w`` is clipped, and no gradient flows through the scale.
 
     Args:
         w: float ``[rows, ...]``; each row (dim 0) has its own scale.
@@ -72,10 +72,10 @@ def statsq_codes(w: Tensor, bits: int) -> Tensor:
 
 
 def cga_mask(w: Tensor, bits: int, boundary: float) -> Tensor:
-    """Which weights confidence-guided annealing lets move: those near a decision boundary of `statsq`.
+    """Mask of the weights that confidence-guided annealing lets move: those near a decision boundary of `statsq`.
 
     With ``y = clip(w/s, -1, 1)·n`` the boundaries are the integers k from -(n-1) to n-1; a weight may move if
-    ``|y - k| <= boundary`` for one of them. Farther away the network is confident of its level.
+    ``|y - k| <= boundary`` for one of them. Farther away, the network is confident of the level.
 
     Args:
         w: float ``[rows, ...]``, the latent weights.
@@ -98,7 +98,7 @@ def cga_mask(w: Tensor, bits: int, boundary: float) -> Tensor:
 
 
 def check_boundary(boundary: float) -> None:
-    """Refuses a boundary range outside [0, 0.5]."""
+    """Raise LowbitError if ``boundary`` lies outside [0, 0.5]."""
     if not 0 <= boundary <= 0.5:
         raise LowbitError(f"boundary={boundary!r} is not allowed; 0 to 0.5 steps are (0.005 in the paper)")
 

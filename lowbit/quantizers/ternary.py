@@ -37,7 +37,7 @@ def _twn_threshold(w: Tensor, granularity: Granularity) -> Tensor:
 
 
 def ternary_scale(w: Tensor, granularity: Granularity = "tensor") -> Tensor:
-    """TWN's scale: the mean of those |w| that exceed 0.7·mean|w|, detached, ``[1, 1, ...]`` or ``[rows, 1, ...]``."""
+    """TWN's scale: the mean of all |w| above 0.7·mean|w|, detached, ``[1, 1, ...]`` or ``[rows, 1, ...]``."""
     dims = _spanned(w, granularity)
     size = as_float(w.detach()).abs()
     kept = size > _twn_threshold(w, granularity)
@@ -56,13 +56,13 @@ class _TWN(torch.autograd.Function):
 
 
 def ternary(w: Tensor, granularity: Granularity = "tensor") -> Tensor:
-    """Fake-quantizes ``w`` with TWN: ``α·sign(w)`` where ``|w| > 0.7·mean|w|``, else 0; the gradient is the identity.
+    """Fake-quantize ``w`` with TWN: ``α·sign(w)`` where ``|w| > 0.7·mean|w|``, else 0; the gradient is the identity.
 
-    α, the mean of |w| above the threshold, is the least-squares best for it; no gradient flows through either.
+    α, the mean of all |w| above the threshold, minimizes the squared error; no gradient flows through either.
 
     Args:
         w: float ``[rows, ...]``.
-        granularity: what shares threshold and scale: the whole "tensor" (as published) or one row, "channel".
+        granularity: elements that share threshold and scale: the whole "tensor" (as published) or a row ("channel").
 
     Returns:
         A tensor like ``w``.
@@ -102,11 +102,12 @@ class _TTQ(torch.autograd.Function):
 
 
 def ttq(w: Tensor, w_p: Tensor, w_n: Tensor, threshold: float = 0.05) -> Tensor:
-    """Fake-quantizes ``w`` with TTQ: ``w_p`` where ``w > Δ``, ``-w_n`` where ``w < -Δ``, else 0 (equation 6).
+    """Fake-quantize ``w`` with TTQ: ``w_p`` where ``w > Δ``, ``-w_n`` where ``w < -Δ``, else 0 (equation 6).
 
     Δ = threshold·max|w|, without gradient. The gradient to ``w`` is ``w_p·G``, ``G`` or ``w_n·G`` in the positive, the
-    zero and the negative range (equation 8); that to ``w_p`` is the sum of G over the positive range, that to ``w_n``
-    minus its sum over the negative one (equation 7; the minus, which is the true derivative's, as in the code).
+    zero and the negative range (equation 8). The gradient to ``w_p`` is the sum of G over the positive range, and the
+    gradient to ``w_n`` is minus its sum over the negative range (equation 7, with the minus of the true derivative, as
+    in the code).
 
     Args:
         w: float, any shape.
@@ -133,11 +134,11 @@ class Ternary(Method):
 
     Args:
         bits: 2, the width of a code; one of the four codes is never used.
-        variant: "twn", see `ternary`, or "ttq", see `ttq`, with two learned scales for each layer.
-        granularity: for "twn", what shares a scale: the "tensor", as published, or an output "channel".
+        variant: "twn" (see `ternary`), or "ttq" (see `ttq`) with two learned scales for each layer.
+        granularity: for "twn", elements that share a scale: the "tensor", as published, or an output "channel".
         threshold: for "ttq", the share of max|w| below which a weight is 0.
         init: for "ttq", the starting scales: "one", as in the authors' code (a normalization should follow the layer),
-            or the "mean" of the starting weights that each stands for.
+            or the "mean" size of the starting weights that each scale replaces.
     """
 
     bits: Literal[2] = 2
@@ -181,7 +182,7 @@ class TWNWeight(WeightQuantizer):
 class TTQWeight(WeightQuantizer):
     """`ttq` as a parametrization with one latent, the full-precision weight, and the two scales as parameters.
 
-    There being one `scale`, the positive one, `levels` depends on the parameters: (-w_n/w_p, 0, 1).
+    `scale` is w_p, so `levels` depends on the parameters: (-w_n/w_p, 0, 1).
     """
 
     w_p: nn.Parameter
@@ -198,7 +199,7 @@ class TTQWeight(WeightQuantizer):
             self.register_parameter(name, nn.Parameter(start))
 
     def positive_scales(self) -> tuple[Tensor, Tensor]:
-        """w_p and w_n, kept positive at use without cutting their gradients, so that they can come back."""
+        """w_p and w_n, clamped to be positive; their gradients still flow, so training can raise them again."""
         p, n = as_float(self.w_p), as_float(self.w_n)
         return _positive(p), _positive(n)
 

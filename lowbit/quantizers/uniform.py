@@ -1,7 +1,7 @@
-"""A uniform grid in parts: with or without a level at zero, and with a learned, statistical or fixed step. Ours.
+"""Uniform: a grid with or without a level at zero, and with a learned, statistical or fixed step.
 
-LSQ and StatsQ differ in three things at once: the grid, where the step comes from, and the gradient. Here each is an
-option, so that a factorial can tell what an effect comes from. Two corners are the published methods.
+This method is ours. LSQ and StatsQ differ in three ways at once: the grid, the source of the step, and the gradient.
+Here each is an option, so a factorial experiment can attribute an effect. Two combinations are the published methods.
 """
 
 import math
@@ -21,7 +21,7 @@ Grid = Literal["mid-rise", "mid-tread"]
 
 
 def uniform_levels(bits: int, grid: Grid) -> Tensor:
-    """The value set in steps, float32, ascending: -1.5, -0.5, 0.5, 1.5 (mid-rise) or -2, -1, 0, 1 at 2 bits."""
+    """The value set in steps, float32, ascending; at 2 bits ±½ and ±1½ (mid-rise) or -2, -1, 0, 1 (mid-tread)."""
     n = _half(bits, grid)
     return torch.arange(-n, n, dtype=torch.float32) + (0.5 if grid == "mid-rise" else 0.0)
 
@@ -29,7 +29,7 @@ def uniform_levels(bits: int, grid: Grid) -> Tensor:
 def uniform_step(w: Tensor, bits: int, grid: Grid) -> Tensor:
     """The step of each row (dim 0), detached, with kept dims: StatsQ's for mid-rise, LSQ's start for mid-tread.
 
-    2·mean|w|/2^(b-1) and 2·mean|w|/sqrt(2^(b-1)-1); the same at 2 bits but for a factor of 2.
+    These are 2·mean|w|/2^(b-1) and 2·mean|w|/sqrt(2^(b-1)-1); at 2 bits they differ by a factor of 2.
     """
     n = _half(bits, grid)
     mean = as_float(w.detach()).abs().mean(dim=per_row(w), keepdim=True)
@@ -45,7 +45,7 @@ def _half(bits: int, grid: Grid) -> int:
 
 
 def _rounded(w: Tensor, step: Tensor, bits: int, grid: Grid) -> Tensor:
-    """The level's number from -n to n-1, as float; ties at a threshold as in `statsq` and `lsq`."""
+    """The index of the level, from -n to n-1, as float; ties at a threshold as in `statsq` and `lsq`."""
     n = _half(bits, grid)
     return torch.round(w / step - (0.5 if grid == "mid-rise" else 0.0)).clamp(-n, n - 1)
 
@@ -74,7 +74,7 @@ class _Uniform(torch.autograd.Function):
 def uniform(
     w: Tensor, step: Tensor, bits: int, grid: Grid = "mid-rise", gradient: Literal["identity", "masked"] = "identity"
 ) -> Tensor:
-    """Fake-quantizes ``w`` to the nearest of ``step · uniform_levels(bits, grid)``.
+    """Fake-quantize ``w`` to the nearest of ``step · uniform_levels(bits, grid)``.
 
     The gradient to ``w`` is the identity, or with "masked" zero outside the range: -n < w/step < n for mid-rise and
     -n < w/step < n-1 for mid-tread, n = 2^(b-1). The gradient to ``step`` is LSQ's: level - w/step inside the range
@@ -85,7 +85,7 @@ def uniform(
         step: positive float, broadcastable against ``w``.
         bits: 2 to 8.
         grid: "mid-rise" has no level at zero, "mid-tread" has one.
-        gradient: see above.
+        gradient: to ``w``; "identity" passes everywhere, "masked" is zero outside the range.
 
     Returns:
         A tensor like ``w``.
@@ -114,10 +114,10 @@ class Uniform(Method):
 
     Args:
         bits: 2 to 8.
-        grid: "mid-rise" without a level at zero, "mid-tread" with one.
-        scale: where the step comes from: "statistical" is computed from the weights at each step (see `uniform_step`),
-            "learned" starts there and has a gradient, "fixed" stays there.
-        gradient: to the latent weight; see `uniform`.
+        grid: "mid-rise" has no level at zero, "mid-tread" has one.
+        scale: source of the step: "statistical" computes it from the weights in each forward pass, by `uniform_step`;
+            "learned" starts from that value and trains it; "fixed" keeps that value.
+        gradient: to the latent weight; "identity" passes everywhere, "masked" is zero outside the range.
     """
 
     bits: Annotated[int, Field(ge=2, le=8)] = 4
