@@ -190,7 +190,7 @@ def test_an_unknown_surrogate_is_refused():
 def test_an_unknown_recursion_is_refused():
     with pytest.raises(LowbitError, match="recursion"):
         denseshift(torch.ones(1), torch.ones(1), recursion="max")
-    with pytest.raises(LowbitError, match="recursion='max'.*'nested' and 'sum'"):
+    with pytest.raises(LowbitError, match=r"recursion='max'.*'nested' and 'sum'"):
         denseshift_exponent(torch.ones(1), torch.ones(1), torch.ones(1), recursion="max")
 
 

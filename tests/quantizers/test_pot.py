@@ -34,7 +34,9 @@ def test_wrong_bits_are_refused(bits):
         pot(torch.ones(1, 1), bits)
 
 
-@pytest.mark.parametrize("call", [pot_scale, lambda w, scale: pot(w, 3, scale), lambda w, scale: pot_codes(w, 3, scale)])
+@pytest.mark.parametrize(
+    "call", [pot_scale, lambda w, scale: pot(w, 3, scale), lambda w, scale: pot_codes(w, 3, scale)]
+)
 def test_an_unknown_scale_is_refused(call):
-    with pytest.raises(LowbitError, match="scale='median'.*'mean' and 'max'"):
+    with pytest.raises(LowbitError, match=r"scale='median'.*'mean' and 'max'"):
         call(torch.ones(1, 1), scale="median")

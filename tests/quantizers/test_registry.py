@@ -42,7 +42,7 @@ def test_unknown_name_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("call", [quantizers.names, quantizers.LSQ.quantizes, quantizers.StatsQ().quantizes])
 def test_an_unknown_kind_is_refused(call):
-    with pytest.raises(LowbitError, match="kind='weights'.*'weight' and 'activation'"):
+    with pytest.raises(LowbitError, match=r"kind='weights'.*'weight' and 'activation'"):
         call("weights")
 
 
