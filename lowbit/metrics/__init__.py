@@ -1,4 +1,4 @@
-"""Measuring: what weights do in training, what a model costs, and what the seeds allow one to say.
+"""Measurements: how weights move in training, what a model costs, and which conclusions the seeds support.
 
 The names below are loaded on first use, so that the command line starts quickly.
 """

@@ -1,6 +1,6 @@
-"""What a model costs: bits, multiply-accumulates and what remains of them, bytes shipped, memory in training.
+"""The cost of a model: bits, multiply-accumulates (MACs) and what replaces them, bytes shipped, training memory.
 
-Counting conventions, those of fvcore where it has one:
+Counting conventions, which are those of fvcore where it has one:
 
 - one MAC is one multiplication with its addition, for one sample; only matrix products and convolutions count: not
   biases, normalization, activation functions, softmax, pooling, nor the quantization of activations;
@@ -8,10 +8,10 @@ Counting conventions, those of fvcore where it has one:
   multiplications, or integer ones where `quantize_` quantized both factors (``attention=True``);
 - with query-key reparameterization the product of query and key weights counts as one layer, as it is shipped;
 - a MAC whose weight is one of several powers of two (times a common factor) is a shift and an addition; with at most
-  one size for each sign an addition alone; else it stays a multiplication, of integers if the layer's input is
+  one size for each sign it is an addition; otherwise it stays a multiplication, of integers if the layer's input is
   quantized too. Zeros are not skipped, and 2^0 counts as a shift;
-- scaling a finished sum is counted apart, one multiplication an output where the scale is no power of two: most often
-  it can be folded into what follows.
+- scaling a finished sum is counted separately, one multiplication per output unless the scale is a power of two; it can
+  usually be folded into the next operation.
 """
 
 import copy
@@ -35,26 +35,27 @@ if TYPE_CHECKING:
     import pandas
 
 STATES = {"sgd": 1, "adamw": 2, "radam": 2}
-"""Numbers that an optimizer keeps for each trained one: SGD its momentum, the Adam family two moments."""
+"""State values per trained parameter: one for SGD (its momentum), two for the Adam family (its moments)."""
 
 OTHER, REST = "(other matrix products)", "(rest)"
 FLOAT_BITS = 32
 
 
 def cost(model: nn.Module, input_shape: Sequence[int]) -> "pandas.DataFrame":
-    """Counts for each linear and convolution layer, and two rows for all else; conventions above.
+    """Count the cost of each linear and convolution layer, with two rows for everything else.
 
     Columns: layer, kind, weights; weight_bits, ``ceil(log2(levels))``, and activation_bits (32 is full precision); macs
-    and what they are made of: float_multiplications, integer_multiplications, shifts, additions;
+    and the operations they consist of: float_multiplications, integer_multiplications, shifts, additions;
     scale_multiplications; bytes as shipped (packed codes, and 32 bits for each scale of a method that has one);
-    full_precision_bytes. The row "(rest)" holds all other parameters and running statistics, 32 bits each.
+    full_precision_bytes. The row "(rest)" holds all other parameters and running statistics, 32 bits each. The
+    conventions of counting are those of this module.
 
     Args:
         model: quantized or not; it is copied, not changed.
-        input_shape: of one sample, without the batch: (3, 32, 32).
+        input_shape: shape of one sample without the batch dimension, e.g. (3, 32, 32).
 
     Raises:
-        LowbitError: the model does not take such an input.
+        LowbitError: the model does not take an input of this shape.
     """
     with extra("train", "the table of costs"):
         import pandas
@@ -92,18 +93,18 @@ def totals(frame: "pandas.DataFrame") -> dict[str, int | float]:
 
 
 def training_memory(model: nn.Module, optimizer: Literal["sgd", "adamw", "radam"] = "adamw") -> "pandas.DataFrame":
-    """Bytes that training keeps for the parameters of each layer; activations are not in it.
+    """Bytes that training keeps for the parameters of each layer, without activations.
 
-    Columns: layer, weights, latents (tensors a weight: 2, 4 or 8 for DenseShift), parameter_bytes (latents, and the
+    Columns: layer, weights, latents (tensors per weight: 2, 4 or 8 for DenseShift), parameter_bytes (latents, and the
     weight quantizer's own parameters), gradient_bytes, state_bytes, bytes (their sum), full_precision_bytes (that sum
     for the layer unquantized) and ratio. The last row, "(rest)", holds all other parameters.
 
     Args:
         model: quantized or not.
-        optimizer: "sgd" (with momentum) keeps one number for each trained one, "adamw" and "radam" two.
+        optimizer: "sgd" (with momentum) keeps one state value per trained parameter, "adamw" and "radam" two.
 
     Raises:
-        LowbitError: another optimizer.
+        LowbitError: an unknown optimizer.
     """
     with extra("train", "the table of costs"):
         import pandas
@@ -152,7 +153,7 @@ def _layers(model: nn.Module) -> Iterator[QuantizedLayer]:
 
 
 def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
-    """MACs of one sample in each module by its name, those of the modules inside it included; "" is the model."""
+    """MACs of one sample by module name, including those of the modules inside; "" is the whole model."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,9 +173,9 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
                 "of one sample, without the batch, e.g. (3, 32, 32)"
             ) from error
     root = type(own).__name__
-    found = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
-    macs = {"": found["Global"]} | {name.removeprefix(f"{root}."): n for name, n in found.items() if name != root}
-    # The product of query and key weights is made once, not for each sample.
+    counted = {name: sum(counts.values()) // 2 for name, counts in counter.get_flop_counts().items()}
+    macs = {"": counted["Global"]} | {name.removeprefix(f"{root}."): n for name, n in counted.items() if name != root}
+    # The product of query and key weights is computed once, not for each sample.
     for layer in quantized_layers(model):
         if isinstance(layer.weight, QueryKeyProduct):
             parts = layer.name.split(".")
@@ -216,7 +217,7 @@ def _layer_row(found: QuantizedLayer, macs: int) -> dict[str, Any]:
 
 
 def _rest(model: nn.Module) -> tuple[int, int]:
-    """Floating-point numbers outside the weights of `_layers`: as shipped, and of the model unquantized."""
+    """Count of floating-point numbers outside the weights of `_layers`: as shipped, and in the unquantized model."""
     weights = {id(t) for found in _layers(model) for t in found.latents}
     saved = model.state_dict().keys()
     held = [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in saved)]
@@ -232,12 +233,12 @@ def _rest(model: nn.Module) -> tuple[int, int]:
 
 
 def code_bits(levels: Tensor) -> int:
-    """Bits that tell the levels apart: ``ceil(log2(L))``, at least 1."""
+    """Bits needed to distinguish the levels: ``ceil(log2(L))``, at least 1."""
     return max(1, math.ceil(math.log2(len(levels))))
 
 
 def kind_of_product(levels: Tensor) -> Literal["addition", "shift", "multiplication"]:
-    """What is left of a multiplication by one of ``levels``, up to a common factor (see the module)."""
+    """The operation that replaces a multiplication by one of ``levels``, up to a common factor."""
     if (levels > 0).sum() <= 1 and (levels < 0).sum() <= 1:
         return "addition"  # sums of the inputs with each sign
     sizes = levels[levels != 0].abs()

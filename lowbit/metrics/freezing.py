@@ -7,7 +7,7 @@ power-of-two sets the exponent).
 - flip rate r(t, Δ): the fraction of weights whose discrete value, sign or size at t differs from that at t-Δ;
 - frozen fraction F(t0, t1): the fraction whose value, sign or size never changed in [t0, t1].
 
-The moving average of oscillations is that of `lowbit.metrics.oscillation`, so that both papers share one instrument.
+The moving average of oscillations is that of `lowbit.metrics.oscillation`, so both papers are measured alike.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,40 +25,40 @@ Since = Literal["mark", "start"]
 
 KINDS = ("", "sign_", "size_")  # prefixes of the columns: the whole value, its sign, its size
 BITS = (1, 2, 4)  # their bits in the masks of changed weights
-FULL = 255  # looks that a uint8 can count
+FULL = 255  # readings that a uint8 can count
 
 
 class FreezingTracker(OscillationTracker):
-    """Follows flips, frozen weights and oscillation of every weight of a model in training.
+    """A tracker of flips, frozen weights and oscillation of every weight of a model in training.
 
     Call `update` after each optimizer step and `mark` where a new window [t0, ...] begins. As a callback of
-    `lowbit.train` it does both, with one window an epoch, and adds to the history: ``flip_rate``, ``sign_flip_rate``,
-    ``size_flip_rate`` of the epoch; ``frozen``, ``sign_frozen``, ``size_frozen`` since the run's start and the same
-    with ``_epoch`` within the epoch; ``frequency`` and ``oscillating``.
+    `lowbit.train` it does both, with one window per epoch, and adds to the history: ``flip_rate``, ``sign_flip_rate``,
+    ``size_flip_rate`` of the epoch; ``frozen``, ``sign_frozen``, ``size_frozen`` since the start of the run, and the
+    same names with ``_epoch`` within the epoch; ``frequency`` and ``oscillating``.
 
-    It holds 14 bytes a weight, 9 of which are `OscillationTracker`'s.
+    It holds 14 bytes per weight, 9 of which are `OscillationTracker`'s.
 
     Args:
-        model: see `OscillationTracker`.
-        every: Δ in steps; a change that is undone between two looks stays unseen.
-        momentum, threshold, grid, layers: see `OscillationTracker`. Give a full-precision twin the ``grid`` of the
+        model: a quantized model; or one in full precision, with ``grid``.
+        every: Δ in steps; a change that is undone between two readings goes unseen.
+        momentum, threshold, grid, layers: as in `OscillationTracker`. Give a full-precision twin the ``grid`` of the
             method that it is compared with.
     """
 
     def reset(self) -> None:
-        """Starts afresh from the weights as they are."""
+        """Start again from the current weights."""
         super().reset()
         size, device, layers = self.codes.size, self.codes.device, len(self.codes.layers)
         self._counts = torch.zeros(3, size, dtype=torch.uint8, device=device)  # flips since the last _collect
         self._counted = 0
-        # Since the mark, and from the start to the mark: which weights changed, flips of each layer, and looks.
+        # Since the mark, and from the start to the mark: the changed weights, the flips of each layer, the readings.
         self._changed = torch.zeros(2, size, dtype=torch.uint8, device=device)
         self._flips = torch.zeros(2, 3, layers, dtype=torch.int64)
         self._looks = [0, 0]
         self._mark_due = False
 
     def mark(self) -> None:
-        """Begins a new window, at the latest look."""
+        """Begin a new window at the latest reading."""
         self._collect()
         self._changed[1] |= self._changed[0]
         self._flips[1] += self._flips[0]
@@ -67,23 +67,35 @@ class FreezingTracker(OscillationTracker):
         self._mark_due = False
 
     def summary(self, total: bool = False, since: Since = "mark") -> "pandas.DataFrame":
-        """One row a layer.
+        """One row per layer, over the window since the last mark or since the start.
 
-        Columns: layer, weights; flip_rate, sign_flip_rate, size_flip_rate (means over the looks since then, NaN if
-        there were none); frozen, sign_frozen, size_frozen; frequency, oscillating (see `OscillationTracker.summary`).
+        Columns: layer, weights; flip_rate, sign_flip_rate, size_flip_rate (means over the readings in the window, NaN
+        if there are none); frozen, sign_frozen, size_frozen; frequency, oscillating (as in `OscillationTracker`).
 
         Args:
-            total: adds a row "(all)" over all weights of all layers.
-            since: the last `mark` (in `lowbit.train` the epoch's beginning), or the start (the last `reset`).
+            total: whether to add a row "(all)" for all weights of all layers.
+            since: beginning of the window: "mark", the last `mark` (in `lowbit.train` the beginning of the epoch), or
+                "start", the last `reset`.
+
+        Raises:
+            LowbitError: another ``since``.
         """
         return self._frame(self._rates(since) | self._frozen(since) | self._sums(), total)
 
     def changed(self, layer: str, since: Since = "mark") -> Tensor:
-        """Which weights of ``layer`` changed their value since then: bool, of the weight's shape, on the CPU."""
+        """Mask of the weights of ``layer`` that changed their value: bool, of the weight's shape, on the CPU.
+
+        Args:
+            layer: name of the layer in the model.
+            since: beginning of the window: "mark", the last `mark`, or "start", the last `reset`.
+
+        Raises:
+            LowbitError: another ``since``, or no tracked layer has this name.
+        """
         return self._of(layer, self._masks(since) & 1 > 0)
 
     def update(self) -> None:
-        """Takes note of the weights; to be called after each optimizer step."""
+        """Read the weights; call this after each optimizer step."""
         if self._mark_due:
             self.mark()
         super().update()
@@ -96,7 +108,7 @@ class FreezingTracker(OscillationTracker):
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on: tensors, numbers and strings."""
+        """The complete state of the tracker: tensors, numbers and strings."""
         self._collect()
         return super().state_dict() | {
             "changed": self._changed,
@@ -106,7 +118,7 @@ class FreezingTracker(OscillationTracker):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         super().load_state_dict(state)
         self._counts.zero_()
         self._counted = 0
@@ -126,7 +138,7 @@ class FreezingTracker(OscillationTracker):
         super()._look(codes)
 
     def _collect(self) -> None:
-        """Moves the counts of single weights to the layers' sums: rarely, since only sums over layers are slow."""
+        """Add the counts of single weights to the sums of the layers; done rarely, since such sums are slow."""
         if self._counted:
             for counts, bit in zip(self._counts, BITS, strict=True):
                 self._changed[0] |= (counts > 0).to(torch.uint8) * bit
@@ -163,13 +175,13 @@ def _check_since(since: Since) -> None:
 
 
 class FrozenFrom:
-    """Which weights never change from a certain step of a training on, to its end: a callback of `lowbit.train`.
+    """A callback of `lowbit.train` that finds the weights that never change from a given step to the end.
 
-    It reads the codes of a tracker, which has to come before it among the callbacks.
+    It reads the codes of a tracker, which must come before it in the list of callbacks.
 
     Args:
-        tracker: whose weights it follows; its ``every`` is also this one's.
-        step: steps taken before the first look, e.g. a quarter of all.
+        tracker: the tracker of the weights to follow; its ``every`` applies here too.
+        step: number of steps before the first reading, e.g. a quarter of all steps.
     """
 
     def __init__(self, tracker: OscillationTracker, step: int):
@@ -181,7 +193,7 @@ class FrozenFrom:
 
     @torch.no_grad()
     def on_step(self, state: Any) -> None:
-        """Callback of `lowbit.train`."""
+        """Callback of `lowbit.train`: compare the codes with those at ``step``."""
         codes = self.tracker._state.codes
         if state.step + 1 == self.step:
             self._start, self._changed = (
@@ -196,19 +208,21 @@ class FrozenFrom:
         """Shares of all weights, 0 to 1: ``frozen`` (the discrete value never changed) and ``sign_frozen``.
 
         Raises:
-            LowbitError: the training has not come to ``step``.
+            LowbitError: the training has not reached ``step``.
         """
         if self._changed is None:
-            raise LowbitError(f"the training did not come to step {self.step}, from which on weights are followed")
+            raise LowbitError(f"the training did not reach step {self.step}; choose a step below its length")
         shares = 1 - self._changed.double().mean(1)
         return {"frozen": float(shares[0]), "sign_frozen": float(shares[1])}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on."""
+        """The complete state: the step, the codes at that step, and the masks of changed weights."""
         return {"step": self.step, "start": self._start, "changed": self._changed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         if state["step"] != self.step:
-            raise LowbitError(f"the saved step {state['step']} is not this one's, {self.step}")
+            raise LowbitError(
+                f"the saved step {state['step']} differs from this callback's, {self.step}; give it the same step"
+            )
         self._start, self._changed = state["start"], state["changed"]

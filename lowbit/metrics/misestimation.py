@@ -1,7 +1,7 @@
-"""What rounding the query and key weights does to their own gradients.
+"""The effect of rounding the query and key weights on their own gradients.
 
-Liu, Liu and Cheng (OFQ, arXiv 2302.02210) argue that queries and keys misestimate each other's gradient: that of the
-key weights contains the rounded query weights, and the other way round. The measure is ours.
+Liu, Liu and Cheng (OFQ, arXiv 2302.02210) argue that queries and keys misestimate each other's gradient: the
+gradient of the key weights contains the rounded query weights, and vice versa. The measure is ours.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +20,13 @@ from lowbit.nn.query_key import QueryKeyProduct
 def query_key_misestimation(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The relative error that rounding queries and keys brings into their straight-through gradients.
 
-    ``‖g - g₀‖ / ‖g₀‖`` with g the gradient of the cross-entropy to the latent query and key weights as in training, and
-    g₀ the same with these weights (with QKR: their product) unrounded and all else as it is; the mean over attention
-    layers. 0 is a perfect estimate; 1 is an error as large as the gradient; NaN where a layer has no gradient at all.
+    The result is the mean of ``‖g - g₀‖ / ‖g₀‖`` over attention layers. Here g is the gradient of the cross-entropy to
+    the latent query and key weights, as in training, and g₀ is the same gradient with these weights (with QKR, their
+    product) not rounded and everything else unchanged. 0 is a perfect estimate, 1 is an error as large as the gradient,
+    and NaN means that a layer has no gradient at all.
 
     Args:
-        model: a model with `lowbit.nn.LowBitAttention`; its mode and gradients stay as they are.
+        model: a model with `lowbit.nn.LowBitAttention`; its mode and gradients are not changed.
         batches: normalized inputs and labels int64 [N], on the model's device; gradients are summed over them.
 
     Raises:
@@ -54,7 +55,7 @@ def _latents(attention: LowBitAttention) -> list[Tensor]:
         raise LowbitError("the query and key weights are not quantized; give quantize_ a weight method")
     held = parametrization_of(layer)
     if not (reparameterized or hasattr(held, "original")):
-        raise LowbitError(f"{held[0].config!r} has several latents a weight; this measure is for methods with one")
+        raise LowbitError(f"{held[0].config!r} has several latents per weight; this measure takes methods with one")
     return [held.get_parameter(f"original{i}") for i in range(2)] if reparameterized else [held.original]
 
 
@@ -72,17 +73,17 @@ def _gradients(
             for total, grad in zip(sums, torch.autograd.grad(loss, flat), strict=True):
                 total += grad
     parts = iter(sums)
-    found = []
+    vectors = []
     for group in latents:
         grads = [next(parts) for _ in group]
         rows = len(grads[0]) * 2 // 3 if len(group) == 1 else None  # values are the last third
-        found.append(torch.cat([grad[:rows].flatten() for grad in grads]))
-    return found
+        vectors.append(torch.cat([grad[:rows].flatten() for grad in grads]))
+    return vectors
 
 
 @contextmanager
 def _unrounded(attention: LowBitAttention) -> Iterator[None]:
-    """While it lasts, query and key weights (or their product) are not rounded; values are."""
+    """A context in which query and key weights (or their product) are not rounded, but values are."""
     if hasattr(attention, "qk"):
         product = parametrization_of(attention.get_submodule("qk"))[0]
         assert isinstance(product, QueryKeyProduct)

@@ -1,4 +1,4 @@
-"""Weight oscillation: how often a discrete weight turns back on its last move.
+"""Weight oscillation: how often a discrete weight reverses its last move.
 
 Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 2.3.
 """
@@ -22,12 +22,12 @@ THRESHOLD = 0.005
 
 
 class OscillationState(NamedTuple):
-    """What `oscillation_step` remembers of every weight.
+    """The state that `oscillation_step` keeps for every weight.
 
     Attributes:
         codes: the latest codes, integer, any shape.
         direction: int8, the sign of the last switch, ``sign(k_(t-1) - k_t)``; 0 before the first one.
-        frequency: float32, the moving average f of oscillations a step.
+        frequency: float32, the moving average f of oscillations per step.
     """
 
     codes: Tensor
@@ -39,18 +39,18 @@ def oscillation_step(codes: Tensor, state: OscillationState | None = None, momen
     """One step of the oscillation frequency: ``f_t = m·o_t + (1-m)·f_(t-1)``, f_0 = 0 (equation 5).
 
     A switch is a change of the code; its direction is ``sign(k_(t-1) - k_t)``. ``o_t`` is 1 where there is a switch
-    in the direction opposite to that of the weight's previous switch, however long ago that was; else 0.
+    in the direction opposite to that of the weight's previous switch, no matter how long ago; else 0.
 
     Args:
         codes: integers, any shape; a larger code stands for a larger value.
-        state: what the last call returned; None at the start, when nothing has switched yet.
+        state: the state that the previous call returned; None at the start.
         momentum: m, 0 < m <= 1.
 
     Returns:
-        The new state; ``state`` itself stays as it was.
+        The new state; ``state`` itself is not changed.
 
     Raises:
-        LowbitError: codes that are not integers or of another shape than before; momentum out of range.
+        LowbitError: codes that are not integers or of another shape than in ``state``; momentum out of range.
     """
     check_momentum(momentum)
     codes = torch.as_tensor(codes).detach()
@@ -60,7 +60,10 @@ def oscillation_step(codes: Tensor, state: OscillationState | None = None, momen
         direction = torch.zeros(codes.shape, dtype=torch.int8, device=codes.device)
         return OscillationState(codes.clone(), direction, torch.zeros_like(direction, dtype=torch.float32))
     if codes.shape != state.codes.shape:
-        raise LowbitError(f"codes of shape {list(codes.shape)} do not go on from ones of {list(state.codes.shape)}")
+        raise LowbitError(
+            f"codes of shape {list(codes.shape)} do not match the state's, of shape {list(state.codes.shape)}; "
+            "give the codes of the same weights"
+        )
     new = OscillationState(*(t.clone() for t in state))
     oscillation_step_(codes, new, momentum)
     return new
@@ -76,28 +79,28 @@ def oscillation_step_(codes: Tensor, state: OscillationState, momentum: float) -
 
 
 def check_momentum(momentum: float) -> None:
-    """Refuses a momentum that is not in (0, 1]."""
+    """Raise LowbitError if ``momentum`` is not in (0, 1]."""
     if not 0 < momentum <= 1:
         raise LowbitError(f"momentum={momentum!r} is not allowed; numbers above 0 and up to 1 are (0.01 in the paper)")
 
 
 class OscillationTracker:
-    """Follows the oscillation of every weight of a model in training.
+    """A tracker of the oscillation of every weight of a model in training.
 
-    Call `update` after each optimizer step, or hand the tracker to `lowbit.train` as a callback; it then adds
-    ``frequency`` and ``oscillating`` to the history and is saved and restored with the run. In a run of several
-    processes every one of them tracks the same weights and finds the same numbers, without communication.
+    Call `update` after each optimizer step, or pass the tracker to `lowbit.train` as a callback; it then adds
+    ``frequency`` and ``oscillating`` to the history and is saved and restored with the run. In a run with several
+    processes, each tracks the same weights and gets the same numbers, without communication.
 
-    It holds 9 bytes a weight: the codes and room for new ones (int16), direction (int8), frequency (float32).
+    It holds 9 bytes per weight: current and new codes (int16 each), direction (int8), frequency (float32).
 
     Args:
         model: a quantized model; or one in full precision, with ``grid``.
-        every: look at the weights at every k-th `update`. What happens between two looks is unseen, and frequencies
-            count looks; 1 is the published definition.
-        momentum: of the moving average.
+        every: read the weights at every k-th `update`. Changes between two readings go unseen, and frequencies are per
+            reading; 1 is the published definition.
+        momentum: momentum of the moving average, 0 < momentum <= 1.
         threshold: a weight oscillates when its frequency is above this.
-        grid: a weight method with a scale, e.g. ``PoT(bits=3)``: layers in full precision (those that `quantize_` would
-            take) are tracked too, as if rounded to its levels at the scale which it gives to their present weights.
+        grid: a weight method with a scale, e.g. ``PoT(bits=3)``, to track full-precision layers too (those that
+            `quantize_` would take), as if rounded to its levels at the scale that it gives to their current weights.
             That scale stays fixed, so the numbers describe the motion of the weights alone.
         layers: names of the layers to track, or patterns (``"blocks.*"``); None tracks all.
 
@@ -124,7 +127,7 @@ class OscillationTracker:
         self.reset()
 
     def reset(self) -> None:
-        """Starts afresh from the weights as they are: no update seen, nothing watched."""
+        """Start again from the current weights, with no updates and no watched weights."""
         self.steps = 0
         self.trajectory = Trajectories()
         device, size = self.codes.device, self.codes.size
@@ -137,7 +140,7 @@ class OscillationTracker:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes note of the weights; to be called after each optimizer step."""
+        """Read the weights; call this after each optimizer step."""
         self.steps += 1
         if self.steps % self.every:
             return
@@ -147,10 +150,10 @@ class OscillationTracker:
         self.trajectory.record(self.steps, self.codes.layers)
 
     def summary(self, total: bool = False) -> "pandas.DataFrame":
-        """One row a layer: layer, weights, frequency (mean over its weights), oscillating (share above the threshold).
+        """One row per layer: layer, weights, frequency (mean of its weights), oscillating (share above the threshold).
 
         Args:
-            total: adds a row "(all)" over all weights of all layers.
+            total: whether to add a row "(all)" for all weights of all layers.
         """
         return self._frame(self._sums(), total)
 
@@ -159,11 +162,14 @@ class OscillationTracker:
         return self._of(layer, self._state.frequency)
 
     def watch(self, layer: str, indices: Sequence[int]) -> None:
-        """Keeps the trajectories of single weights from now on, at every look.
+        """Record the trajectories of single weights from now on, at every reading.
 
         Args:
-            layer: its name in the model.
-            indices: places in the flattened weight.
+            layer: name of the layer in the model.
+            indices: indices into the flattened weight.
+
+        Raises:
+            LowbitError: no tracked layer has this name, or an index is out of range.
         """
         chosen = self.codes.layers[self.codes.index(layer)]
         self.trajectory.add(chosen, list(indices))
@@ -172,12 +178,12 @@ class OscillationTracker:
     def trajectories(self) -> "pandas.DataFrame":
         """The weights chosen by `watch`: layer, weight (flat index), step, latent_0, latent_1, ..., value.
 
-        ``step`` counts updates; ``value`` is scale times level. A layer with fewer latents than others has NaN there.
+        ``step`` counts updates; ``value`` is scale times level. The columns of latents that a layer lacks are NaN.
         """
         return self.trajectory.frame()
 
     def on_step(self, state: Any) -> None:
-        """Callback of `lowbit.train`."""
+        """Callback of `lowbit.train`: call `update`."""
         self.update()
 
     def on_epoch(self, state: Any) -> dict[str, float | None]:
@@ -185,7 +191,7 @@ class OscillationTracker:
         return self._overall(self._sums())
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on: tensors, numbers and strings."""
+        """The complete state of the tracker: tensors, numbers and strings."""
         return {
             "settings": self._settings(),
             "layers": [[layer.name, layer.weights] for layer in self.codes.layers],
@@ -199,15 +205,18 @@ class OscillationTracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            LowbitError: the state is of other layers or settings.
+            LowbitError: the state belongs to other layers or settings.
         """
         own = {"settings": self._settings(), "layers": [[la.name, la.weights] for la in self.codes.layers]}
         for key, mine in own.items():
             if state[key] != mine:
-                raise LowbitError(f"the tracker's saved {key} {state[key]} are not those of this one, {mine}")
+                raise LowbitError(
+                    f"the saved state has the {key} {state[key]}, this tracker has {mine}; restore it into a tracker "
+                    f"with the same {key}"
+                )
         for layer, levels, scale in zip(self.codes.layers, state["levels"], state["scales"], strict=True):
             layer.levels = levels
             layer.fixed_scale = None if scale is None else scale.to(self.codes.device)
@@ -224,7 +233,7 @@ class OscillationTracker:
         oscillation_step_(codes, self._state, self.momentum)
 
     def _move(self, device: torch.device) -> None:
-        """Follows a model that was moved after the tracker was made."""
+        """Follow a model that moved to another device after the tracker was created."""
         self._next = self._next.to(device)
         self._state = OscillationState(*(t.to(device) for t in self._state))
 
@@ -233,7 +242,7 @@ class OscillationTracker:
         return values[self.codes.spans[i]].view(self.codes.layers[i].shape).cpu().clone()
 
     def _sums(self) -> dict[str, Tensor]:
-        """Sums over the weights of each layer, float64 ``[layers]``, that become means in a summary."""
+        """Sums over the weights of each layer, float64 ``[layers]``; a summary turns them into means."""
         frequency = self._state.frequency
         return {
             "frequency": self.codes.sums(frequency),
@@ -253,6 +262,6 @@ class OscillationTracker:
         return pandas.DataFrame({"layer": names, "weights": weights.numpy(), **means})
 
     def _overall(self, sums: dict[str, Tensor]) -> dict[str, float | None]:
-        """Means over all weights; None where there has been no look, since JSON has no NaN."""
+        """Means over all weights; None before the first reading, since JSON has no NaN."""
         means = {key: float(value.sum() / self.codes.size) for key, value in sums.items()}
         return {key: None if mean != mean else mean for key, mean in means.items()}

@@ -1,4 +1,4 @@
-"""Which of several models are beaten by none in two measures at once: the Pareto front."""
+"""The Pareto front: the models that no other model beats in two measures at once."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -7,24 +7,25 @@ from lowbit.errors import LowbitError
 
 
 def pareto_front(cost: ArrayLike, quality: ArrayLike) -> NDArray[np.bool_]:
-    """Which points no other one dominates: the Pareto front of low ``cost`` and high ``quality``.
+    """Mask of the points that no other point dominates: the Pareto front of low ``cost`` and high ``quality``.
 
     j dominates i if it costs no more and is at least as good, and in one of the two strictly better:
     ``cost[j] <= cost[i]``, ``quality[j] >= quality[i]``, and not both equal.
 
-    Ties: of points with equal cost only the best stay, of points with equal quality only the cheapest; points equal in
-    both do not dominate each other, so they stay or go together. Only the order of the numbers matters, neither their
-    units nor whether an axis is logarithmic. What differs by less than it can be measured is no tie here: round first.
+    Ties: among points of equal cost only the best stay, and among points of equal quality only the cheapest. Points
+    equal in both do not dominate each other, so they stay or go together. Only the order of the numbers matters,
+    neither their units nor whether an axis is logarithmic. Differences below the measurement error are not ties; round
+    such values first.
 
     Args:
-        cost: ``[n]``, lower is better; infinities are numbers like others.
+        cost: ``[n]``, lower is better; may be infinite.
         quality: ``[n]``, higher is better.
 
     Returns:
-        bool ``[n]``: True on the front. n = 0 gives an empty one.
+        bool ``[n]``: True on the front; empty if n = 0.
 
     Raises:
-        LowbitError: not one number each for every point, or a NaN, which is neither above nor below anything.
+        LowbitError: not one number each for every point, or a NaN, which cannot be compared.
     """
     costs, qualities = (np.asarray(values, dtype=float) for values in (cost, quality))
     if costs.ndim != 1 or costs.shape != qualities.shape:

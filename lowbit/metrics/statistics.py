@@ -1,7 +1,7 @@
-"""What a handful of seeds allows one to say: intervals, paired effects and verdicts.
+"""Conclusions from a handful of seeds: intervals, paired effects and verdicts.
 
-Means of n seeds with Student's t interval, n-1 degrees of freedom: mean ± t·s/√n. It takes seeds as independent and
-their scatter as about normal.
+Means of n seeds with Student's t interval, n-1 degrees of freedom: mean ± t·s/√n. This assumes that seeds
+are independent and their scatter is about normal.
 """
 
 import math
@@ -28,7 +28,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     """Mean and confidence interval ``(mean, low, high)`` over seeds; one value alone has the interval (NaN, NaN).
 
     Args:
-        values: one number a seed.
+        values: one number per seed.
         confidence: coverage, between 0 and 1.
 
     Raises:
@@ -41,9 +41,11 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
         raise LowbitError(f"confidence={confidence!r} is not allowed; numbers between 0 and 1 are, e.g. 0.95")
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not len(array):
-        raise LowbitError(f"values of shape {list(array.shape)} are not allowed; give one number a seed")
+        raise LowbitError(f"values of shape {list(array.shape)} are not allowed; give one number per seed")
     if not np.isfinite(array).all():
-        raise LowbitError(f"{values!r} has a value that is not finite; leave that seed out, and say so, or repair it")
+        raise LowbitError(
+            f"{values!r} has a value that is not finite; repair that run, or leave its seed out and say so"
+        )
     mean = float(array.mean())
     if len(array) == 1:
         return mean, math.nan, math.nan
@@ -61,7 +63,7 @@ class Effect:
         n: seeds, or pairs of seeds.
         confidence: coverage of the interval.
         unit: what is counted, e.g. "points"; may be empty.
-        of: what ``n`` counts.
+        of: name of the things that ``n`` counts, "seeds" by default.
     """
 
     mean: float
@@ -74,12 +76,14 @@ class Effect:
 
     def __post_init__(self) -> None:
         if not (self.n == 1 and math.isfinite(self.mean)) and not self.low <= self.mean <= self.high:
-            raise LowbitError(f"the mean {self.mean} with the interval {self.low} ... {self.high} is no effect")
+            raise LowbitError(
+                f"the mean {self.mean} with the interval {self.low} ... {self.high} is no effect; it has to lie inside"
+            )
 
     def __str__(self) -> str:
         half = (self.high - self.low) / 2
-        # Two significant digits of the uncertainty say how many decimals mean anything.
-        # An interval of no more than rounding error, as of equal differences, says nothing about decimals.
+        # Two significant digits of the uncertainty determine how many decimals are meaningful.
+        # An interval as narrow as rounding error, from equal differences, does not determine them.
         wide = half > 1e-9 * max(1, abs(self.mean))
         decimals = max(0, 1 - math.floor(math.log10(half))) if wide else None
         mean, low, high = (
@@ -111,11 +115,11 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str 
     A pair shares a seed, thus data order and initialization, whose scatter cancels.
 
     Args:
-        a, b: one number a seed: two sequences in the same order of seeds, or two mappings (or pandas Series) from seed
-            to number, in any order.
+        a, b: one number per seed: two sequences in the same order of seeds, or two mappings (or pandas Series) from
+            seed to number, in any order.
         confidence: coverage of the interval.
-        unit: of the numbers.
-        of: what is paired, if it is not seeds.
+        unit: unit of the numbers, e.g. "points".
+        of: name of the paired things, if they are not seeds.
 
     Raises:
         LowbitError: different seeds, no seed, or a number that is not finite.
@@ -136,7 +140,7 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95, unit: str 
 def verdict(
     effect: Effect, expected: Expected, margin: float = 0.0
 ) -> Literal["reproduced", "not reproduced", "inconclusive"]:
-    """What the whole interval of ``effect`` says about a claim; fewer than 5 seeds say nothing.
+    """Judge a claim by the whole interval of ``effect``; fewer than 5 seeds are inconclusive.
 
     ============  ========================  ======================  ==========================================
     expected      the claim                 reproduced              not reproduced
@@ -147,16 +151,17 @@ def verdict(
     "equal"       \\|effect\\| <= margin      both bounds within it   the interval lies outside, on either side
     ============  ========================  ======================  ==========================================
 
-    Everything else is inconclusive. "equal" is the test of equivalence by two one-sided tests, at half the error that
-    ``confidence`` leaves on each side.
+    Everything else is inconclusive. "equal" is the equivalence test by two one-sided tests, each at half of the error
+    that ``confidence`` leaves.
 
     Args:
-        effect: see `paired_difference`.
-        expected: the claim's kind. Where lower is better, "not worse" wants the difference the other way round.
-        margin: in the effect's unit, at least 0; "equal" needs one above 0.
+        effect: a mean difference with its interval, as `paired_difference` returns it.
+        expected: kind of the claim, from the table. If lower is better, swap the two sides of the difference for "not
+            worse".
+        margin: in the effect's unit, at least 0; above 0 for "equal".
 
     Raises:
-        LowbitError: an unknown kind or a margin that makes no sense.
+        LowbitError: an unknown kind of claim, or a margin that its kind does not allow.
     """
     _check_expected(expected)
     if not (math.isfinite(margin) and margin >= 0) or (expected == "equal" and margin == 0):
@@ -180,7 +185,7 @@ def _check_expected(expected: Expected) -> None:
 
 
 def standard_error(effect: Effect) -> float:
-    """The standard error of the mean behind an interval: half its width divided by Student's quantile; NaN for one."""
+    """The standard error of the mean behind an interval: half its width over Student's quantile; NaN for one seed."""
     with extra("train", "a standard error"):
         from scipy import stats
 
@@ -193,12 +198,12 @@ def detectable(effect: Effect, power: float = 0.8, error: float = 0.05) -> float
     """The smallest true effect that the design behind ``effect`` detects with probability ``power``.
 
     (t at 1 - error/2 + t at power) · s/√n with n - 1 degrees of freedom, in the effect's unit; NaN for one seed. The
-    usual approximation: it takes the observed scatter s of the differences for the true one.
+    usual approximation, which takes the observed scatter s of the differences for the true scatter.
 
     Args:
         effect: a mean difference; only its scatter and n matter.
-        power: the wanted probability of detection.
-        error: of the two-sided test.
+        power: the desired probability of detection.
+        error: significance level of the two-sided test.
     """
     with extra("train", "a test over seeds"):
         from scipy import stats
@@ -212,12 +217,12 @@ def detectable(effect: Effect, power: float = 0.8, error: float = 0.05) -> float
 def p_against(effect: Effect, expected: Expected, margin: float = 0.0) -> float:
     """The p-value against a claim: the smallest error at which the interval speaks against it, as in `verdict`.
 
-    With at least 5 seeds, `verdict` says "not reproduced" just if it is at most 1 - ``effect.confidence``.
+    With at least 5 seeds, `verdict` is "not reproduced" exactly if the p-value is at most 1 - ``effect.confidence``.
 
     Args:
-        effect: see `paired_difference`; of at least two seeds.
-        expected: the claim's kind.
-        margin: in the effect's unit.
+        effect: a mean difference of at least two seeds, as `paired_difference` returns it.
+        expected: kind of the claim: "positive", "negative", "not worse" or "equal".
+        margin: in the effect's unit, as for `verdict`.
 
     Returns:
         A number from 0 to 1; 1 where the mean itself lies on the claim's side.
@@ -243,10 +248,11 @@ def p_against(effect: Effect, expected: Expected, margin: float = 0.0) -> float:
 
 
 def holm(p_values: Sequence[float], error: float = 0.05) -> list[bool]:
-    """Which of several hypotheses Holm's step-down test rejects; the chance of any false rejection is ``error``.
+    """Holm's step-down test of several hypotheses: True for each one that is rejected.
 
-    The smallest p-value of m is compared with error/m, the next with error/(m - 1), and so on; the first that is
-    larger ends it (Holm, 1979, "A simple sequentially rejective multiple test procedure").
+    The smallest of m p-values is compared with error/m, the next with error/(m - 1), and so on; the first that is
+    larger ends the test (Holm, 1979, "A simple sequentially rejective multiple test procedure"). The probability of any
+    false rejection is at most ``error``.
     """
     rejected = [False] * len(p_values)
     for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -266,12 +272,12 @@ def summarize(
     """Mean and interval of ``value`` for each group of runs: the columns ``by``, mean, low, high, seeds.
 
     Args:
-        frame: one row a run.
-        by: the column(s) that make a group, in the order in which groups appear.
+        frame: one row per run.
+        by: the column(s) that define a group; groups keep the order of the frame.
         value: the column to average.
         confidence: coverage of the interval.
         seed: the column that names the seed, if there is one; no group may have a seed twice, since a repeated run
-            would narrow the interval without telling anything.
+            would narrow the interval without adding information.
 
     Raises:
         LowbitError: a missing column, a value that is not finite, or a seed that occurs twice.

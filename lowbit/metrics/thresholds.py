@@ -1,6 +1,6 @@
-"""How weights lie to the thresholds between their levels: what decides how many of them can move at all.
+"""The position of weights relative to the thresholds between their levels, which limits how many of them can move.
 
-Ours. For weight quantizers with one latent and evenly spaced levels (LSQ, StatsQ and their kin).
+These measures are ours. They take weight quantizers with one latent and evenly spaced levels, such as LSQ and StatsQ.
 """
 
 from collections.abc import Iterator
@@ -25,22 +25,25 @@ def spacings(model: nn.Module, bits: int | None = None) -> Tensor:
     Raises:
         LowbitError: no such layer.
     """
-    found = [
+    spacing = [
         _spacing(layer).expand(layer.shape[0], *[1] * (len(layer.shape) - 1)).flatten() for layer in _even(model, bits)
     ]
-    return torch.cat(found)
+    return torch.cat(spacing)
 
 
 def reach(rates: float, model: nn.Module, bits: int | None = None) -> float:
-    """How many thresholds a weight can cross under an Adam-like optimizer: the sum of rates over the median spacing.
+    """The number of thresholds that a weight can cross under an optimizer like Adam: sum of rates over median spacing.
 
-    A step of Adam moves a weight by at most about the learning rate. Below 1 most weights cannot leave the rounding
-    cell that they start in, and what is compared is the starting points.
+    A step of Adam moves a weight by at most about the learning rate. Below 1, most weights cannot leave the rounding
+    cell that they start in, so a comparison of methods compares their starting points.
 
     Args:
-        rates: Σ of the learning rates of all steps.
+        rates: sum of the learning rates of all steps.
         model: the quantized model.
-        bits: see `spacings`.
+        bits: only layers whose weights have this many bits; None takes all.
+
+    Raises:
+        LowbitError: no such layer.
     """
     return rates / float(spacings(model, bits).median())
 
@@ -49,12 +52,12 @@ def reach(rates: float, model: nn.Module, bits: int | None = None) -> float:
 def boundary_density(model: nn.Module, bits: int | None = None, width: float = WIDTH) -> float:
     """The share of weights within ``width`` spacings of a threshold, 0 to 1.
 
-    Weights that lie evenly in their cells give 2·width (less for those beyond the outermost thresholds).
+    Weights spread evenly over their cells give 2·width (less for those beyond the outermost thresholds).
 
     Args:
-        model: a quantized model; of a query-key product the elements of the product count.
-        bits: see `spacings`.
-        width: in distances between thresholds, above 0 and below 0.5.
+        model: a quantized model; for a query-key product, the elements of the product are counted.
+        bits: only layers whose weights have this many bits; None takes all.
+        width: half width of the zone, in distances between thresholds, above 0 and below 0.5.
 
     Raises:
         LowbitError: no such layer, or a width out of range.
@@ -75,22 +78,22 @@ def boundary_density(model: nn.Module, bits: int | None = None, width: float = W
 
 def _even(model: nn.Module, bits: int | None) -> Iterator[TrackedLayer]:
     """The layers with one latent and evenly spaced levels."""
-    found = False
+    any_layer = False
     for layer in tracked_layers(model, None):
         gaps = layer.levels.diff()
         wanted = bits is None or getattr(layer.quantizer.config, "bits", None) == bits
         if wanted and len(layer.latents) == 1 and torch.allclose(gaps, gaps[:1].expand_as(gaps)):
-            found = True
+            any_layer = True
             yield layer
-    if not found:
-        of = "" if bits is None else f" of {bits} bits"
+    if not any_layer:
+        width = "" if bits is None else f" of {bits} bits"
         raise LowbitError(
-            f"{type(model).__name__} has no weight quantizer{of} with one latent and evenly spaced levels, such as LSQ "
-            "or StatsQ"
+            f"{type(model).__name__} has no weight quantizer{width} with one latent and evenly spaced levels; quantize "
+            "its weights by LSQ or StatsQ, for example"
         )
 
 
 def _spacing(layer: TrackedLayer) -> Tensor:
-    """Distance between thresholds in units of the latent, broadcastable to the weight."""
+    """The distance between thresholds in units of the latent, broadcastable to the weight."""
     scale = layer.quantizer.scale(*layer.found.latents).detach().float()
     return scale * float(layer.levels[1] - layer.levels[0])

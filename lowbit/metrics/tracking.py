@@ -1,4 +1,4 @@
-"""What the trackers look at: the discrete value of every weight of a model, read into one flat buffer."""
+"""The data of the trackers: the discrete value of every weight of a model, read into one flat buffer."""
 
 import fnmatch
 import itertools
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def signed_ranks(levels: Tensor) -> Tensor:
-    """For each level its sign times the rank of its size among all sizes (from 1; a zero has 0): int16 ``[L]``.
+    """The sign of each level times the rank of its size among all sizes (from 1; 0 for a zero): int16 ``[L]``.
 
-    Two levels are equal, have equal signs or equal sizes exactly where their signed ranks do, whatever the set:
+    Two levels are equal, or have equal signs or sizes, exactly where their signed ranks do. This holds for every set:
     {-2, -1, 0, 1} gives -2, -1, 0, 1 and {±1, ±2, ±4, ±8} gives ±1, ±2, ±3, ±4. Ascending, as the levels are.
     """
     sizes = levels.abs()
@@ -37,13 +37,13 @@ class TrackedLayer:
 
     Args:
         found: the layer.
-        grid: for a layer without a weight quantizer, the method whose levels, times the scale that it gives to the
-            weight of this moment, make the grid; the scale stays as it is from then on.
+        grid: for a layer without a weight quantizer, the method that defines the grid: its levels times the scale that
+            it gives to the current weight. The scale stays fixed from then on.
 
     Attributes:
-        levels: float32 ``[L]``, the value set at this moment; where a method learns its levels, their order by size
-            is taken to stay.
-        fixed_scale: of the grid, broadcastable to the weight; None for a quantized layer.
+        levels: float32 ``[L]``, the current value set. If a method learns its levels, their order by size is assumed to
+            stay the same.
+        fixed_scale: scale of the grid, broadcastable to the weight; None for a quantized layer.
     """
 
     def __init__(self, found: QuantizedLayer, grid: Method | None):
@@ -55,7 +55,7 @@ class TrackedLayer:
             self.levels = found.weight.levels.cpu()
             return
         if grid is None:
-            raise LowbitError(f"layer {self.name!r} is in full precision; give the grid through which to see it")
+            raise LowbitError(f"layer {self.name!r} is in full precision; give a weight method as its grid, e.g. PoT()")
         with torch.no_grad():
             weight = as_float(weight)
             quantizer = grid.weight(weight)
@@ -66,7 +66,7 @@ class TrackedLayer:
         if (self.fixed_scale == 1).all() and len(self.levels.abs().unique()) > 1 and (sizes == sizes.max()).all():
             raise LowbitError(
                 f"grid={grid!r} does not fit a full-precision model: it has no scale, and every weight of "
-                f"{self.name!r} is nearest to a level of size {sizes.max():g}; take a method with a scale, e.g. "
+                f"{self.name!r} is nearest to a level of size {sizes.max():g}; use a method with a scale, e.g. "
                 "PoT() or DenseShift(scale='statistical')"
             )
 
@@ -83,7 +83,7 @@ class TrackedLayer:
 
     @property
     def latents(self) -> tuple[Tensor, ...]:
-        """What is rounded: one tensor of the weight's shape, or several for DenseShift-like methods."""
+        """The tensors that are rounded: one of the weight's shape, or several for methods like DenseShift."""
         if isinstance(self.found.weight, QueryKeyProduct):
             return (self.found.weight.product(*self.found.latents),)
         return self.found.latents
@@ -105,32 +105,36 @@ class TrackedLayer:
 
 
 def tracked_layers(model: nn.Module, grid: Method | None, layers: Sequence[str] | None = None) -> list[TrackedLayer]:
-    """The layers with quantized weights and, with a ``grid``, those in full precision that `quantize_` would take.
+    """The layers of ``model`` to track, in order.
 
-    Only those whose names, or patterns, ``layers`` gives; None is all.
+    Args:
+        model: a quantized model, or one in full precision with a ``grid``.
+        grid: a weight method through which the full-precision layers that `quantize_` would take are tracked too; None
+            tracks layers with quantized weights only.
+        layers: names of the layers to track, or patterns; None tracks all.
 
     Raises:
         LowbitError: there are none, or ``grid`` is no weight method.
     """
-    found = [layer for layer in quantized_layers(model) if layer.weight is not None]
+    tracked = [layer for layer in quantized_layers(model) if layer.weight is not None]
     if grid is not None:
-        have = {layer.name: layer for layer in found}
+        by_name = {layer.name: layer for layer in tracked}
         plan = {name: layer for name, layer, _ in _plan(model, QuantConfig(weight=grid))}
         for name, layer in plan.items():
-            have.setdefault(name, QuantizedLayer(name, layer, None, None))
-        found = [have[name] for name, _ in model.named_modules() if name in have]
+            by_name.setdefault(name, QuantizedLayer(name, layer, None, None))
+        tracked = [by_name[name] for name, _ in model.named_modules() if name in by_name]
     for pattern in layers or ():
-        if not fnmatch.filter((layer.name for layer in found), pattern):
-            there = ", ".join(layer.name for layer in found) or "none"
-            raise LowbitError(f"layers: {pattern!r} is the name of no tracked layer; there are {there}")
+        if not fnmatch.filter((layer.name for layer in tracked), pattern):
+            names = ", ".join(layer.name for layer in tracked) or "none"
+            raise LowbitError(f"layers: {pattern!r} matches no tracked layer; the tracked layers are {names}")
     if layers is not None:
-        found = [layer for layer in found if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in layers)]
-    if not found:
+        tracked = [layer for layer in tracked if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in layers)]
+    if not tracked:
         raise LowbitError(
-            f"{type(model).__name__} has no quantized weight to track; call lowbit.quantize_ first, or give the grid "
-            "through which to see a full-precision model, e.g. grid=PoT(bits=3)"
+            f"{type(model).__name__} has no quantized weight to track; call lowbit.quantize_ first, or track a "
+            "full-precision model through a grid, e.g. grid=PoT(bits=3)"
         )
-    return [TrackedLayer(layer, grid) for layer in found]
+    return [TrackedLayer(layer, grid) for layer in tracked]
 
 
 class FlatCodes:
@@ -144,7 +148,7 @@ class FlatCodes:
         self.group()
 
     def group(self) -> None:
-        """Prepares the tables from codes to ranks; neighbors with the same levels share one look-up."""
+        """Build the tables from codes to ranks; neighboring layers with the same levels share one look-up."""
         self._groups: list[tuple[slice, Tensor]] = []
         for layer, span in zip(self.layers, self.spans, strict=True):
             ranks = signed_ranks(layer.levels)
@@ -155,12 +159,12 @@ class FlatCodes:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.layers[0].found.latents[0].device
 
     @torch.no_grad()
     def read(self, out: Tensor) -> Tensor:
-        """Writes the current ranks to ``out``, int16 ``[size]`` on `device`, and returns it."""
+        """Write the current ranks to ``out``, int16 ``[size]`` on `device`, and return it."""
         for layer, span in zip(self.layers, self.spans, strict=True):
             out[span].view(layer.shape).copy_(layer.codes())
         for span, ranks in self._groups:
@@ -168,11 +172,16 @@ class FlatCodes:
         return out
 
     def index(self, name: str) -> int:
-        """The place of the layer ``name`` in ``layers``."""
+        """The index of the layer ``name`` in ``layers``.
+
+        Raises:
+            LowbitError: no tracked layer has this name.
+        """
         for i, layer in enumerate(self.layers):
             if layer.name == name:
                 return i
-        raise LowbitError(f"no tracked layer is called {name!r}; there are {', '.join(la.name for la in self.layers)}")
+        names = ", ".join(layer.name for layer in self.layers)
+        raise LowbitError(f"no tracked layer is called {name!r}; the tracked layers are {names}")
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums over each layer of ``values [..., size]``: float64 or int64 ``[..., layers]``, on the CPU."""
@@ -187,7 +196,11 @@ class Trajectories:
         self._watched: dict[str, dict[str, Any]] = {}
 
     def add(self, layer: TrackedLayer, indices: list[int]) -> None:
-        """Chooses weights of ``layer`` by their place in the flattened weight."""
+        """Choose weights of ``layer`` by their indices in the flattened weight.
+
+        Raises:
+            LowbitError: no index, or one that is out of range.
+        """
         wrong = [i for i in indices if not (isinstance(i, int) and 0 <= i < layer.weights)]
         if wrong or not indices:
             raise LowbitError(
@@ -198,7 +211,7 @@ class Trajectories:
 
     @torch.no_grad()
     def record(self, step: int, layers: list[TrackedLayer]) -> None:
-        """Notes the chosen weights of ``layers`` as they are now."""
+        """Record the current state of the chosen weights of ``layers``."""
         for layer in layers:
             if layer.name in self._watched:
                 held = self._watched[layer.name]
@@ -208,7 +221,7 @@ class Trajectories:
                 held["rows"].append(torch.stack([t.detach().reshape(-1)[index].float() for t in columns], 1))
 
     def frame(self) -> "pandas.DataFrame":
-        """One row a layer, step and weight: layer, weight (flat index), step, latent_0, ..., value."""
+        """One row per layer, step and weight: layer, weight (flat index), step, latent_0, ..., value."""
         with extra("train", "the table of trajectories"):
             import pandas
 
@@ -227,14 +240,14 @@ class Trajectories:
         return whole[[*(column for column in whole.columns if column != "value"), "value"]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings."""
+        """The recorded trajectories: tensors, numbers and strings."""
         return {
             name: {**held, "steps": list(held["steps"]), "rows": torch.stack([row.cpu() for row in held["rows"]])}
             for name, held in self._watched.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self._watched = {
             name: {**held, "steps": list(held["steps"]), "rows": list(held["rows"].unbind())}
             for name, held in state.items()

@@ -387,7 +387,7 @@ def test_frozen_from_a_step_on_by_hand():
         ([1, 1, 0, -2, 0, 0], [1, 1, -2, 1]),  # 0 → 1, -1 → -2
         ([1, 0, 0, -2, 0, 0], [1, 1, 1, 1]),  # 1 → 0: back, but changed; -2 → 1
     ]
-    with pytest.raises(LowbitError, match="did not come to step 2"):
+    with pytest.raises(LowbitError, match="did not reach step 2"):
         follower.frozen()
     for step, (first, second) in enumerate(codes):
         put(first, second)
@@ -406,5 +406,5 @@ def test_only_the_named_layers_are_tracked(tracker):
     model, _, _ = two_layers()
     assert tracker(model, layers=["1"]).summary().layer.tolist() == ["1"]
     assert tracker(model, layers=["[01]"]).summary().layer.tolist() == ["0", "1"]
-    with pytest.raises(LowbitError, match="'2' is the name of no tracked layer; there are 0, 1"):
+    with pytest.raises(LowbitError, match="'2' matches no tracked layer; the tracked layers are 0, 1"):
         tracker(model, layers=["0", "2"])

@@ -217,7 +217,7 @@ def test_a_look_every_few_steps_does_not_see_what_lies_between():
         (lambda: OscillationTracker(two_layers(), momentum=2.0), "momentum=2.0"),
         (lambda: OscillationTracker(two_layers(), threshold=1.0), "threshold=1.0"),
         (lambda: OscillationTracker(two_layers(), grid="pot"), "weight="),
-        (lambda: OscillationTracker(two_layers()).watch("3", [0]), "'3'; there are 0, 1, 2"),
+        (lambda: OscillationTracker(two_layers()).watch("3", [0]), "'3'; the tracked layers are 0, 1, 2"),
         (lambda: OscillationTracker(two_layers()).watch("1", [6]), "0 to 5"),
         (lambda: OscillationTracker(two_layers()).watch("1", []), "indices"),
         (lambda: OscillationTracker(two_layers()).trajectories(), "watch"),

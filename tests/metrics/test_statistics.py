@@ -214,8 +214,8 @@ def test_summary_of_groups():
     [
         (lambda: interval([1, math.nan]), "not finite"),
         (lambda: interval([1, math.inf]), "not finite"),
-        (lambda: interval([]), "one number a seed"),
-        (lambda: interval([[1, 2]]), "one number a seed"),
+        (lambda: interval([]), "one number per seed"),
+        (lambda: interval([[1, 2]]), "one number per seed"),
         (lambda: interval([1, 2], confidence=95), "confidence=95"),
         (lambda: paired_difference([1, 2], [1]), "2 values, b has 1"),
         (lambda: paired_difference({1: 1.0}, {2: 1.0}), r"\[1\].*\[2\].*same seeds"),
