@@ -1,11 +1,11 @@
 """Low-bit attention for timm's vision transformers, with or without query-key reparameterization (QKR).
 
 Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023, arXiv 2302.02210.
-Which factor shares a quantization step with what follows the authors' code.
+Quantization steps are shared among elements in the way of the authors' code.
 """
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +13,27 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.nn.query_key import QueryKeyProduct
-from lowbit.quantizers import LSQ, Method
-from lowbit.quantizers.base import ActivationQuantizer, as_float
-from lowbit.quantizers.lsq import LSQActivation
+from lowbit.quantizers.base import ActivationQuantizer, Method, as_float
+from lowbit.quantizers.lsq import LSQ, LSQActivation
+
+if TYPE_CHECKING:
+    from timm.layers.attention import Attention
+    from timm.models.swin_transformer import WindowAttention
+
+    TimmAttention: TypeAlias = Attention | WindowAttention
 
 INPUT = "input_quantizer"  # the name under which a layer holds the quantizer of its input
-
-
 OLDEST_TIMM = "1.0.26"
+Granularity = Literal["tensor", "channel", "token"]
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether `LowBitAttention` can take the place of ``module``: timm's Attention and Swin's WindowAttention.
+def is_attention(module: nn.Module) -> "TypeGuard[TimmAttention]":
+    """Whether `LowBitAttention` can replace ``module``: true for timm's Attention and Swin's WindowAttention.
 
     Raises:
         LowbitError: timm is older than `OLDEST_TIMM`.
     """
-    if not type(module).__module__.startswith("timm."):  # so that models without timm's parts do without timm
+    if not type(module).__module__.startswith("timm."):  # models without timm's parts do not need timm
         return False
     try:
         from timm.layers.attention import Attention, maybe_add_mask, resolve_self_attn_mask  # noqa: F401
@@ -44,8 +48,18 @@ def is_attention(module: nn.Module) -> bool:
     return type(module) in (Attention, WindowAttention)
 
 
-def check_reparameterizable(name: str, attention: nn.Module, weight: Method | None) -> None:
-    """Refuses what QKR cannot be applied to; ``attention`` is one of `is_attention`, called ``name`` in the message."""
+def check_reparameterizable(name: str, attention: "TimmAttention", weight: Method | None) -> None:
+    """Refuse an attention layer or a weight method that QKR cannot be applied to.
+
+    Args:
+        name: the layer's name, for the message.
+        attention: a layer for which `is_attention` is true.
+        weight: the weight method, or None for full precision.
+
+    Raises:
+        LowbitError: the layer normalizes queries or keys, its ``qkv`` is not a plain `torch.nn.Linear`, or the method
+            has several latents.
+    """
     for norm in ("q_norm", "k_norm"):
         if not isinstance(getattr(attention, norm, nn.Identity()), nn.Identity):
             raise LowbitError(
@@ -59,43 +73,62 @@ def check_reparameterizable(name: str, attention: nn.Module, weight: Method | No
         )
     if weight is not None and not isinstance(weight.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
         raise LowbitError(
-            f"qkr=True is not possible with {weight!r}: the product of query and key weights takes the place of the "
-            "method's latent, and this method has several; StatsQ and LSQ have one"
+            f"qkr=True is not possible with {weight!r}: the product of query and key weights replaces the method's "
+            "latent, and this method has several; use a method with one latent, such as StatsQ or LSQ"
         )
 
 
 class LowBitAttention(nn.Module):
-    """Self-attention whose own products have quantized factors; takes the place of one of `is_attention`.
+    """Self-attention that quantizes the factors of its own products; replaces timm's attention (see `is_attention`).
 
-    Without QKR queries, keys, values and the softmax's output are quantized: ``q̂·k̂ᵀ`` and ``â·v̂``. With it the logits
-    are ``x̂·ẑᵀ/sqrt(d)``, ``ẑ`` the quantized ``x̂·M̂ᵀ`` and ``M̂`` the quantized ``WqᵀWk`` of each head (see
-    `QueryKeyProduct`); ``x̂`` is quantized once for all; biases of queries and keys are dropped.
+    Without QKR, queries, keys, values and the softmax's output are quantized: ``q̂·k̂ᵀ`` and ``â·v̂``. With QKR, the
+    logits are ``x̂·ẑᵀ/sqrt(d)``, where ``ẑ`` is the quantized ``x̂·M̂ᵀ`` and ``M̂`` the quantized ``WqᵀWk`` of each head
+    (see `QueryKeyProduct`). The input ``x̂`` is quantized once for all uses; the biases of queries and keys are dropped.
 
-    Steps are shared as ``activation`` says. For LSQ with granularity "token", as published: one step for each token
-    (queries, keys), token and head (z), query and head (softmax), channel (values); "channel": one for each channel,
-    one for the softmax; "tensor": one each. The softmax's output is unsigned and has no biases. Biases are one for each
-    channel; those of z are shared by the heads. `QuantConfig` says what ``z_bias`` and ``softmax_step`` change.
+    ``activation`` decides which elements share a step. LSQ with granularity "token", the published form, has one step
+    for each token (queries, keys), token and head (z), query and head (softmax), and channel (values). "channel" has
+    one step for each channel, and a single one for the softmax; "tensor" has a single step for each factor. The
+    softmax's output is unsigned and has no biases. Other factors have one bias for each channel; the heads share those
+    of z. `QuantConfig` describes how ``z_bias`` and ``softmax_step`` change this.
 
-    Children keep the names that they have in timm, so checkpoints fit: ``qkv`` (or ``qk`` and ``v``) and ``proj``.
+    Children keep their names from timm, so checkpoints fit: ``qkv`` (or ``qk`` and ``v``) and ``proj``.
 
     Args:
-        source: the attention to replace. Its layers and parameters are moved, not copied.
-        weight: with ``query_key`` the method for ``qk`` and ``v``; ``qkv`` and ``proj`` are left to `quantize_`.
-        activation: the method for the factors and, with ``query_key``, for the input x; None leaves them as they are.
-        query_key: reparameterize.
-        factors: False quantizes the input x only.
-        fresh: draw ``proj``, ``qkv`` without QKR, and Swin's table of relative positions anew, as the released code
-            does, instead of keeping the pre-trained ones.
-        z_bias: along which dims the biases of z differ: "channel", or "head" and channel.
-        softmax_step: along which dims the softmax's steps per token differ: "head" and query, or "query".
+        source: the attention layer to replace. Its layers and parameters are moved, not copied.
+        weight: the weight method of ``qk`` and ``v`` with ``query_key``; `quantize_` handles ``qkv`` and ``proj``.
+        activation: the method for the factors and, with ``query_key``, for the input x; None for full precision.
+        query_key: whether to reparameterize.
+        factors: False quantizes only the input x.
+        fresh: whether to reinitialize ``proj``, ``qkv`` (without QKR) and Swin's relative position table, as the
+            released code does, instead of keeping the pre-trained values.
+        z_bias: dims along which the biases of z differ: "channel", or "head" for head and channel.
+        softmax_step: dims along which the softmax's steps per token differ: "head" for head and query, or "query".
 
     Shapes:
-        ``[B, N, C]`` in and out; for Swin B counts windows. ``attn_mask`` as in timm; ``mask`` is Swin's.
+        ``[B, N, C]`` in and out; for Swin, B counts windows. ``attn_mask`` is timm's mask, ``mask`` is Swin's.
     """
+
+    settings: dict[str, Any]
+    num_heads: int
+    scale: float
+    qkv: nn.Linear  # without query_key
+    qk: nn.Linear  # with query_key, as are the next three
+    v: nn.Linear
+    x_quantizer: nn.Module
+    z_quantizer: nn.Module
+    proj: nn.Linear
+    attn_drop: nn.Module
+    proj_drop: nn.Module
+    norm: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    gate: nn.Module | None
+    relative_position_bias_table: Tensor  # of Swin only, as is the next
+    relative_position_index: Tensor
 
     def __init__(
         self,
-        source: nn.Module,
+        source: "TimmAttention",
         weight: Method | None = None,
         activation: Method | None = None,
         query_key: bool = False,
@@ -114,8 +147,10 @@ class LowBitAttention(nn.Module):
             child = getattr(source, name, None)
             self.add_module(name, nn.Identity() if child is None and name != "gate" else child)
         if hasattr(source, "relative_position_bias_table"):
-            self.relative_position_bias_table = source.relative_position_bias_table
-            self.register_buffer("relative_position_index", source.relative_position_index, persistent=False)
+            table, index = source.relative_position_bias_table, source.relative_position_index
+            assert isinstance(table, Tensor) and isinstance(index, Tensor)
+            self.relative_position_bias_table = table
+            self.register_buffer("relative_position_index", index, persistent=False)
         width, heads = source.qkv.in_features, source.num_heads
         like, values = source.qkv.weight, len(source.qkv.weight) // 3
         if query_key:
@@ -137,14 +172,13 @@ class LowBitAttention(nn.Module):
         if fresh:
             self._draw_again(query_key)
 
-    def _reparameterize(self, source: nn.Module, weight: Method | None, activation: Method | None) -> None:
+    def _reparameterize(self, source: "TimmAttention", weight: Method | None, activation: Method | None) -> None:
         wq, wk, wv = source.qkv.weight.detach().clone().chunk(3)
         width = source.qkv.in_features
-        like = {"device": wq.device, "dtype": wq.dtype}
-        self.qk = nn.Linear(width, self.num_heads * width, bias=False, **like)
+        self.qk = nn.Linear(width, self.num_heads * width, bias=False, device=wq.device, dtype=wq.dtype)
         product = QueryKeyProduct(self.num_heads, wq, wk, weight)
         parametrize.register_parametrization(self.qk, "weight", product)
-        self.v = nn.Linear(width, len(wv), bias=source.qkv.bias is not None, **like)
+        self.v = nn.Linear(width, len(wv), bias=source.qkv.bias is not None, device=wq.device, dtype=wq.dtype)
         with torch.no_grad():
             self.v.weight.copy_(wv)
             if self.v.bias is not None:
@@ -153,7 +187,7 @@ class LowBitAttention(nn.Module):
             parametrize.register_parametrization(self.v, "weight", weight.weight(wv))
         self.x_quantizer = operand(activation)
         if activation is not None:
-            for layer in (self.qk, self.v):  # told to whoever counts their bits, but not registered a second time
+            for layer in (self.qk, self.v):  # visible to code that counts bits, but not registered a second time
                 layer.__dict__[INPUT] = self.x_quantizer
 
     def _draw_again(self, query_key: bool) -> None:
@@ -163,7 +197,7 @@ class LowBitAttention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits before any mask, ``[B, heads, N, N]``, and the values before quantization, ``[B, N, D]``."""
+        """Logits before any mask, ``[B, heads, N, N]``, and values before quantization, ``[B, N, D]``."""
         batch, tokens, _ = x.shape
         if hasattr(self, "qk"):
             x = self.x_quantizer(x)
@@ -178,7 +212,7 @@ class LowBitAttention(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, mask: Tensor | None = None
     ) -> Tensor:
-        """What timm's attention computes, with quantized factors; see the class."""
+        """Compute timm's attention with quantized factors; the class describes shapes and masks."""
         from timm.layers.attention import maybe_add_mask, resolve_self_attn_mask
 
         batch, tokens, _ = x.shape
@@ -193,38 +227,39 @@ class LowBitAttention(nn.Module):
         return self.proj_drop(self.proj(y if gate is None else y * gate))
 
     def _add_positions(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        """Swin's bias of each pair of places in a window, and the mask between parts that were rolled together."""
+        """Add Swin's relative position bias, and the mask that separates parts of a shifted window."""
         tokens = logits.shape[-1]
         table = self.relative_position_bias_table[self.relative_position_index.view(-1)]
         logits = logits + table.view(tokens, tokens, -1).permute(2, 0, 1)
         if mask is None:
             return logits
-        images = logits.shape[0] // mask.shape[0]  # not len(), which torch.export takes for a fixed number
+        images = logits.shape[0] // mask.shape[0]  # not len(), which torch.export treats as a constant
         windows = logits.view(images, mask.shape[0], self.num_heads, tokens, tokens)
         return (windows + mask[None, :, None]).view(logits.shape)
 
 
 def operand(
     activation: Method | None,
-    token: str = "token",
-    channel: str = "channel",
+    token: Granularity = "token",
+    channel: Granularity = "channel",
     signed: bool | None = None,
     bias_dims: tuple[int, ...] | None = None,
     step_dims: tuple[int, ...] | None = None,
 ) -> nn.Module:
-    """The quantizer of a factor of attention's products; the identity if ``activation`` is None.
+    """The quantizer of one factor in attention's products; the identity if ``activation`` is None.
 
     Args:
         activation: the method of the layers' inputs.
-        token: LSQ's granularity here where that of ``activation`` is "token".
-        channel: the same where it is "channel".
-        signed: False for a factor that is never negative; LSQ then also goes without its biases.
-        bias_dims, step_dims: of `lowbit.quantizers.lsq.LSQActivation`, if the method is LSQ.
+        token: the factor's LSQ granularity if that of ``activation`` is "token".
+        channel: the factor's LSQ granularity if that of ``activation`` is "channel".
+        signed: False for a factor that is never negative; LSQ then has no biases either.
+        bias_dims, step_dims: arguments of `lowbit.quantizers.lsq.LSQActivation`; other methods ignore them.
     """
     if activation is None:
         return nn.Identity()
     if isinstance(activation, LSQ):
-        shared = {"token": token, "channel": channel}.get(activation.granularity, activation.granularity)
+        given = activation.granularity
+        shared = token if given == "token" else channel if given == "channel" else given
         activation = dataclasses.replace(activation, granularity=shared, signed=signed)
         if signed is False:
             activation = dataclasses.replace(activation, bias=False)
@@ -233,12 +268,12 @@ def operand(
 
 
 def expect_(quantizer: nn.Module, shape: tuple[int | None, ...], like: Tensor) -> None:
-    """Tells an `operand` its input's shape (None for unknown sizes), and puts it where ``like`` is."""
+    """Tell an `operand` the shape of its input (None for unknown sizes), and move it to the device of ``like``."""
     if isinstance(quantizer, ActivationQuantizer):
         quantizer.to(like.device, as_float(like).dtype)
         quantizer.expect_(shape)
 
 
 def low_bit_attentions(model: nn.Module) -> dict[str, LowBitAttention]:
-    """Every `LowBitAttention` of ``model`` by its name."""
+    """Every `LowBitAttention` of ``model``, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowBitAttention)}

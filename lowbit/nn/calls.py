@@ -1,6 +1,6 @@
-"""What the call of a module runs, and which modules a model calls.
+"""Facts about modules: the code that a call runs, the modules that a model calls, the weight of a layer.
 
-A packed layer or a fused graph replaces a module by what torch's own class computes. That is right only where nothing
+A packed layer or a fused graph replaces a module by the computation of torch's own class. That is right only if nothing
 else takes part: no method of a subclass, no override on the object, no hook.
 """
 
@@ -8,11 +8,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CellType
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# By these a class or an object decides what a call computes, or what its own code reads.
+# Attributes that decide what a call computes, or what a module's own code reads.
 _DECIDES = (
     "forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__",
     "weight", "bias",
@@ -26,13 +27,34 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 
-def computes_as(module: nn.Module, kind: type[nn.Module], allowed: Iterable[Callable] = ()) -> bool:
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight that ``layer`` computes with: a parameter, a buffer, or the result of a parametrization.
+
+    Raises:
+        TypeError: the layer's ``weight`` is not a tensor.
+    """
+    weight = layer.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"the weight of a {type(layer).__name__} is a {type(weight).__name__}, not a tensor")
+    return weight
+
+
+def weight_parametrization(layer: nn.Module) -> parametrize.ParametrizationList | None:
+    """The parametrizations of the weight of ``layer``; None if the weight has none."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    held = layer.get_submodule("parametrizations.weight")
+    assert isinstance(held, parametrize.ParametrizationList)
+    return held
+
+
+def computes_as(module: nn.Module, kind: type[nn.Module], allowed: Iterable[Callable[..., Any]] = ()) -> bool:
     """Whether a call of ``module`` runs exactly the code of ``kind``, a class of torch.nn.
 
     Args:
-        module: may be of a subclass, as long as that changes no method that takes part in a call.
-        kind: the class.
-        allowed: forward pre-hooks that do not count.
+        module: any module; a subclass of ``kind`` must not change a method that takes part in a call.
+        kind: a class of torch.nn.
+        allowed: forward pre-hooks that ``module`` may have.
     """
     if not isinstance(module, kind) or any(name in module.__dict__ for name in _DECIDES):
         return False
@@ -44,17 +66,17 @@ def computes_as(module: nn.Module, kind: type[nn.Module], allowed: Iterable[Call
     return not module._forward_hooks and all(hook in allowed for hook in module._forward_pre_hooks.values())
 
 
-def holds_module(function: Callable) -> bool:
-    """Whether ``function`` is bound to a module or has one in its closure, which its copies keep calling."""
+def holds_module(function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is bound to a module or has one in its closure; copies would keep calling that module."""
     cells = getattr(function, "__closure__", None) or ()
     held = [getattr(function, "__self__", None), *(cell.cell_contents for cell in cells if cell != _EMPTY)]
-    held += [getattr(one, "__self__", None) for one in held] + list(getattr(function, "args", ()))
-    return any(isinstance(one, nn.Module) for one in held)
+    held += [getattr(value, "__self__", None) for value in held] + list(getattr(function, "args", ()))
+    return any(isinstance(value, nn.Module) for value in held)
 
 
 @contextmanager
 def calls_of(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
-    """Yield a set that collects which of ``modules`` are called inside."""
+    """Yield a set that collects those of ``modules`` that are called inside the ``with`` block."""
     called: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module), prepend=True) for module in modules]
     try:
@@ -65,7 +87,7 @@ def calls_of(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names for a message: quoted, and cut short after ``most``."""
+    """Quoted names for a message, at most ``most`` of them, and the number of the rest."""
     names = list(names)
     shown = ", ".join(map(repr, names[:most]))
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,39 +1,43 @@
-"""`QuantConfig`: what to quantize, how, and what to do with the first and last layers."""
+"""`QuantConfig`: what to quantize, by which methods, and how to treat the first and last layers."""
 
 import dataclasses
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers import Method, get, names
+from lowbit.quantizers.base import Method, get, names
 from lowbit.settings import settings
 
 
 @settings
 class QuantConfig:
-    """How a model is quantized; raises `LowbitError` on anything unknown or out of range.
+    """How a model is quantized.
 
     Args:
-        weight: a weight method's settings, ``StatsQ(bits=2)``, or the same as a dict, ``{"method": "statsq",
+        weight: settings of a weight method, ``StatsQ(bits=2)``, or the same as a dict, ``{"method": "statsq",
             "bits": 2}``; None leaves weights in full precision.
-        activation: the same for the inputs of the quantized layers, e.g. ``LSQ(bits=2)``.
-        first_last: the first and the last layers: None keeps them in full precision (as DenseShift does), 8 gives
-            them 8-bit LSQ weights per channel and 8-bit LSQ inputs (as OFQ does), "same" treats them like the rest.
-        unsigned: names of layers (or patterns, ``"*.fc2"``) whose inputs get unsigned codes, though they are not all
-            positive: OFQ has it so after GELU. For activation methods with the setting ``signed``.
-        attention: also quantize, by ``activation``, the factors of attention's own two products, in timm's vision
-            transformers and Swin (see `lowbit.nn.attention`); else only the inputs of its layers.
-        qkr: query-key reparameterization of that attention; alone, without any method, it changes no output but for
-            the dropped biases of queries and keys.
-        attention_start: "pretrained" keeps the weights of attention; "as_published" draws ``proj``, without ``qkr``
-            also ``qkv``, and Swin's table of relative positions anew, as the code released with OFQ does.
+        activation: settings of the method for the inputs of quantized layers, e.g. ``LSQ(bits=2)``, a dict, or None.
+        first_last: treatment of the first and last layers: None keeps them in full precision (as DenseShift does), 8
+            gives them 8-bit LSQ weights per channel and 8-bit LSQ inputs (as OFQ does), "same" treats them like the
+            rest.
+        unsigned: names of layers (or patterns, ``"*.fc2"``) whose inputs get unsigned codes although some values are
+            negative, as in OFQ after GELU. The activation method needs a setting ``signed``.
+        attention: whether to quantize, by ``activation``, the factors of attention's own two products in timm's vision
+            transformers and Swin (see `lowbit.nn.attention`); False quantizes only the inputs of its layers.
+        qkr: whether to apply query-key reparameterization to that attention. Without any method, it changes the output
+            only by dropping the biases of queries and keys.
+        attention_start: "pretrained" keeps the weights of attention; "as_published" reinitializes ``proj``, ``qkv``
+            (without ``qkr``) and Swin's relative position table, as the code released with OFQ does.
         z_bias: with ``qkr`` and biases (``LSQ(bias=True)``), the biases of z, the product of input and query-key
-            matrix: one for each "channel", shared by the heads, or for each "head" and channel as in OFQ's code.
+            matrix: one for each "channel", shared by the heads, or one for each "head" and channel as in OFQ's code.
         softmax_step: with ``attention`` and steps per token, the steps of the softmax's output: one for each "head" and
-            query, or for each "query", shared by the heads, as in OFQ's code.
-        end_bias: with ``first_last=8``, learned biases before and after the quantization of the first and last layers'
-            inputs, as in OFQ's code: one for each place of an image, and for each feature of a linear layer's input.
+            query, or one for each "query", shared by the heads, as in OFQ's code.
+        end_bias: with ``first_last=8``, whether the first and last layers' inputs have learned biases before and after
+            quantization, as in OFQ's code: one for each place of an image or feature of a linear layer's input.
+
+    Raises:
+        LowbitError: an unknown setting, a value out of range, or settings that exclude each other.
     """
 
     weight: Any = None
@@ -49,17 +53,18 @@ class QuantConfig:
 
     @field_validator("weight", "activation", mode="before")
     @classmethod
-    def _method(cls, value: Any, info: Any) -> Method | None:
+    def _method(cls, value: Any, info: ValidationInfo) -> Method | None:
+        kind: Literal["weight", "activation"] = "weight" if info.field_name == "weight" else "activation"
         if isinstance(value, dict):
             options = dict(value)
             if "method" not in options:
-                raise ValueError(f"it needs the key 'method', one of {', '.join(names(info.field_name))}")
+                raise ValueError(f"it needs the key 'method', one of {', '.join(names(kind))}")
             value = get(options.pop("method"))(**options)
         if value is None:
             return None
-        if not isinstance(value, Method) or not value.quantizes(info.field_name):
-            choices = ", ".join(get(name).__name__ for name in names(info.field_name))
-            raise ValueError(f"for {info.field_name}s the settings of one of these are allowed: {choices}")
+        if not isinstance(value, Method) or not value.quantizes(kind):
+            choices = ", ".join(get(name).__name__ for name in names(kind))
+            raise ValueError(f"for {kind}s the settings of one of these are allowed: {choices}")
         return value
 
     @field_validator("first_last", mode="before")
@@ -81,7 +86,7 @@ class QuantConfig:
         if self.unsigned and not hasattr(self.activation, "signed"):
             raise ValueError("unsigned=... needs an activation method with the setting 'signed', e.g. LSQ")
         if self.attention_start != "pretrained" and not (self.attention or self.qkr):
-            raise ValueError("attention_start='as_published' is about attention=True or qkr=True, and neither is set")
+            raise ValueError("attention_start='as_published' needs attention=True or qkr=True")
         biased = self.attention and self.qkr and getattr(self.activation, "bias", False)
         if self.z_bias != "channel" and not biased:
             raise ValueError(
@@ -95,20 +100,24 @@ class QuantConfig:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers, for files; ``QuantConfig(**d)`` gives the configuration back."""
-        made: dict[str, Any] = {"first_last": self.first_last, "unsigned": list(self.unsigned)}
-        made |= {"attention": self.attention, "qkr": self.qkr, "attention_start": self.attention_start}
-        made |= {"z_bias": self.z_bias, "softmax_step": self.softmax_step, "end_bias": self.end_bias}
+        """Plain dicts, strings and numbers for a file; ``QuantConfig(**d)`` restores the configuration."""
+        plain: dict[str, Any] = {"first_last": self.first_last, "unsigned": list(self.unsigned)}
+        plain |= {"attention": self.attention, "qkr": self.qkr, "attention_start": self.attention_start}
+        plain |= {"z_bias": self.z_bias, "softmax_step": self.softmax_step, "end_bias": self.end_bias}
         for kind in ("weight", "activation"):
             value = getattr(self, kind)
-            made[kind] = None if value is None else {"method": value.name, **dataclasses.asdict(value)}
-        return made
+            plain[kind] = None if value is None else {"method": value.name, **dataclasses.asdict(value)}
+        return plain
 
 
 def check_not_empty(config: QuantConfig) -> None:
-    """Refuses a configuration that would change nothing."""
+    """Refuse a configuration that would change nothing.
+
+    Raises:
+        LowbitError: ``config`` has neither a method nor ``qkr``.
+    """
     if config.weight is None and config.activation is None and not config.qkr:
         raise LowbitError(
             "QuantConfig: neither weight nor activation is set, so there is nothing to quantize; "
-            "give one, e.g. QuantConfig(weight=StatsQ(bits=2))"
+            "set one, e.g. QuantConfig(weight=StatsQ(bits=2))"
         )

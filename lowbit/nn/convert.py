@@ -1,8 +1,8 @@
-"""`quantize_`: puts quantizers into any model, in place, without replacing its layers.
+"""`quantize_`: put quantizers into any model, in place, without replacing its layers.
 
 Weights become parametrizations (`torch.nn.utils.parametrize`), so a layer computes with its fake-quantized
-weight while the optimizer sees the latents; a layer's input goes through a quantizer called by a forward
-pre-hook. Both live in the module tree, so ``state_dict``, ``deepcopy``, ``.to`` and DDP treat them as usual.
+weight while the optimizer sees the latents. A forward pre-hook passes a layer's input through its quantizer.
+Both are part of the module tree, so ``state_dict``, ``deepcopy``, ``.to`` and DDP treat them as usual.
 """
 
 import dataclasses
@@ -11,28 +11,46 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
-from lowbit.nn.attention import INPUT, LowBitAttention, check_reparameterizable, is_attention, low_bit_attentions
-from lowbit.nn.calls import calls_of, listed
+from lowbit.nn.attention import (
+    INPUT,
+    Granularity,
+    LowBitAttention,
+    check_reparameterizable,
+    is_attention,
+    low_bit_attentions,
+)
+from lowbit.nn.calls import calls_of, listed, weight_of, weight_parametrization
 from lowbit.nn.config import QuantConfig, check_not_empty
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.nn.refusals import check_attention, check_model, check_ties, check_weight
-from lowbit.quantizers import ActivationQuantizer, Method, WeightQuantizer
-from lowbit.quantizers.base import as_float
+from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer, as_float
 from lowbit.quantizers.lsq import LSQ
 
+if TYPE_CHECKING:
+    from lowbit.nn.attention import TimmAttention
+
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+Filter = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer with a quantized weight, input or both, as `quantized_layers` finds it."""
+    """A layer with a quantized weight, a quantized input or both, as `quantized_layers` yields it.
+
+    Attributes:
+        name: the layer's name in the model.
+        layer: the layer itself.
+        weight: the quantizer of its weight, or None.
+        activation: the quantizer of its input, or None.
+    """
 
     name: str
     layer: nn.Module
@@ -42,50 +60,54 @@ class QuantizedLayer:
     @property
     def latents(self) -> tuple[Tensor, ...]:
         """The full-precision tensors behind the weight: one, or several for DenseShift-like methods."""
-        if self.weight is None:
-            return (self.layer.weight,)
-        held = self.layer.parametrizations.weight
+        held = None if self.weight is None else weight_parametrization(self.layer)
+        if held is None:
+            return (weight_of(self.layer),)
         return (
             (held.original,) if held.is_tensor else tuple(getattr(held, f"original{i}") for i in range(held.ntensors))
         )
 
     def codes(self) -> Tensor:
-        """The weight's level indices, int16."""
+        """The weight's level indices: int16, of the weight's shape.
+
+        Raises:
+            LowbitError: the weight is in full precision.
+        """
+        if self.weight is None:
+            raise LowbitError(f"the weight of layer {self.name!r} is in full precision, so it has no codes")
         return self.weight.codes(*self.latents)
 
 
-def quantize_(
-    model: nn.Module, config: QuantConfig, filter_fn: Callable[[nn.Module, str], bool] | None = None
-) -> nn.Module:
-    """Quantizes the linear and convolution layers of ``model`` in place.
+def quantize_(model: nn.Module, config: QuantConfig, filter_fn: Filter | None = None) -> nn.Module:
+    """Quantize the linear and convolution layers of ``model`` in place.
 
     Args:
-        model: any model; its layers keep their class, their names and (as starting point) their weights.
+        model: any model; its layers keep their classes, their names and, as starting values, their weights.
         config: what to quantize and how.
-        filter_fn: called with each layer and its name; layers for which it is false stay untouched.
+        filter_fn: called with each layer and its name; layers for which it returns False stay in full precision.
 
     Returns:
         The same model.
 
     Raises:
-        LowbitError: nothing to quantize, a model that is quantized, compiled or wrapped already, or a layer that
-            cannot be quantized, named (see `lowbit.nn.refusals`). The model is then unchanged.
+        LowbitError: there is nothing to quantize, the model is already quantized, compiled or wrapped, or a layer
+            cannot be quantized; the message names it (see `lowbit.nn.refusals`). The model is then unchanged.
     """
     check_not_empty(config)
     check_model(model, filter_fn)
     if any(True for _ in quantized_layers(model)) or low_bit_attentions(model):
         raise LowbitError("this model is quantized already; quantize_ starts from a full-precision model")
-    plan = [found for found in _plan(model, config) if filter_fn is None or filter_fn(found[1], found[0])]
+    plan = [entry for entry in _plan(model, config) if filter_fn is None or filter_fn(entry[1], entry[0])]
     attentions = _attentions(model, config, filter_fn)
     replaced = {f"{name}.qkv": attention.qkv for name, attention in attentions.items()} if config.qkr else {}
-    plan = [found for found in plan if all(found[1] is not qkv for qkv in replaced.values())]
+    plan = [entry for entry in plan if all(entry[1] is not qkv for qkv in replaced.values())]
     if not plan and not attentions:
         kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
         raise LowbitError(
-            f"no layer of {type(model).__name__} is left to quantize: it takes a {kinds} that is neither kept back by "
-            f"first_last={config.first_last!r} nor refused by filter_fn"
+            f"no layer of {type(model).__name__} is left to quantize: quantize_ needs a {kinds} that neither "
+            f"first_last={config.first_last!r} nor filter_fn excludes"
         )
-    # Everything that can refuse is asked before anything is changed.
+    # All checks run before anything is changed.
     for name, layer, (weight, _) in plan:
         check_weight(name, layer, weight is not None)
     for name, attention in attentions.items():
@@ -96,13 +118,19 @@ def quantize_(
     check_ties(model, [(name, layer, weight) for name, layer, (weight, _) in plan], replaced)
     for _, layer, methods in plan:
         _build(layer, *methods)
-    fresh, options = config.attention_start == "as_published", (config.z_bias, config.softmax_step)
-    low = {
-        name: LowBitAttention(
-            attention, config.weight, config.activation, config.qkr, config.attention, fresh, *options
-        ).train(attention.training)
-        for name, attention in attentions.items()
-    }
+    low: dict[str, LowBitAttention] = {}
+    for name, attention in attentions.items():
+        low[name] = LowBitAttention(
+            attention,
+            config.weight,
+            config.activation,
+            query_key=config.qkr,
+            factors=config.attention,
+            fresh=config.attention_start == "as_published",
+            z_bias=config.z_bias,
+            softmax_step=config.softmax_step,
+        )
+        low[name].train(attention.training)
     for name, attention in attentions.items():
         replace_(model, attention, low[name])
     for _, layer, methods in plan:
@@ -111,7 +139,7 @@ def quantize_(
 
 
 def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old`` under all names that ``old`` has in ``model``.
+    """Replace ``old`` by ``new`` under all names that ``old`` has in ``model``.
 
     Raises:
         LowbitError: ``old`` is the model itself.
@@ -127,56 +155,60 @@ def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def attach_(layer: nn.Module, weight: Method | None, activation: Method | None) -> None:
-    """Quantizes one layer's weight, input or both, in place; `quantize_` does it to all of a model's.
+def attach_(layer: Layer, weight: Method | None, activation: Method | None) -> None:
+    """Quantize the weight, the input or both of a single layer in place, as `quantize_` does for a whole model.
+
+    Args:
+        layer: a linear or convolution layer in full precision.
+        weight: the method for its weight, or None.
+        activation: the method for its input, or None.
 
     Raises:
-        LowbitError: a layer that cannot be quantized; it is then unchanged.
+        LowbitError: the layer cannot be quantized; it is then unchanged.
     """
     check_weight(type(layer).__name__, layer, weight is not None)
     _attach(layer, *_build(layer, weight, activation))
 
 
 def _build(
-    layer: nn.Module, weight: Method | None, activation: Method | None
+    layer: Layer, weight: Method | None, activation: Method | None
 ) -> tuple[WeightQuantizer | None, ActivationQuantizer | None]:
-    if activation is None:
-        return weight and weight.weight(layer.weight.detach()), None
-    linear, current = isinstance(layer, nn.Linear), layer.weight.detach()
-    quantizer = activation.activation(-1 if linear else 1)
-    quantizer.to(current.device, as_float(current).dtype)
-    quantizer.expect_((layer.in_features,) if linear else (None, layer.in_channels, *(None for _ in layer.kernel_size)))
-    return weight and weight.weight(current), quantizer
+    current, quantizer = layer.weight.detach(), None
+    if activation is not None:
+        quantizer = activation.activation(-1 if isinstance(layer, nn.Linear) else 1)
+        quantizer.to(current.device, as_float(current).dtype)
+        if isinstance(layer, nn.Linear):
+            quantizer.expect_((layer.in_features,))
+        else:
+            quantizer.expect_((None, layer.in_channels, *(None for _ in layer.kernel_size)))
+    return None if weight is None else weight.weight(current), quantizer
 
 
-def _attach(layer: nn.Module, weight: WeightQuantizer | None, activation: ActivationQuantizer | None) -> None:
+def _attach(layer: Layer, weight: WeightQuantizer | None, activation: ActivationQuantizer | None) -> None:
     if weight is not None:
         parametrize.register_parametrization(layer, "weight", weight)
-        weight.initialize_(*_found("", layer).latents)
+        weight.initialize_(*_quantized("", layer).latents)
     if activation is not None:
         layer.add_module(INPUT, activation)
         layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _attentions(
-    model: nn.Module, config: QuantConfig, filter_fn: Callable[[nn.Module, str], bool] | None
-) -> dict[str, nn.Module]:
-    """The attention layers to replace by `LowBitAttention`, by name."""
+def _attentions(model: nn.Module, config: QuantConfig, filter_fn: Filter | None) -> dict[str, "TimmAttention"]:
+    """The attention layers that `LowBitAttention` is to replace, by name."""
     if not (config.attention or config.qkr):
         return {}
-    found = {name: module for name, module in model.named_modules() if is_attention(module)}
-    found = {name: m for name, m in found.items() if filter_fn is None or filter_fn(m.qkv, f"{name}.qkv")}
-    if not found:
+    every = {name: module for name, module in model.named_modules() if is_attention(module)}
+    chosen = {name: m for name, m in every.items() if filter_fn is None or filter_fn(m.qkv, f"{name}.qkv")}
+    if not chosen:
         raise LowbitError(
-            f"attention={config.attention}, qkr={config.qkr}: {type(model).__name__} has no attention for it (timm's "
-            "Attention and WindowAttention, in ViT, DeiT and Swin, have), or filter_fn refused its qkv layers"
+            f"attention={config.attention}, qkr={config.qkr}: {type(model).__name__} has no attention layer that can "
+            "be quantized (only timm's Attention and WindowAttention, in ViT, DeiT and Swin, can), or filter_fn "
+            "excludes its qkv layers"
         )
-    return found
+    return chosen
 
 
-def _plan(
-    model: nn.Module, config: QuantConfig
-) -> Iterator[tuple[str, nn.Module, tuple[Method | None, Method | None]]]:
+def _plan(model: nn.Module, config: QuantConfig) -> Iterator[tuple[str, Layer, tuple[Method | None, Method | None]]]:
     """Each layer to quantize with its weight and activation methods, first and last layers as configured."""
     layers = dict(_quantizable(model))
     aliases = _aliases(model)
@@ -197,14 +229,15 @@ def _plan(
             weight = config.weight and LSQ(bits=config.first_last, granularity="channel")
             # As published: a step for each color of the image, one for the input of the head.
             by_color = getattr(config.activation, "granularity", None) == "token" and not isinstance(layer, nn.Linear)
-            shared, bias = "channel" if by_color else "tensor", config.end_bias
+            shared: Granularity = "channel" if by_color else "tensor"
+            bias: bool | Literal["place"] = config.end_bias
             if bias and not isinstance(layer, nn.Linear):
                 bias = "place"
             activation = config.activation and LSQ(bits=config.first_last, granularity=shared, bias=bias)
             yield name, layer, (weight, activation)
 
 
-def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _quantizable(model: nn.Module) -> Iterator[tuple[str, Layer]]:
     inside_attention: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -213,8 +246,8 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
     if inside_attention:
         warnings.warn(
-            f"{len(inside_attention)} torch.nn.MultiheadAttention layers stay in full precision: they read their "
-            "weights without calling their layers; timm's vision transformers are quantized whole",
+            f"{len(inside_attention)} torch.nn.MultiheadAttention layers stay in full precision, because they read "
+            "their weights without calling their layers; all layers of timm's vision transformers can be quantized",
             stacklevel=4,
         )
 
@@ -222,27 +255,29 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def first_and_last(model: nn.Module) -> set[str]:
     """Names of the layers next to the input and the output.
 
-    timm says which they are (``pretrained_cfg``: first_conv, classifier); elsewhere the first and the last
-    linear or convolution layer in order of registration.
+    timm's models name them in ``pretrained_cfg`` (first_conv, classifier). In other models they are the first and the
+    last linear or convolution layer in order of registration.
     """
     layers = [name for name, _ in _quantizable(model)]
     config = getattr(model, "pretrained_cfg", None) or {}
-    named = set()
+    named: set[str] = set()
     for key in ("first_conv", "classifier"):
         value = config.get(key) or ()
         named |= {value} if isinstance(value, str) else set(value)
     aliases = _aliases(model)
-    ends = {aliases.get(name) for name in named} & set(layers)
+    ends = {aliases[name] for name in named if name in aliases} & set(layers)
     return ends | ({layers[0], layers[-1]} if layers and len(ends) < 2 else set())
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Every name of every module, with the first name that the module has."""
+    """Every name of every module, with the module's first name."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
 
 
-def _quantize_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _quantize_input(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     quantizer = getattr(layer, INPUT)
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs
@@ -250,41 +285,48 @@ def _quantize_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     return args, {**kwargs, name: quantizer(kwargs[name])} if name in kwargs else kwargs
 
 
-def _found(name: str, module: nn.Module) -> QuantizedLayer:
-    weight = None
-    if parametrize.is_parametrized(module, "weight"):
-        first = module.parametrizations.weight[0]
-        weight = first if isinstance(first, WeightQuantizer) else None
+def _quantized(name: str, module: nn.Module) -> QuantizedLayer:
+    held = weight_parametrization(module)
+    weight = held[0] if held is not None and isinstance(held[0], WeightQuantizer) else None
     return QuantizedLayer(name, module, weight, getattr(module, INPUT, None))
 
 
+def method_of(quantizer: WeightQuantizer | ActivationQuantizer | None) -> Method | None:
+    """The settings that a quantizer was built from; None without a quantizer."""
+    config = None if quantizer is None else quantizer.config
+    return config if isinstance(config, Method) else None
+
+
 def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
-    """Every quantized layer of ``model``, in order."""
+    """Yield every quantized layer of ``model``, in order of registration."""
     for name, module in model.named_modules():
-        found = _found(name, module)
-        if found.weight is not None or isinstance(found.activation, ActivationQuantizer):
-            yield found
+        layer = _quantized(name, module)
+        if layer.weight is not None or isinstance(layer.activation, ActivationQuantizer):
+            yield layer
 
 
 def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
-    """Sets the starting step of every activation quantizer that has none yet, by one forward pass of ``x``.
+    """Set the starting step of every activation quantizer that has none yet, by one forward pass of ``x``.
+
+    The model's mode, gradients and running statistics do not change. A warning names quantized layers that the pass
+    does not call: their inputs stay in full precision.
 
     Args:
-        model: a quantized model; one without activation quantizers is left alone.
+        model: a quantized model; without activation quantizers nothing happens.
         x: one normalized input batch, on the model's device. BatchNorm layers normalize it by its own statistics, as
-            in training: those gathered before may not fit quantized weights at all. The model's mode, gradients and
-            running statistics stay as they were.
+            in training, because running statistics of the full-precision model may not fit quantized weights.
 
-    Warns of quantized layers that the pass does not call: their input stays in full precision.
+    Returns:
+        The same model.
 
     Raises:
-        LowbitError: a batch without items.
+        LowbitError: ``x`` is empty.
     """
     if len(x) == 0:
         raise LowbitError(f"calibrate needs a batch with items, not one of shape {list(x.shape)}")
     if not any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         return model
-    layers = {found.layer: found.name for found in quantized_layers(model) if found.activation is not None}
+    layers = {each.layer: each.name for each in quantized_layers(model) if each.activation is not None}
     was_training = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -303,24 +345,27 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
                 buffer.copy_(kept[name])
     if uncalled := [name for layer, name in layers.items() if layer not in called]:
         warnings.warn(
-            f"{len(uncalled)} of {len(layers)} layers with quantized inputs were not called, so that their inputs stay "
-            f"in full precision (the model reads their weights without calling them, or does not use them): "
-            f"{listed(uncalled)}; quantize_'s filter_fn leaves them out",
+            f"{len(uncalled)} of {len(layers)} layers with quantized inputs were not called, so their inputs stay in "
+            f"full precision (the model reads their weights without calling them, or does not use them): "
+            f"{listed(uncalled)}; exclude them by quantize_'s filter_fn",
             stacklevel=2,
         )
     return model
 
 
 def compile_quantizers(model: nn.Module) -> nn.Module:
-    """Compiles the quantizers of ``model`` with torch.compile, each for its own shape, and nothing else.
+    """Compile only the quantizers of ``model`` with torch.compile, each for its own shape.
 
-    The rest of the model stays eager. Building takes some seconds; a step then costs little more than a
-    full-precision one.
+    The rest of the model stays eager. Compilation takes some seconds; a training step then costs little more than in
+    full precision.
+
+    Returns:
+        The same model.
     """
     inner = {id(m.quantizer) for m in model.modules() if isinstance(m, QueryKeyProduct)}  # compiled with its product
     quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
     quantizers = [m for m in quantizers if id(m) not in inner]
-    # All quantizers of a method share one forward, and each shape counts as a recompilation of it.
+    # All quantizers of a method share one forward, and each shape counts as a recompilation of that forward.
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(quantizers))
     for quantizer in quantizers:

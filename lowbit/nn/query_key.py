@@ -1,12 +1,13 @@
-"""Query-key reparameterization: one quantized matrix in the place of two (OFQ, ICML 2023, arXiv 2302.02210)."""
+"""Query-key reparameterization: one quantized matrix instead of two (OFQ, ICML 2023, arXiv 2302.02210)."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.quantizers import Method, WeightQuantizer
-from lowbit.quantizers.base import as_float
-from lowbit.quantizers.statsq import cga_mask
+from lowbit.quantizers.base import Method, WeightQuantizer, as_float
+from lowbit.quantizers.statsq import StatsQ, cga_mask
 
 __all__ = ["QueryKeyProduct", "query_key_product"]
 
@@ -22,12 +23,12 @@ def query_key_product(wq: Tensor, wk: Tensor, heads: int) -> Tensor:
         float ``[heads·C, C]``.
 
     Raises:
-        LowbitError: shapes that do not belong together.
+        LowbitError: ``wq`` and ``wk`` differ in shape or are no matrices, or ``heads`` does not divide their rows.
     """
     if wq.shape != wk.shape or wq.ndim != 2 or heads < 1 or len(wq) % heads:
         raise LowbitError(
-            f"query and key weights of shapes {list(wq.shape)} and {list(wk.shape)} do not make {heads} heads; both "
-            "should be [heads x d, C]"
+            f"query and key weights of shapes {list(wq.shape)} and {list(wk.shape)} cannot be split into {heads} "
+            "heads; both should be [heads x d, C]"
         )
     width = wq.shape[1]
     q, k = as_float(wq).reshape(heads, -1, width), as_float(wk).reshape(heads, -1, width)
@@ -37,49 +38,55 @@ def query_key_product(wq: Tensor, wk: Tensor, heads: int) -> Tensor:
 
 class _MaskGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.saved_tensors[0], None
 
 
 class QueryKeyProduct(WeightQuantizer):
-    """The parametrization of a layer ``C → heads·C`` by query and key weights: their product, then quantized.
+    """A parametrization that computes a layer ``C → heads·C`` as the quantized product of query and key weights.
 
-    With separate quantizers the gradient of Wk contains the quantized Wq, so that a flip in one perturbs the other;
-    here the latents stay in full precision and only their product is rounded.
+    With separate quantizers, the gradient of Wk contains the quantized Wq, so a flip in one perturbs the other. Here
+    the latents stay in full precision, and only their product is rounded.
 
     Args:
         heads: number of heads.
         wq, wk: starting values, float ``[heads·d, C]``.
-        method: the weight method of the product, one with a single latent; None leaves it in full precision.
+        method: the weight method of the product, with a single latent; None leaves the product in full precision.
 
     Attributes:
-        boundary: None, or the boundary range of confidence-guided annealing: only elements of the product that lie
-            this close to a decision boundary then pass a gradient on. The latents of frozen elements still move with
-            those of others, since each element of Wq and Wk is part of C elements of the product.
+        boundary: None, or the boundary range of confidence-guided annealing (StatsQ only): then only elements of the
+            product that are this close to a decision boundary pass a gradient. The latents of frozen elements still
+            move, since each element of Wq and Wk contributes to C elements of the product.
     """
+
+    config: Method | None
+    boundary: float | None
+    quantizer: WeightQuantizer | None
 
     def __init__(self, heads: int, wq: Tensor, wk: Tensor, method: Method | None):
         super().__init__()
         self.heads, self.config = heads, method
-        self.boundary: float | None = None
+        self.boundary = None
         self.quantizer = None if method is None else method.weight(query_key_product(wq, wk, heads))
         self._start: tuple[Tensor, Tensor] | None = (wq, wk)
 
     def product(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """The latent of the quantizer: float ``[heads·C, C]``."""
+        """The full-precision product, the latent of the quantizer: float ``[heads·C, C]``."""
         return query_key_product(wq, wk, self.heads)
 
-    def forward(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """The quantized product, ``[heads·C, C]``, of the dtype of the factors."""
+    def forward(self, *latents: Tensor) -> Tensor:
+        """The quantized product of the latents ``wq, wk``: ``[heads·C, C]``, of their dtype."""
+        wq, wk = latents
         product = self.product(wq, wk)
         if self.quantizer is None:
             return product.to(wq.dtype)
         if self.boundary is not None:
+            assert isinstance(self.config, StatsQ)  # lowbit.training.annealing sets a boundary for StatsQ alone
             product = _MaskGradient.apply(product, cga_mask(product.detach(), self.config.bits, self.boundary))
         return self.quantizer(product).to(wq.dtype)
 
@@ -88,19 +95,19 @@ class QueryKeyProduct(WeightQuantizer):
         """See `WeightQuantizer.levels`."""
         return self._quantizer.levels
 
-    def codes(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """Level indices of the product's elements."""
-        return self._quantizer.codes(self.product(wq, wk))
+    def codes(self, *latents: Tensor) -> Tensor:
+        """Level indices of the product of the latents ``wq, wk``: int16 ``[heads·C, C]``."""
+        return self._quantizer.codes(self.product(*latents))
 
-    def scale(self, wq: Tensor, wk: Tensor) -> Tensor:
-        """What multiplies the levels of the product, a number for each row."""
-        return self._quantizer.scale(self.product(wq, wk))
+    def scale(self, *latents: Tensor) -> Tensor:
+        """Scale of the product of the latents ``wq, wk``: float, broadcastable to it, detached."""
+        return self._quantizer.scale(self.product(*latents))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The starting latents, once; a given product has no factors to go back to."""
+        """The starting latents, on the first call only: a product does not determine its factors."""
         if self._start is None:
             raise LowbitError(
-                "the weight of a query-key product cannot be assigned, since it does not determine its two factors; "
+                "the weight of a query-key product cannot be assigned, because it does not determine its two factors; "
                 "set parametrizations.weight.original0 (queries) and original1 (keys)"
             )
         start, self._start = self._start, None

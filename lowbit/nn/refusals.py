@@ -1,26 +1,33 @@
-"""What `quantize_` refuses, asked before anything is changed; each refusal names the layer and says what to do."""
+"""Checks that `quantize_` makes before it changes anything; each error names the layer and says what to do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
+from lowbit.nn.calls import weight_of, weight_parametrization
 from lowbit.nn.packed import PackedLayer
-from lowbit.quantizers import Method
-from lowbit.quantizers.base import refuse_nonfinite
+from lowbit.quantizers.base import Method, refuse_nonfinite
+
+if TYPE_CHECKING:
+    from lowbit.nn.attention import TimmAttention
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SCRIPTED = ("Linear", "Conv1d", "Conv2d")
 
 
 def check_model(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None) -> None:
-    """Refuses what is no model of ordinary, uncompiled layers in one process.
+    """Refuse anything but a model of ordinary, uncompiled layers in one process.
+
+    Args:
+        model: the model to check.
+        filter_fn: as in `quantize_`; modules that it excludes may be scripted or quantized by torch.
 
     Raises:
-        LowbitError: no module; a wrapper for several processes or devices; something compiled, scripted, packed or
-            quantized by torch.
+        LowbitError: ``model`` is not a module, or one of its modules is a wrapper for several processes or devices, or
+            is compiled, scripted, packed or quantized by torch.
     """
     if not isinstance(model, nn.Module):
         raise LowbitError(f"quantize_ takes a torch.nn.Module, not a {type(model).__name__}")
@@ -30,7 +37,7 @@ def check_model(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | 
             inner = "model.module" if hasattr(module, "module") else "the model"
             raise LowbitError(f"{where} wrapped in {kind}; quantize {inner} first and wrap it afterwards")
         if module._compiled_call_impl is not None or hasattr(module, "_torchdynamo_orig_callable"):
-            raise LowbitError(f"{where} compiled, and would not notice quantizers; quantize it before torch.compile")
+            raise LowbitError(f"{where} compiled and would ignore quantizers; quantize it before torch.compile")
         if isinstance(module, PackedLayer):
             raise LowbitError(f"{where} packed already; quantize_ starts from a full-precision model")
         scripted = isinstance(module, torch.jit.ScriptModule) and (name == "" or module.original_name in SCRIPTED)
@@ -54,52 +61,52 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def check_weight(name: str, layer: nn.Module, quantized: bool = True) -> None:
-    """Refuses a ``layer`` whose weight cannot become the latent of a quantizer.
+    """Refuse a ``layer`` whose weight cannot become the latent of a quantizer.
 
     Args:
-        name: for the message.
-        layer: linear or convolution.
-        quantized: False if the layer's input alone is quantized, and its weight may be computed by anything.
+        name: the layer's name, for the message.
+        layer: a linear or convolution layer.
+        quantized: False if only the layer's input is quantized; any mechanism may then compute its weight.
 
     Raises:
-        LowbitError: a weight that another mechanism computes, that has no values yet or none at all, that is no plain
-            tensor of floats, or that is not finite.
+        LowbitError: another mechanism computes the weight, or the weight has no values yet, no elements, a type other
+            than a floating-point parameter, or values that are not finite.
     """
     what = f"the weight of layer {name!r}"
     weight = layer._parameters.get("weight")
     if weight is None and not quantized:
         return
     if weight is None:
-        raise LowbitError(f"{what} {_computed(layer)}, and it would not be what is quantized")
+        raise LowbitError(f"{what} {_computed(layer)}, so it cannot be quantized")
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise LowbitError(f"{what} has no shape yet ({type(layer).__name__}); give the model one batch first")
     if quantized and type(weight) is not nn.Parameter:
         raise LowbitError(f"{what} is a {type(weight).__name__}; a plain torch.nn.Parameter is allowed")
     if weight.is_meta:
         raise LowbitError(
-            f"{what} is on the meta device, without values; make the model on a real device, or fill it by "
+            f"{what} is on the meta device, without values; build the model on a real device, or fill it by "
             "model.to_empty(device='cpu') and load_state_dict, and quantize it then"
         )
     if quantized and weight.dtype not in FLOATS:
         raise LowbitError(
             f"{what} has the dtype {weight.dtype}; {', '.join(map(str, FLOATS))} are allowed: convert the "
-            "model, or leave the layer out by filter_fn"
+            "model, or exclude the layer by filter_fn"
         )
     if quantized and weight.is_inference():
         raise LowbitError(
-            f"{what} was made under torch.inference_mode and cannot be changed; make the model outside of it"
+            f"{what} was made under torch.inference_mode and cannot be changed; build the model outside of it"
         )
     if weight.numel() == 0:
-        raise LowbitError(f"{what} has the shape {list(weight.shape)}, no elements; leave the layer out by filter_fn")
+        raise LowbitError(f"{what} has the shape {list(weight.shape)}, no elements; exclude the layer by filter_fn")
     if quantized:
         refuse_nonfinite(what, weight)
 
 
 def _computed(layer: nn.Module) -> str:
-    """Who computes the weight of a layer that has none of its own, and how to make it an ordinary one."""
+    """The mechanism that computes the weight of ``layer``, and how to turn the weight into an ordinary parameter."""
     hooks = [type(hook).__name__ for hook in layer._forward_pre_hooks.values()]
-    if parametrize.is_parametrized(layer, "weight"):
-        kinds = ", ".join(type(part).__name__ for part in layer.parametrizations.weight)
+    if (held := weight_parametrization(layer)) is not None:
+        kinds = ", ".join(type(part).__name__ for part in held)
         return (
             f"is parametrized ({kinds}; torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') undoes it)"
         )
@@ -112,17 +119,24 @@ def _computed(layer: nn.Module) -> str:
     return f"is no parameter of the {type(layer).__name__}"
 
 
-def check_attention(name: str, attention: nn.Module, query_key: bool) -> None:
-    """Refuses an attention layer that cannot be replaced without losing something.
+def check_attention(name: str, attention: "TimmAttention", query_key: bool) -> None:
+    """Refuse an attention layer whose replacement would lose something.
+
+    Args:
+        name: the layer's name, for the message; "" if it is the model itself.
+        attention: the layer.
+        query_key: whether its ``qkv`` is replaced too.
 
     Raises:
-        LowbitError: it is the model itself, or it or, with ``query_key``, its ``qkv`` has hooks.
+        LowbitError: the layer is the model itself, or a layer to be replaced has hooks.
     """
     if name == "":
         raise LowbitError(
-            "the model itself is an attention layer, which cannot replace itself; give torch.nn.Sequential(model)"
+            "the model itself is an attention layer, which cannot be replaced inside itself; wrap it: "
+            "torch.nn.Sequential(model)"
         )
-    for where, module in ((name, attention), (f"{name}.qkv", attention.qkv))[: 1 + query_key]:
+    layers: list[tuple[str, nn.Module]] = [(name, attention), (f"{name}.qkv", attention.qkv)]
+    for where, module in layers[: 1 + query_key]:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise LowbitError(
                 f"{where!r} is replaced by a low-bit layer and would lose its hooks; remove them, quantize the model, "
@@ -131,17 +145,17 @@ def check_attention(name: str, attention: nn.Module, query_key: bool) -> None:
 
 
 def check_ties(
-    model: nn.Module, layers: Iterable[tuple[str, nn.Module, Method | None]], replaced: dict[str, nn.Module]
+    model: nn.Module, layers: Iterable[tuple[str, nn.Module, Method | None]], replaced: Mapping[str, nn.Module]
 ) -> None:
-    """Refuses to untie parameters that modules share.
+    """Refuse to untie parameters that modules share.
 
     Args:
-        model: the whole model, for whatever else holds one of the parameters.
+        model: the whole model, in which other modules may hold one of the parameters.
         layers: name, layer and weight method of each layer to quantize.
         replaced: layers by name whose parameters are copied into others (query-key reparameterization).
 
     Raises:
-        LowbitError: a shared weight whose method replaces it by latents of its own, or draws it anew.
+        LowbitError: a parameter is shared, and its method would replace it by latents of its own or redraw it.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -158,15 +172,15 @@ def check_ties(
             if shared := others(name, layer, part):
                 raise LowbitError(f"the {part} of layer {name!r} is also {shared}; use qkr=False, {untie}")
     for name, layer, method in layers:
-        if method is not None and (shared := others(name, layer, "weight")) and not _keeps(method, layer.weight):
+        if method is not None and (shared := others(name, layer, "weight")) and not _keeps(method, weight_of(layer)):
             raise LowbitError(
                 f"the weight of layer {name!r} is also {shared}, and {method!r} starts from latents of its own, which "
-                f"would untie them; take a method that keeps the weight (StatsQ, LSQ), use filter_fn, {untie}"
+                f"would untie them; use a method that keeps the weight (StatsQ, LSQ), use filter_fn, {untie}"
             )
 
 
 def _keeps(method: Method, weight: Tensor) -> bool:
-    """Whether the weight itself becomes the method's only latent, with the values that it has."""
+    """Whether the weight itself becomes the method's only latent, with its values unchanged."""
     with torch.random.fork_rng(devices=[]):
         trial = torch.eye(2, dtype=weight.dtype)
         quantizer = method.weight(trial)

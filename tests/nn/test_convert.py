@@ -282,3 +282,11 @@ def test_configuration_survives_plain_data(name):
     kind = "weight" if get(name).quantizes("weight") else "activation"
     config = QuantConfig(**{kind: get(name)()}, first_last=8)
     assert QuantConfig(**config.to_dict()) == config
+
+
+def test_a_weight_in_full_precision_has_no_codes():
+    model = quantize_(tiny(), QuantConfig(activation=LSQ(bits=4)))
+    layer = next(quantized_layers(model))
+    assert layer.latents == (layer.layer.weight,)
+    with pytest.raises(LowbitError, match=f"layer '{layer.name}' is in full precision"):
+        layer.codes()
