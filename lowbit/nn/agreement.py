@@ -1,9 +1,9 @@
-"""How far a packed model agrees with the fake-quantized one it was made of, and why it differs where it does.
+"""A comparison of a packed model with its fake-quantized source: how far they agree, and why they differ.
 
-Both compute the same function and round differently in the last bits of float32. Each layer's input is then rounded to
-integers, which wipes such a difference out, unless the value lies at the border between two of them: then one
-activation is a step away, and what follows differs visibly. So equal logits cannot be asked for, but this can: the
-first difference in integers, of each image, is one step, of values at a border.
+Both compute the same function but round differently in the last bits of float32. Each layer then rounds its input to
+integers. That removes such a difference, unless the value lies at the border between two integers: then an activation
+differs by one step, and later layers differ visibly. So equal logits cannot be expected, but this can: in each image,
+the first difference between integers is a single step, of a value at a border.
 """
 
 from collections.abc import Iterable
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
-    """What is rounded to integers in both models, in order of execution.
+    """Compare the values that both models round to integers, in order of execution.
 
-    That is the inputs of packed layers, and whatever else has a quantizer of its own (queries, keys, ...).
+    These are the inputs of packed layers and of all other activation quantizers (queries, keys, ...).
 
     Args:
         model: a quantized model in evaluation mode.
-        packed: what `lowbit.pack` made of it (not fused: then inputs are integers already).
-        x: its input ``[B, ...]``.
+        packed: the result of `lowbit.pack` for it; not fused, since inputs of fused layers are integers already.
+        x: an input batch ``[B, ...]`` of both.
 
     Returns:
-        One row a layer or quantizer: ``layer``; ``numbers``, of all images; ``values_differ`` and
-        ``steps_differ``, how many of them differ before and after rounding to integers; ``first``, images whose
-        first difference in integers is here, and of these ``first_step``, the largest difference (steps), and
-        ``from_border``, how far from the border between its two integers a value was at most (steps).
+        One row for each layer or quantizer, with the columns ``layer`` (its name); ``numbers`` (values in all images);
+        ``values_differ`` and ``steps_differ`` (how many values differ before and after rounding to integers);
+        ``first`` (images whose first difference between integers is in this layer); and, for those first differences,
+        ``first_step`` (the largest one, in steps) and ``from_border`` (the largest distance of a value from the border
+        between its two integers, in steps).
     """
     with extra("train", "the table of differences"):
         import pandas as pd
@@ -44,22 +45,22 @@ def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
     inputs = zip(_inputs(model, forms, x), _inputs(packed, forms, x), strict=True)
     seen = torch.zeros(len(x), dtype=torch.bool)
     rows = []
-    for (name, one), (_, two) in inputs:
+    for (name, fake), (_, real) in inputs:
         form = forms[name]
-        values = [(v if form.before is None else v + form.before) / form.scale for v in (one, two)]
-        whole = [torch.clamp(torch.round(v), form.low, form.high) for v in values]
-        differ = (whole[0] != whole[1]).reshape(len(x), -1)
+        values = [(v if form.before is None else v + form.before) / form.scale for v in (fake, real)]
+        integers = [torch.clamp(torch.round(v), form.low, form.high) for v in values]
+        differ = (integers[0] != integers[1]).reshape(len(x), -1)
         new = differ.any(1) & ~seen
         first = differ & new[:, None]
         step, border = (
-            (a.reshape(len(x), -1)[first]) for a in ((whole[0] - whole[1]).abs(), (whole[0] + whole[1]) / 2)
+            (a.reshape(len(x), -1)[first]) for a in ((integers[0] - integers[1]).abs(), (integers[0] + integers[1]) / 2)
         )
         away = (values[0].reshape(len(x), -1)[first] - border).abs()
         rows.append(
             {
                 "layer": name,
                 "numbers": differ.numel(),
-                "values_differ": int((one != two).sum()),
+                "values_differ": int((fake != real).sum()),
                 "steps_differ": int(differ.sum()),
                 "first": int(new.sum()),
                 "first_step": int(step.max()) if len(step) else 0,
@@ -71,7 +72,7 @@ def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
 
 
 def _form(module: nn.Module) -> IntegerForm | None:
-    """How the module rounds its input; None if it does not, or by a scale that follows from the input."""
+    """The rounding of the module's input; None if there is none, or if its scale is computed from the input."""
     if isinstance(module, ActivationQuantizer):
         return module.integer()
     if isinstance(module, PackedLayer) and module.x_scale is not None:
@@ -80,7 +81,7 @@ def _form(module: nn.Module) -> IntegerForm | None:
 
 
 def _inputs(model: nn.Module, names: Iterable[str], x: Tensor) -> list[tuple[str, Tensor]]:
-    """What came into the modules of these names, call by call."""
+    """The inputs of the modules of these names, with the name, one entry for each call."""
     kept: list[tuple[str, Tensor]] = []
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(

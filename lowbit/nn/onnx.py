@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,25 @@ from lowbit.nn.packed import PackedConv2d, PackedLayer, output_dtype
 
 
 class StandardLayer(nn.Module):
-    """What a `PackedLayer` computes, without its kernel: activations rounded to integers, multiplied in float32.
+    """The computation of a `PackedLayer` without its kernel: activations rounded to integers, products in float32.
 
-    Sums of integers are exact in float32 up to 2^24 (`lowbit.kernels.reference` defines what is computed), and
-    the factors come afterwards in the same order, so that below that bound results are the same to the bit.
+    Sums of integers are exact in float32 up to 2^24, and the factors follow in the order of `lowbit.kernels.reference`,
+    so below that bound results equal the kernel's to the bit.
+
+    Args:
+        layer: the packed layer.
     """
+
+    whole: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    x_scale: Tensor | None
+    before: Tensor | None
+    low: int
+    high: int
+    geometry: dict[str, Any]
+    dtype: torch.dtype
+    convolution: bool
 
     def __init__(self, layer: PackedLayer):
         super().__init__()
@@ -32,19 +47,19 @@ class StandardLayer(nn.Module):
         self.convolution = isinstance(layer, PackedConv2d)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As of the layer."""
+        """Apply the layer, with the shapes of the packed one."""
         dtype = output_dtype(x, self.dtype)
         x = x.float() if self.before is None else x.float() + self.before
         over = (1, 2, 3) if self.convolution else (-1,)
         scale = self.x_scale
-        if scale is not None and scale.numel() == 1:  # the exporter joins factors without dims, in another order
+        if scale is not None and scale.numel() == 1:  # the exporter would merge factors without dims, reordered
             scale = scale.reshape((1,) * x.ndim)
         if scale is None:
             scale = (x.abs().amax(over, keepdim=True) / self.high).clamp_min(reference.SMALLEST_SCALE)
         q = torch.clamp(torch.round(x / scale), self.low, self.high)
         if self.convolution:
             acc = F.conv2d(q, self.whole.float(), **self.geometry)
-            shape = (-1, 1, 1)
+            shape: tuple[int, ...] = (-1, 1, 1)
         else:
             acc = F.linear(q, self.whole.float())
             shape = (-1,)
@@ -68,10 +83,18 @@ def standard(model: nn.Module) -> nn.Module:
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Writes a packed ``model`` as an ONNX file, for inputs of the shape of ``example``.
+    """Write a packed ``model`` as an ONNX file, for inputs of the shape of ``example``.
 
-    Needs the packages onnx and onnxscript. Weights are integers of 8 bits (16 for 4-bit DenseShift): engines read
-    the file anywhere, but only the project's own kernels calculate with 2 to 4 bits.
+    Weights are integers of 8 bits (16 for 4-bit DenseShift): any engine can read the file, but only the project's own
+    kernels calculate with 2 to 4 bits. Needs the packages onnx and onnxscript.
+
+    Args:
+        model: a model from `lowbit.pack`.
+        example: an input batch.
+        path: the file to write.
+
+    Returns:
+        The path.
 
     Raises:
         LowbitError: the model is not packed, or a package is missing.
@@ -81,12 +104,14 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Path:
         import onnx
         import onnxscript  # noqa: F401
     with torch.no_grad():
-        made = torch.onnx.export(model, (example,), dynamo=True, verbose=False).model_proto
-    # The exporter notes for each node where in this machine's files it comes from: nobody else's business, and large.
-    for part in (made, made.graph, *made.graph.node, *made.graph.value_info, *made.functions):
+        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+    assert program is not None  # it is None for the exporter without dynamo
+    proto = program.model_proto
+    # The exporter records source paths of this machine for each node; they are private, and large.
+    for part in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.functions):
         del part.metadata_props[:]
-    for function in made.functions:
+    for function in proto.functions:
         for node in function.node:
             del node.metadata_props[:]
-    write_atomically(path, lambda file: onnx.save(made, file))
+    write_atomically(path, lambda file: onnx.save(proto, file))
     return Path(path)

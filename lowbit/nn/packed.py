@@ -1,39 +1,54 @@
-"""Layers as they are shipped: packed low-bit weights that integer kernels multiply, and codes that stand for floats.
+"""Layers for deployment: packed low-bit weights for integer kernels, and float layers that store their weight as codes.
 
-`lowbit.pack` makes them out of a quantized model. Nothing in them can be trained.
+`lowbit.pack` creates them from a quantized model. They cannot be trained.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lowbit import kernels
 from lowbit.errors import LowbitError
+from lowbit.kernels import ops
 from lowbit.kernels.packing import PackedWeight
 from lowbit.quantizers.base import IntegerForm
 
 
 class PackedLayer(nn.Module):
-    """What `PackedLinear` and `PackedConv2d` share: the packed weight, and how the input becomes integers.
+    """The base of `PackedLinear` and `PackedConv2d`: the packed weight, and the conversion of inputs to integers.
+
+    The kernels calculate in float32, so the buffers stay float32 when the model is converted (``.to(dtype)``,
+    ``.half()``). The output has the dtype that torch's own layer would return: that of autocast where it is enabled,
+    else that of a floating-point input.
 
     Args:
         weight: the packed weight.
         bias: float32 ``[N]`` or None.
-        form: of the input's quantizer. None: the input has none, and becomes 8-bit numbers whose scale follows each
-            row (of a convolution: each image).
+        form: the integer form of the input's quantizer. None means that the input has no quantizer: it is converted to
+            8-bit integers with a scale computed for each row (of a convolution: for each image).
         geometry: stride, padding and dilation of a convolution.
-
-    The kernels calculate in float32, so that the buffers stay float32 when the model is converted (``.to(dtype)``,
-    ``.half()``). The output has the dtype that torch's own layer would give it: that of a floating-point input, inside
-    autocast that of autocast.
     """
+
+    like: nn.Parameter
+    bits: int
+    levels: tuple[int, ...]
+    shape: tuple[int, ...]
+    geometry: dict[str, Any]
+    low: int
+    high: int
+    data: Tensor
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor | None
+    x_scale: Tensor | None
+    before: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, form: IntegerForm | None, **geometry: Any):
         super().__init__()
-        # Follows `.to(dtype)`: the dtype that `weight` is said to have. A parameter, for models whose code asks
-        # `next(self.parameters())` for dtype and device; it is not saved.
+        # An empty tensor whose dtype follows `.to(dtype)`: the dtype that `weight` reports. It is a parameter because
+        # some models ask `next(self.parameters())` for dtype and device; it is not saved.
         like = torch.empty(0, dtype=weight.dtype, device=weight.device)
         self.like = nn.Parameter(like, requires_grad=False)
         self.bits, self.levels, self.shape = weight.bits, weight.levels, tuple(weight.shape)
@@ -43,7 +58,7 @@ class PackedLayer(nn.Module):
         self.low, self.high = (-127, 127) if form is None else (form.low, form.high)
         bias = None if bias is None else bias.detach().float()
         if form is not None and form.after is not None:
-            # x̂ = s·q + after: the second term's share of the output is a constant.
+            # x̂ = s·q + after: the second term contributes a constant to the output.
             share = self._product_with(replace(weight, dtype=torch.float32).dequantize(), form.after.float())
             bias = share if bias is None else bias + share
         self.register_buffer("bias", bias)
@@ -52,24 +67,29 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> PackedWeight:
-        """The packed weight; where a model's own code reads it, it stands for a tensor."""
+        """The packed weight; code that expects a tensor gets the dequantized weight from it."""
         return PackedWeight(self.data, self.levels, self.scale, self.sums, self.bits, self.shape, self.like.dtype)
 
     def settings(self) -> dict[str, Any]:
-        """What `lowbit.save` has to know besides the buffers; JSON."""
+        """Settings that `lowbit.save` stores besides the buffers, as JSON."""
         plain = {"bits": self.bits, "levels": list(self.levels), "shape": list(self.shape)}
         return plain | {"low": self.low, "high": self.high} | {k: list(v) for k, v in self.geometry.items()}
 
     @classmethod
     def restore(
-        cls, settings: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32
-    ) -> "PackedLayer":
-        """The layer that had these `settings` and buffers, in a model of ``dtype``.
+        cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Rebuild the layer that had these `settings` and buffers.
+
+        Args:
+            settings: the `settings` of the saved layer.
+            tensors: its buffers by name; floating-point ones may be stored in half precision.
+            dtype: dtype of the model.
 
         Raises:
-            LowbitError: they are not those of a packed layer.
+            LowbitError: the settings and buffers are not those of a packed layer.
         """
-        # A file may hold its floating-point numbers at half size.
+        # A file may hold floating-point numbers in half precision.
         tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         missing = [name for name in ("data", "scale", "sums") if name not in tensors]
         if missing:
@@ -87,7 +107,7 @@ class PackedLayer(nn.Module):
         return layer
 
     def _check_input(self) -> None:
-        """Refuse a range or tensors for the input that no quantizer has; the kernels check the rest."""
+        """Refuse an input range or input tensors that no quantizer has; the kernels check the rest."""
         low, high = self.low, self.high
         if not (-128 <= low < high <= 127 or 0 <= low < high <= 255) or high <= 0:
             raise LowbitError(f"low={low}, high={high} is not allowed: inside -128 ... 127 or 0 ... 255 is")
@@ -106,16 +126,17 @@ class PackedLayer(nn.Module):
             raise LowbitError(f"bias is {list(self.bias.shape)}; it should be {list(self.scale.shape)}")
 
     def fold_(self, gain: Tensor, shift: Tensor) -> None:
-        """Makes the output y into ``gain·y + shift``, both float ``[N]``: a BatchNorm that follows."""
+        """Fold in a BatchNorm that follows: the output y becomes ``gain·y + shift``, both float ``[N]``."""
         self.scale.mul_(gain)
         self.bias = shift if self.bias is None else self.bias * gain + shift
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.dtype != before[name].dtype:
-                self._buffers[name] = before[name].to(buffer.device)
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(buffer.device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -126,7 +147,7 @@ class PackedLayer(nn.Module):
         super()._load_from_state_dict({**state_dict, f"{prefix}like": self.like}, prefix, *args)
 
     def extra_repr(self) -> str:
-        """Shape, bits, and the range of the input's integers."""
+        """Shape, bit width, and the range of the input's integers."""
         shape = "×".join(map(str, self.shape))
         how = "dynamic" if self.x_scale is None else "calibrated"
         return f"{shape}, {self.bits} bits, activations {self.low}..{self.high} ({how})"
@@ -136,11 +157,11 @@ class PackedLayer(nn.Module):
 
 
 def output_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of what torch's own layer puts out for ``x``: autocast's where that is on, else ``x``'s.
+    """The output dtype of torch's own layer for ``x``: autocast's where it is enabled, else that of ``x``.
 
     Args:
         x: the input.
-        otherwise: the dtype for an ``x`` of integers, which torch's layers refuse.
+        otherwise: the dtype for integer inputs, which torch's layers refuse.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
@@ -151,17 +172,24 @@ class PackedLinear(PackedLayer):
     """A linear layer with a packed weight: ``[..., K]`` in, ``[..., N]`` out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `lowbit.kernels.shift_linear`."""
+        """Apply the layer; `lowbit.kernels.shift_linear` defines what is computed."""
         dtype = output_dtype(x, self.like.dtype)
         x = x.float() if self.before is None else x.float() + self.before
         scale = self.x_scale
         if scale is not None and scale.numel() > 1:  # a step for each token
             scale = scale.expand(*x.shape[:-1], 1).reshape(-1)
         scale = None if scale is None else scale.reshape(-1)
-        return kernels.shift_linear(x, self.weight, self.bias, scale, self.low, self.high).to(dtype)
+        return ops.shift_linear(x, self.weight, self.bias, scale, self.low, self.high).to(dtype)
 
-    in_features = property(lambda self: self.shape[1], doc="K, as torch's layer calls it.")
-    out_features = property(lambda self: self.shape[0], doc="N, as torch's layer calls it.")
+    @property
+    def in_features(self) -> int:
+        """Number of inputs K."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs N."""
+        return self.shape[0]
 
     def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
         return weight @ after.expand(*(1,) * (after.ndim - 1), weight.shape[1]).reshape(-1)
@@ -171,40 +199,67 @@ class PackedConv2d(PackedLayer):
     """A convolution (groups=1) with a packed weight: ``[B, C, H, W]`` in, ``[B, N, H', W']`` out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `lowbit.kernels.shift_conv2d`."""
+        """Apply the layer; `lowbit.kernels.shift_conv2d` defines what is computed."""
         dtype = output_dtype(x, self.like.dtype)
         x = x.float() if self.before is None else x.float() + self.before
         scale = None if self.x_scale is None else self.x_scale.reshape(-1)
-        y = kernels.shift_conv2d(x, self.weight, self.bias, scale, low=self.low, high=self.high, **self.geometry)
+        y = ops.shift_conv2d(x, self.weight, self.bias, scale, low=self.low, high=self.high, **self.geometry)
         return y.to(dtype)
 
-    in_channels = property(lambda self: self.shape[1], doc="C, as torch's layer calls it.")
-    out_channels = property(lambda self: self.shape[0], doc="N, as torch's layer calls it.")
-    kernel_size = property(lambda self: self.shape[2:], doc="(ky, kx).")
-    stride = property(lambda self: self.geometry.get("stride", (1, 1)), doc="(y, x).")
-    padding = property(lambda self: self.geometry.get("padding", (0, 0)), doc="(y, x).")
-    dilation = property(lambda self: self.geometry.get("dilation", (1, 1)), doc="(y, x).")
     groups, padding_mode = 1, "zeros"
 
+    @property
+    def in_channels(self) -> int:
+        """Number of input channels C."""
+        return self.shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels N."""
+        return self.shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Height and width of the kernel."""
+        return self.shape[2:]
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Stride ``(y, x)``."""
+        return self.geometry.get("stride", (1, 1))
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Padding ``(y, x)``."""
+        return self.geometry.get("padding", (0, 0))
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Dilation ``(y, x)``."""
+        return self.geometry.get("dilation", (1, 1))
+
     def _product_with(self, weight: Tensor, after: Tensor) -> Tensor:
-        # A place outside the image holds q = 0 but no `after`, so that only unpadded convolutions could fold it.
+        # Padding holds q = 0 without `after`, so only unpadded convolutions could fold it.
         raise LowbitError("a convolution's input quantizer with an offset cannot be folded into a bias")
 
 
 def store_(
     layer: nn.Module, codes: Tensor, levels: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Makes ``layer`` keep its weight as uint8 codes; its float weight ``scale·levels[codes]`` is not saved.
+    """Store the weight of ``layer`` as uint8 codes, in place; the float weight ``scale·levels[codes]`` is not saved.
 
-    For layers that the kernels don't do (depthwise, 1-d, 5 to 8 bits on inputs that stay floats, a forward of their
-    own): they keep their class and calculate with floats as before.
+    For layers that the kernels do not support (depthwise, 1-d, 5 to 8 bits with float inputs, a forward of their own).
+    They keep their class and calculate with floats as before.
 
     Args:
         layer: a linear layer or convolution without parametrization.
-        codes: 0 to 255, of the weight's shape.
+        codes: integers from 0 to 255, of the weight's shape.
         levels: float ``[L]``.
-        scale: broadcastable to the weight.
-        dtype: of the float weight.
+        scale: float, broadcastable to the weight.
+        dtype: dtype of the float weight.
+
+    Returns:
+        The same layer.
     """
     layer._parameters.pop("weight", None)
     layer.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
@@ -217,8 +272,9 @@ def store_(
 
 
 def _decode(layer: nn.Module, *_: Any) -> None:
-    weight = (layer.levels[layer.codes.long()] * layer.row_scale).to(layer.weight.dtype)
-    # Packed convolutions put channels last. If the first layer does not, pooling behind it is ten times slower.
+    levels, codes, scale = (layer.get_buffer(name) for name in ("levels", "codes", "row_scale"))
+    weight = (levels[codes.long()] * scale).to(layer.get_buffer("weight").dtype)
+    # Packed convolutions return channels-last memory; after a layer that does not, pooling is ten times slower.
     layer.weight = weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
 
