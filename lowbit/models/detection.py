@@ -30,7 +30,7 @@ __all__ = ["detector"]
 
 HEADS = ("fcos", "retinanet")
 GROUPS = 32  # of the GroupNorm in both heads
-PROBE = 64  # pixels; side of the image whose feature maps tell channels and strides
+PROBE = 64  # pixels; side of the image used to measure the channels and strides of feature maps
 
 
 def detector(
@@ -50,7 +50,7 @@ def detector(
     nms_thresh: float = 0.6,
     detections_per_img: int = 100,
 ) -> nn.Module:
-    """A detector whose trunk is a copy of a classifier's, with its weights, its quantizers and their latents.
+    """A detector on a copy of a classifier's trunk, with its weights, quantizers and latents.
 
     In training, ``model(images, targets)`` returns a dictionary of losses; in evaluation, ``model(images)`` returns a
     dictionary for each image: ``boxes`` float32 ``[n, 4]`` (x1, y1, x2, y2, pixels of the image as given), ``labels``
@@ -58,34 +58,34 @@ def detector(
     normalized as for the classifier; targets have ``boxes`` and ``labels`` (from 0, no background class).
     `lowbit.train` trains it on a detection set.
 
-    What quantizes the classifier (`lowbit.quantize_`) goes with the trunk; pyramid and head are in full precision.
-    BatchNorm stays in the trunk, GroupNorm stands in the head. The pyramid has one level for each of the last
-    ``stages`` stages and one of half the last one's resolution: with a CIFAR-style ResNet and ``stem_pool`` the
-    strides are 4, 8 and 16 pixels.
+    The trunk keeps the quantizers of the classifier (`lowbit.quantize_`); pyramid and head are in full precision. The
+    trunk keeps its BatchNorm, the head uses GroupNorm. The pyramid has one level for each of the last ``stages``
+    stages, and one at half the resolution of the last: with a CIFAR-style ResNet and ``stem_pool`` the strides are 4,
+    8 and 16 pixels.
 
     Args:
         backbone: a classifier whose stages are its children ``layer1``, ``layer2``, ... and run one after the other
-            behind the stem: the project's ``resnet20``, torchvision's and timm's ResNets. It stays as it is.
-        num_classes: classes of objects.
+            after the stem: the project's ``resnet20``, torchvision's and timm's ResNets. It does not change.
+        num_classes: number of object classes.
         head: "fcos" (no anchors; a box is the four distances from a point, published with 4 convolutions) or
             "retinanet" (nine anchors a position, published with 4 convolutions and without normalization).
-        min_size: shorter side that images are resized to, pixels; None takes them as they are.
-        max_size: limit of the longer side after resizing, or None.
-        stages: last stages of the trunk that feed the pyramid.
-        channels: of the pyramid and the head, a multiple of 32; 256 as published.
-        head_convs: convolutions of each of the head's two towers, 1 to 4.
-        anchor_size: side of a level's (smallest) anchor, in strides of that level. FCOS uses it to share out boxes
-            between levels and as unit of distance: 1 as published, and None. RetinaNet: 4 as published, None is 2,
-            which suits objects of 8 pixels and more.
-        stem_pool: puts ResNet's 3x3 max-pooling of stride 2 behind a stem that keeps the resolution. The trunk then
-            costs a quarter.
-        frozen_batchnorm: makes the trunk's BatchNorm layers constants: statistics and affine parameters as they are.
-        score_thresh: least score of a detection.
-        nms_thresh: overlap (IoU) above which the lower-scored of two boxes of a class goes.
-        detections_per_img: most detections of an image.
+        min_size: shorter side of images after resizing, in pixels; None does not resize them.
+        max_size: limit of the longer side after resizing, in pixels, or None.
+        stages: number of stages, counted from the last, that feed the pyramid.
+        channels: number of channels in the pyramid and the head, a multiple of 32; 256 as published.
+        head_convs: number of convolutions in each of the head's two towers, 1 to 4.
+        anchor_size: side of a level's (smallest) anchor, in strides of that level. FCOS uses it to assign boxes to
+            levels and as the unit of distance; it is 1 as published, and for None. RetinaNet has 4 as published; None
+            means 2, which suits objects of 8 pixels and more.
+        stem_pool: whether to add ResNet's 3x3 max-pooling of stride 2 after a stem that keeps the resolution. The
+            trunk then costs a quarter.
+        frozen_batchnorm: whether to freeze the statistics and affine parameters of the trunk's BatchNorm layers.
+        score_thresh: lowest score of a detection, 0 to 1.
+        nms_thresh: overlap (IoU) of two boxes of a class above which the one with the lower score is dropped, 0 to 1.
+        detections_per_img: largest number of detections in an image.
 
     Raises:
-        LowbitError: an unknown head, a value out of range, or a classifier without such a trunk.
+        LowbitError: ``head`` is unknown, a value is out of range, or the classifier has no such trunk.
     """
     options = {key: value for key, value in locals().items() if key not in ("backbone", "num_classes")}
     _check(num_classes, options)
@@ -95,8 +95,8 @@ def detector(
     pyramid = BackboneWithFPN(body, {name: name for name in shapes}, [c for c, _ in shapes.values()], channels)
     strides = [stride for _, stride in shapes.values()]
     strides.append(2 * strides[-1])  # BackboneWithFPN's extra level
-    make = _fcos if head == "fcos" else _retinanet
-    model = make(
+    build = _fcos if head == "fcos" else _retinanet
+    model = build(
         pyramid,
         num_classes,
         strides,
@@ -115,7 +115,7 @@ def detector(
 
 
 def _fcos(
-    pyramid: nn.Module, num_classes: int, strides: list[int], convs: int, size: float | None, **options: Any
+    pyramid: BackboneWithFPN, num_classes: int, strides: list[int], convs: int, size: float | None, **options: Any
 ) -> FCOS:
     sizes = tuple((stride * (size or 1),) for stride in strides)
     head = FCOSHead(pyramid.out_channels, 1, num_classes, convs)
@@ -124,7 +124,7 @@ def _fcos(
 
 
 def _retinanet(
-    pyramid: nn.Module, num_classes: int, strides: list[int], convs: int, size: float | None, **options: Any
+    pyramid: BackboneWithFPN, num_classes: int, strides: list[int], convs: int, size: float | None, **options: Any
 ) -> RetinaNet:
     sizes = tuple(tuple(stride * (size or 2) * 2 ** (k / 3) for k in range(3)) for stride in strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
@@ -137,14 +137,14 @@ def _retinanet(
 
 
 class _Resize(GeneralizedRCNNTransform):
-    """Resizes and pads a batch, or only pads it; `lowbit.training` has normalized it already."""
+    """A transform that resizes and pads a batch, or only pads it; `lowbit.training` normalizes before."""
 
     def __init__(self, min_size: int | None, max_size: int | None, size_divisible: int):
         longest = float("inf") if max_size is None else max_size
         super().__init__(min_size, longest, image_mean=[0.0], image_std=[1.0], size_divisible=size_divisible)
         self.as_given = min_size is None
 
-    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict | None]:
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return (image, target) if self.as_given else super().resize(image, target)
 
 
@@ -154,12 +154,13 @@ def _trunk(classifier: nn.Module, stages: int, stem_pool: bool) -> tuple[nn.Sequ
     layers = [name for name in children if re.fullmatch(r"layer\d+", name)]
     if not layers:
         raise LowbitError(
-            f"{type(classifier).__name__} has no trunk to detect with: its stages should be children called layer1, "
+            f"{type(classifier).__name__} has no trunk to detect with: its stages should be children named layer1, "
             f"layer2, ..., as in resnet20; it has {', '.join(children) or 'none'}"
         )
     if not 1 <= stages <= len(layers):
         raise LowbitError(f"stages={stages!r} is not allowed: {type(classifier).__name__} has 1 to {len(layers)}")
-    stem, parts = OrderedDict(), OrderedDict()
+    stem: OrderedDict[str, nn.Module] = OrderedDict()
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
     for name, child in children.items():
         (parts if parts or name == layers[0] else stem)[name] = copy.deepcopy(child)
         if name == layers[-1]:
@@ -173,7 +174,7 @@ def _trunk(classifier: nn.Module, stages: int, stem_pool: bool) -> tuple[nn.Sequ
 
 @torch.no_grad()
 def _shapes(classifier: nn.Module, body: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Channels and stride of what each part of ``body`` puts out, measured on a copy: quantizers see nothing of it."""
+    """Channels and stride of each part's output, measured on a copy, so that quantizers are not calibrated by it."""
     convolution = next((m for m in classifier.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is None:
         raise LowbitError(f"{type(classifier).__name__} has no trunk to detect with: it has no nn.Conv2d")
@@ -192,16 +193,22 @@ def _shapes(classifier: nn.Module, body: dict[str, nn.Module]) -> dict[str, tupl
     return shapes
 
 
-def _freeze_batchnorm_(module: nn.Module) -> None:
+def _freeze_batchnorm_(module: nn.Module, prefix: str = "") -> None:
+    """Replace every BatchNorm in ``module`` by a constant one; ``prefix`` begins their names in messages."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
+            if child.running_mean is None or not child.affine:
+                raise LowbitError(
+                    f"frozen_batchnorm=True is not allowed for this classifier: the BatchNorm {prefix + name!r} has no "
+                    "running statistics or no affine parameters; use frozen_batchnorm=False"
+                )
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
             frozen.load_state_dict(
                 {key: value for key, value in child.state_dict().items() if "num_batches" not in key}
             )
             setattr(module, name, frozen.to(child.running_mean.device))
         else:
-            _freeze_batchnorm_(child)
+            _freeze_batchnorm_(child, f"{prefix}{name}.")
 
 
 def _check(num_classes: int, options: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """ResNet-20 and its relatives for 32x32 images, assembled from torchvision's blocks.
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2: a 3x3 stem and three
-stages of n blocks with 16, 32 and 64 channels, 6n+2 layers. As in most later work the shortcut that changes
-shape is a 1x1 convolution (option B).
+stages of n blocks with 16, 32 and 64 channels, 6n+2 layers. As in most later work, the shortcut where the shape
+changes is a 1x1 convolution (option B).
 """
 
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ class SmallResNet(nn.Module):
     """A ``6n+2``-layer ResNet for small images of any size.
 
     Args:
-        blocks: n, the blocks of each stage.
-        num_classes: outputs.
-        in_chans: input channels.
-        width: channels of the first stage.
+        blocks: number of blocks n in each stage.
+        num_classes: number of outputs.
+        in_chans: number of input channels.
+        width: number of channels in the first stage.
     """
 
     def __init__(self, blocks: int = 3, num_classes: int = 10, in_chans: int = 3, width: int = 16):

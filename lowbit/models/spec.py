@@ -1,8 +1,8 @@
-"""What a file may say of a model, checked before anything is built from it.
+"""Checks of a saved model's description, made before anything is built from it.
 
 A saved model names the arguments of `lowbit.models.create`. Constructors of other libraries also take arguments that
-open files or fetch weights (``checkpoint_path``, ``pretrained_cfg``, ``weights``, a name such as ``hf-hub:...``), so a
-file may only name what is listed here, within these bounds. `lowbit.save` refuses what `lowbit.load` would refuse.
+open files or fetch weights (``checkpoint_path``, ``pretrained_cfg``, ``weights``, a name such as ``hf-hub:...``). So a
+file may name only the arguments listed here, within these bounds. `lowbit.save` refuses whatever `lowbit.load` would.
 """
 
 import math
@@ -37,20 +37,20 @@ WORDS = {
     "global_pool": ("", "avg", "max", "avgmax", "catavgmax", "fast", "token", "map"),
     "head": ("fcos", "retinanet"),
 }
-"""One of these words."""
+"""The words allowed for each argument."""
 SLACK, GROWTH = 64 * 2**20, 64
 """A model may need ``SLACK + GROWTH · (bytes of its file)`` bytes: 2-bit weights, packed, grow sixteenfold."""
 
 
 def check(spec: Any, error: Callable[[str], LowbitError] = CheckpointError) -> None:
-    """Refuses a description of a model that names anything but plain, bounded sizes of a known kind.
+    """Refuse a description of a model that holds anything but known arguments with bounded values.
 
     Args:
-        spec: as `lowbit.models.create` notes it in ``model.spec``.
-        error: makes what is raised of its message.
+        spec: the description, as `lowbit.models.create` records it in ``model.spec``.
+        error: builds the exception from its message.
 
     Raises:
-        LowbitError: what ``error`` makes, naming the entry.
+        LowbitError: the exception that ``error`` builds; its message names the entry.
     """
     if not isinstance(spec, dict):
         raise error(f"the description of a model should be a mapping, not {spec!r:.80}")
@@ -62,8 +62,8 @@ def check(spec: Any, error: Callable[[str], LowbitError] = CheckpointError) -> N
             check(value, error)
         elif key != "name" and not _allowed(key, value):
             raise error(
-                f"the model's option {key}={value!r:.80} is not one that a file may hold; sizes, switches and numbers "
-                "that only shape the network are (lowbit/models/spec.py lists them)"
+                f"the model's option {key}={value!r:.80} is not allowed in a file; sizes, switches and numbers that "
+                "only shape the network are (lowbit/models/spec.py lists them)"
             )
 
 
@@ -79,16 +79,22 @@ def _allowed(key: str, value: Any) -> bool:
     if key in NUMBERS:
         return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 1024
     values = value if isinstance(value, list | tuple) else [value]
-    return len(values) <= 16 and all(type(one) is int and 0 <= one <= LARGEST for one in values)
+    return len(values) <= 16 and all(type(size) is int and 0 <= size <= LARGEST for size in values)
+
+
+def note_(model: nn.Module, **facts: Any) -> None:
+    """Set plain attributes of ``model``, such as ``spec``; torch's types declare only tensors and modules."""
+    for name, value in facts.items():
+        setattr(model, name, value)
 
 
 def check_size(create: Callable[[], nn.Module], name: str, file_bytes: int) -> None:
-    """Refuses a model far larger than the file that describes it, before memory is taken for it.
+    """Refuse a model far larger than the file that describes it, before memory is allocated for it.
 
     Args:
-        create: builds the model; called with torch's device "meta", where tensors have no memory. What cannot be built
-            there is not looked at.
-        name: for the message.
+        create: builds the model; called with torch's device "meta", where tensors have no memory. A model that cannot
+            be built there is not checked.
+        name: the model's name, for the message.
         file_bytes: size of the file.
 
     Raises:

@@ -1,10 +1,11 @@
-"""Keyword and digit recognition: a log-mel front end and a small convolutional net in one module.
+"""Keyword and digit recognition: a log-mel front end and a small convolutional network in one module.
 
-Both nets take sound, float ``[N, T]``, and normalize after every convolution, which absorbs the gain of raw ±2^p
-weights. The front end has no parameters, and nothing of it is stored with the weights.
+Both networks take sound, float ``[N, T]``, and normalize after every convolution, which absorbs the gain of raw ±2^p
+weights. The front end has no parameters, and none of its buffers is stored with the weights.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,12 @@ with extra("speech", "a model of sound"):
 def mel_bands(n_freqs: int, n_mels: int, sample_rate: int) -> Tensor:
     """Triangular mel bands with a peak of 1, float32 ``[n_freqs, n_mels]``, for frequencies from 0 to half the rate.
 
-    Bit for bit ``torchaudio.functional.melscale_fbanks`` with its defaults (the HTK scale, no normalization).
+    Equal to the bit to ``torchaudio.functional.melscale_fbanks`` with its defaults (HTK scale, no normalization).
+
+    Args:
+        n_freqs: number of frequencies, evenly spaced.
+        n_mels: number of bands.
+        sample_rate: samples per second.
     """
     mels = torch.linspace(0, 2595 * math.log10(1 + sample_rate // 2 / 700), n_mels + 2)
     edges = 700 * (10 ** (mels / 2595) - 1)
@@ -29,7 +35,7 @@ def mel_bands(n_freqs: int, n_mels: int, sample_rate: int) -> Tensor:
 
 
 def _hide(x: Tensor, most: int, dim: int) -> Tensor:
-    """``x`` ``[N, 1, bands, frames]`` with less than ``most`` neighbors along ``dim`` set to 0, others in each clip."""
+    """``x`` ``[N, 1, bands, frames]`` with fewer than ``most`` neighbors along ``dim`` set to 0, drawn per clip."""
     size = x.shape[dim]
     width = torch.rand(x.shape[:2], device=x.device) * most
     first = (torch.rand(x.shape[:2], device=x.device) * (size - width)).long()[..., None, None]
@@ -38,22 +44,28 @@ def _hide(x: Tensor, most: int, dim: int) -> Tensor:
 
 
 class LogMel(nn.Module):
-    """Sound to a normalized log-mel spectrogram.
+    """Convert sound to a normalized log-mel spectrogram.
 
-    Windows of 40 ms every 20 ms, as in Zhang et al. 2017, section 3; decibels below the loudest point of the clip,
-    cut off at ``top_db``, then brought to zero mean and unit variance over the clip, so that neither how loud a clip
-    is nor the length of the silence around it makes the scale. Computed in float32 under autocast too. The values are
-    those of torchaudio's ``MelSpectrogram`` and ``AmplitudeToDB``; its last release, 2.11, cannot be imported beside
-    newer CUDA builds of torch.
+    Windows last 40 ms and start every 20 ms, as in Zhang et al. 2017, section 3. The power in decibels is clipped at
+    ``top_db`` below the loudest point of the clip, then normalized to zero mean and unit variance over the clip. So
+    neither the loudness of a clip nor the length of its silence changes the scale. Everything is computed in float32,
+    under autocast too. The values equal those of torchaudio's ``MelSpectrogram`` and ``AmplitudeToDB``; torchaudio
+    itself is not used because its last release, 2.11, cannot be imported beside newer CUDA builds of torch.
 
     Args:
         sample_rate: samples per second.
-        n_mels: mel bands between 0 and half the sample rate.
-        top_db: what lies further than this below the loudest point counts as silence, dB.
-        freq_mask: SpecAugment (Park et al. 2019, arXiv 1904.08779): in training up to this many neighboring bands
+        n_mels: number of mel bands between 0 and half the sample rate.
+        top_db: clipping level, in dB below the loudest point of the clip.
+        freq_mask: SpecAugment (Park et al. 2019, arXiv 1904.08779): in training, up to this many neighboring bands
             of each clip are set to the mean; 0 for none.
-        time_mask: the same for neighboring frames.
+        time_mask: SpecAugment in time: up to this many neighboring frames are set to the mean; 0 for none.
+
+    Raises:
+        LowbitError: ``n_mels`` is below 1, or another argument is negative.
     """
+
+    window: Tensor
+    bands: Tensor
 
     def __init__(
         self, sample_rate: int = 8000, n_mels: int = 20, top_db: float = 60.0, freq_mask: int = 0, time_mask: int = 0
@@ -61,7 +73,7 @@ class LogMel(nn.Module):
         super().__init__()
         if n_mels < 1 or min(top_db, freq_mask, time_mask) < 0:
             given = f"n_mels={n_mels}, top_db={top_db}, freq_mask={freq_mask}, time_mask={time_mask}"
-            raise LowbitError(f"{given}: the number of bands is at least 1, the others are at least 0")
+            raise LowbitError(f"{given} is not allowed: n_mels is at least 1, the others are at least 0")
         length = sample_rate * 40 // 1000
         self.hop, self.n_fft = length // 2, 1 << (length - 1).bit_length()
         self.top_db, self.freq_mask, self.time_mask = top_db, freq_mask, time_mask
@@ -71,7 +83,7 @@ class LogMel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, 1, n_mels, frames]``, float32, of sound ``[N, T]``; ``1 + T // hop`` frames."""
         if x.ndim != 2:
-            raise LowbitError(f"a batch of sound is [N, T], not {list(x.shape)}: this model is for speech")
+            raise LowbitError(f"a batch of sound is [N, T], not {list(x.shape)}; this model takes sound")
         with torch.autocast(x.device.type, enabled=False):
             x = self._decibels(x.float()).unsqueeze(1)
             std, mean = torch.std_mean(x, dim=(2, 3), keepdim=True)
@@ -82,7 +94,7 @@ class LogMel(nn.Module):
         return x
 
     def _decibels(self, x: Tensor) -> Tensor:
-        """``[N, n_mels, frames]`` of sound ``[N, T]``: the power in each band, cut off at ``top_db``."""
+        """Power in each band in decibels, clipped at ``top_db``: ``[N, n_mels, frames]`` of sound ``[N, T]``."""
         window = self.window
         spectrum = torch.stft(x, self.n_fft, self.hop, len(window), window, pad_mode="reflect", return_complex=True)
         power = (spectrum.abs().pow(2).transpose(-1, -2) @ self.bands).transpose(-1, -2)
@@ -99,14 +111,14 @@ class DSCNN(nn.Module):
     bands are four times their 10 coefficients.
 
     Args:
-        num_classes: outputs.
-        sample_rate: of the sound, samples per second.
-        width: channels.
-        blocks: depthwise-separable blocks.
+        num_classes: number of outputs.
+        sample_rate: samples per second.
+        width: number of channels.
+        blocks: number of depthwise-separable blocks.
         front: further arguments of `LogMel`.
     """
 
-    def __init__(self, num_classes: int = 10, sample_rate: int = 8000, width: int = 64, blocks: int = 4, **front):
+    def __init__(self, num_classes: int = 10, sample_rate: int = 8000, width: int = 64, blocks: int = 4, **front: Any):
         super().__init__()
         self.front = LogMel(sample_rate, **front)
         stem = nn.Conv2d(1, width, (4, 10), stride=2, padding=(1, 4), bias=False)
@@ -122,21 +134,22 @@ class DSCNN(nn.Module):
 
 
 class KWSResNet(nn.Module):
-    """A residual net for keywords in the manner of res8: ordinary 3x3 convolutions only.
+    """A residual network for keywords, modeled on res8: ordinary 3x3 convolutions only.
 
     Tang and Lin, "Deep Residual Learning for Small-Footprint Keyword Spotting", arXiv 1710.10361, table 1: a 3x3
     convolution, average pooling by 4x3 (time x frequency), three residual blocks of two convolutions, average pooling.
-    Here normalization comes right after each convolution (theirs: after ReLU and sum), as shift weights need it.
+    Here normalization directly follows each convolution, because shift weights need it; in the paper it follows ReLU
+    and the residual sum.
 
     Args:
-        num_classes: outputs.
-        sample_rate: of the sound, samples per second.
-        width: channels, 45 in the paper's res8 and 19 in its narrow one.
-        blocks: residual blocks.
+        num_classes: number of outputs.
+        sample_rate: samples per second.
+        width: number of channels; 45 in the paper's res8 and 19 in its narrow variant.
+        blocks: number of residual blocks.
         front: further arguments of `LogMel`.
     """
 
-    def __init__(self, num_classes: int = 10, sample_rate: int = 8000, width: int = 32, blocks: int = 3, **front):
+    def __init__(self, num_classes: int = 10, sample_rate: int = 8000, width: int = 32, blocks: int = 3, **front: Any):
         super().__init__()
         self.front = LogMel(sample_rate, **front)
         stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
@@ -165,5 +178,5 @@ def _separable(width: int, stride: int) -> nn.Sequential:
 def _initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            # Of a depthwise convolution fan_out counts all channels though each output sees one: fan_in is per output.
+            # In a depthwise convolution fan_out counts all channels, though each output sees only one; fan_in does not.
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")

@@ -1,6 +1,6 @@
 """Models by name: the small ones of this project, then timm's, then torchvision's.
 
-`create` notes what it was asked for in ``model.spec``, so that a saved file can rebuild the model.
+`create` records its arguments in ``model.spec``, so that `lowbit.load` can rebuild the model from a file.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,12 @@ from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
+from lowbit.models.spec import note_
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 _small: dict[str, Callable[..., nn.Module]] = {}
-_speech: set[str] = set()  # those of them that take sound
+_speech: set[str] = set()  # names of the small models that take sound
 
 
 def _register(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -30,7 +31,7 @@ def _register_speech(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]
 
 @_register
 def resnet8(num_classes: int = 10, in_chans: int = 3, img_size: int = 32, **options: Any) -> nn.Module:
-    """ResNet-8, 0.08 M parameters: one block a stage, for experiments with many runs."""
+    """ResNet-8, 0.08 M parameters: one block in each stage, for experiments with many runs."""
     from lowbit.models.resnet import SmallResNet
 
     return SmallResNet(1, num_classes, in_chans, **options)
@@ -55,7 +56,8 @@ def vit_nano(
     with extra("models", "the model vit_nano"):
         from timm.models.vision_transformer import VisionTransformer
 
-    settings = {"embed_dim": 128, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"} | options
+    settings: dict[str, Any] = {"embed_dim": 128, "depth": 4, "num_heads": 4, "class_token": False}
+    settings |= {"global_pool": "avg"} | options
     return VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
@@ -88,7 +90,11 @@ def kws_resnet(num_classes: int = 10, sample_rate: int = 8000, **options: Any) -
 
 
 def names(task: Literal["classification", "speech"] = "classification") -> list[str]:
-    """The project's own models for images or for sound; timm's and torchvision's names work too."""
+    """Names of the project's own models for images or for sound; `create` takes timm's and torchvision's too.
+
+    Args:
+        task: "classification" for models of images, "speech" for models of sound.
+    """
     return sorted(name for name in _small if (name in _speech) == (task == "speech"))
 
 
@@ -100,20 +106,23 @@ def create(
     pretrained: bool | str = False,
     **options: Any,
 ) -> nn.Module:
-    """Builds a model by name.
+    """Build a model by name.
 
     Args:
-        name: one of `names`, a timm model (``deit_tiny_patch16_224``) or a torchvision one (``mobilenet_v2``); or
-            "detector" for `detector` on ``backbone={"name": ...}``, the arguments of the classifier's own `create`.
-        num_classes: outputs.
-        in_chans: input channels; torchvision's models have three. Models of sound ignore this and ``img_size``.
-        img_size: height and width of the images, where the architecture depends on it.
-        pretrained: the name of a data set whose checkpoint the project ships (``"digits"``, see `checkpoints`) or
-            the path of a file written by `lowbit.save`; for timm's models True fetches timm's own weights.
-        options: passed on to the constructor, for models of sound e.g. ``sample_rate`` (default 8000 a second).
+        name: one of `names`, a timm model (``deit_tiny_patch16_224``), a torchvision model (``mobilenet_v2``), or
+            "detector". A detector needs ``backbone={"name": ...}``, the arguments of `create` for its classifier.
+        num_classes: number of outputs.
+        in_chans: number of input channels; torchvision's models take 3, and models of sound ignore it.
+        img_size: height and width of the images in pixels; models that take images of any size ignore it.
+        pretrained: the name of a data set whose checkpoint the project ships (``"digits"``, see `checkpoints`), or
+            the path of a file written by `lowbit.save`; True downloads timm's or torchvision's own weights.
+        options: further arguments of the model's constructor, e.g. ``sample_rate`` (Hz, default 8000) for sound.
+
+    Returns:
+        The model. Its attribute ``spec`` holds the arguments, and ``example_shape`` the shape of one input.
 
     Raises:
-        LowbitError: an unknown name or option, or no such checkpoint.
+        LowbitError: ``name`` or an option is unknown, or there is no such checkpoint.
     """
     if name == "detector":
         return _detector(num_classes, pretrained, **options)
@@ -123,19 +132,21 @@ def create(
         model = _build(name, num_classes, in_chans, img_size, pretrained is True, options)
     except TypeError as error:
         raise LowbitError(f"the model {name!r} does not take these options: {error}") from None
-    model.spec = spec
-    # One input for `lowbit.pack`, without the batch: a second of sound, or an image.
-    model.example_shape = (options.get("sample_rate", 8000),) if name in _speech else (in_chans, img_size, img_size)
+    # The shape of one input for `lowbit.pack`, without the batch: a second of sound, or an image.
+    example_shape = (options.get("sample_rate", 8000),) if name in _speech else (in_chans, img_size, img_size)
+    note_(model, spec=spec, example_shape=example_shape)
     if isinstance(pretrained, str | Path):
-        _load_checkpoint(model, pretrained)
+        _load_checkpoint(model, name, pretrained)
     return model
 
 
-def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained: bool, options: dict) -> nn.Module:
+def _build(
+    name: str, num_classes: int, in_chans: int, img_size: int, pretrained: bool, options: dict[str, Any]
+) -> nn.Module:
     if name in _small:
         if pretrained:
             have = ", ".join(sorted(checkpoints().get(name, {}))) or "none"
-            raise LowbitError(f"pretrained=True: say which checkpoint of {name!r}; there is {have}")
+            raise LowbitError(f"pretrained=True: say which checkpoint of {name!r} to load; there is {have}")
         shape = {} if name in _speech else {"in_chans": in_chans, "img_size": img_size}
         return _small[name](num_classes=num_classes, **shape, **options)
     with extra("models", f"the model {name!r}"):
@@ -143,10 +154,9 @@ def _build(name: str, num_classes: int, in_chans: int, img_size: int, pretrained
         import torchvision
 
     if timm.is_model(name):
-        sized = {"img_size": img_size} if "vit" in name or "deit" in name or "swin" in name else {}
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **sized, **options
-        )
+        if "vit" in name or "deit" in name or "swin" in name:
+            options = {"img_size": img_size, **options}
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **options)
     if name in torchvision.models.list_models(module=torchvision.models):  # detectors and the like fetch a backbone
         if in_chans != 3:
             raise LowbitError(f"in_chans={in_chans} is not allowed for torchvision's {name!r}; 3 is")
@@ -164,7 +174,7 @@ def _detector(num_classes: int, pretrained: bool | str, backbone: Any = None, **
 
     if pretrained or not isinstance(backbone, dict):
         raise LowbitError(
-            f"a detector is made of a classifier: give backbone={{'name': 'resnet20', 'pretrained': ...}}, not "
+            f"a detector is built on a classifier: give backbone={{'name': 'resnet20', 'pretrained': ...}}, not "
             f"backbone={backbone!r}, pretrained={pretrained!r}"
         )
     try:
@@ -175,22 +185,22 @@ def _detector(num_classes: int, pretrained: bool | str, backbone: Any = None, **
 
 def checkpoints() -> dict[str, dict[str, Path]]:
     """The checkpoints that the project ships: ``{model: {data set: path}}``."""
-    found: dict[str, dict[str, Path]] = {}
+    shipped: dict[str, dict[str, Path]] = {}
     for path in sorted(CHECKPOINTS.glob("*.safetensors")):
         model, _, data = path.stem.partition(".")
-        found.setdefault(model, {})[data] = path
-    return found
+        shipped.setdefault(model, {})[data] = path
+    return shipped
 
 
-def _load_checkpoint(model: nn.Module, which: str | Path) -> None:
+def _load_checkpoint(model: nn.Module, name: str, which: str | Path) -> None:
     from lowbit.container import load_weights_
 
-    shipped = checkpoints().get(model.spec["name"], {})
+    shipped = checkpoints().get(name, {})
     path = shipped.get(str(which), Path(which))
     if not path.is_file():
         have = ", ".join(sorted(shipped)) or "none"
         raise LowbitError(
-            f"pretrained={str(which)!r}: {model.spec['name']!r} has no checkpoint of that name (it has {have}) "
-            "and there is no such file"
+            f"pretrained={str(which)!r}: {name!r} has no checkpoint of that name (it has {have}), and there is no "
+            "such file"
         )
     load_weights_(model, path)

@@ -229,6 +229,12 @@ def test_spec_rebuilds_the_detector():
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
+def frozen(net: nn.Module, **options: bool) -> nn.Module:
+    """A detector that freezes a BatchNorm which lacks something."""
+    net.layer2[0].bn1 = nn.BatchNorm2d(net.layer2[0].bn1.num_features, **options)
+    return detector(net, 3, frozen_batchnorm=True)
+
+
 class Tangled(nn.Module):
     """Has the names of a trunk, but its parts do not follow one another."""
 
@@ -252,6 +258,8 @@ WRONG = [
     (lambda net: detector(nn.Sequential(), 3), "Sequential has no trunk.*it has none"),
     (lambda net: detector(Tangled(), 3, stages=1), "Tangled has no trunk.*'layer1'"),
     (lambda net: detector(lowbit.models.create("vit_nano"), 3), "VisionTransformer has no trunk.*blocks"),
+    (lambda net: frozen(net, affine=False), r"frozen_batchnorm=True.*'layer2\.0\.bn1'.*frozen_batchnorm=False"),
+    (lambda net: frozen(net, track_running_stats=False), r"BatchNorm 'layer2\.0\.bn1' has no running statistics"),
 ]
 
 
