@@ -1,11 +1,13 @@
-"""The file that `lowbit.save` writes: safetensors, with one JSON document that says what the tensors are.
+"""The file that `lowbit.save` writes: safetensors, with one JSON document that describes the tensors.
 
-This module knows the file and nothing of models: writing, checking and reading it, and copying tensors into a module
-that is there already. `lowbit.serialization` rebuilds models on top of it.
+This module writes, checks and reads the file, and copies tensors into an existing module. It does not know how to build
+models: `lowbit.serialization` does that on top of it.
 """
 
 import hashlib
 import json
+from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +20,8 @@ from lowbit.errors import CheckpointError, LowbitError
 from lowbit.files import write_atomically
 
 FORMAT = 3
-"""3 also holds modules that are not from `lowbit.models.create`, and tied tensors. 2 had neither; 1 had neither low-bit
-attention nor packed layers, and its checksum left the header out. All are read."""
+"""Format 3 added modules that are not from `lowbit.models.create`, and tied tensors; format 2 added low-bit attention,
+packed layers and a checksum that covers the header. This version reads all three."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORABLE = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -39,7 +41,7 @@ class _Entry(BaseModel):
 
 
 class PackedLayerEntry(_Entry):
-    """What `lowbit.nn.packed.PackedLayer.settings` gives, and the kind of the layer."""
+    """The settings of a packed layer (`lowbit.nn.packed.PackedLayer.settings`) and its kind."""
 
     kind: Literal["linear", "conv2d"]
     bits: Literal[2, 3, 4, 8]
@@ -53,7 +55,7 @@ class PackedLayerEntry(_Entry):
 
 
 class PackedEntry(_Entry):
-    """What `lowbit.nn.deploy.description` gives."""
+    """The structure of a packed model, as `lowbit.nn.deploy.description` returns it."""
 
     layers: dict[Name, PackedLayerEntry]
     stored: list[Name]
@@ -68,14 +70,14 @@ class LayerEntry(_Entry):
 
 
 class QuantizationEntry(_Entry):
-    """Which layer has which method."""
+    """The methods of all quantized layers, by name."""
 
     layers: dict[Name, LayerEntry]
     attention: dict[Name, dict[str, Any]] = {}
 
 
 class Header(BaseModel):
-    """All of it. A module that is not from `lowbit.models.create` has no ``model``, only the name of its class."""
+    """The whole header. ``model`` is None for a module not from `lowbit.models.create`; ``module`` names its class."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -95,7 +97,16 @@ class Header(BaseModel):
 
 
 def write(path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write a file atomically; ``header`` without format and checksum."""
+    """Write a file atomically.
+
+    Args:
+        path: the file.
+        header: the header without format and checksum, which are added.
+        tensors: contiguous tensors on the CPU.
+
+    Returns:
+        The path.
+    """
     from safetensors.torch import save as to_bytes
 
     header = {"format": FORMAT, **header}
@@ -106,10 +117,10 @@ def write(path: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) 
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The checked header and tensors of a file that `lowbit.save` wrote.
+    """Read and check the header and tensors of a file that `lowbit.save` wrote.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, not one of ours, or newer than this library.
+        CheckpointError: the file is missing, truncated, altered, not from `lowbit.save`, or newer than this library.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -131,7 +142,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _header(raw: str, path: Path) -> dict[str, Any]:
-    """The header as JSON holds it, with every entry of the kind that `lowbit.save` writes."""
+    """The parsed header, after a check that every entry has the type that `lowbit.save` writes."""
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
@@ -148,19 +159,19 @@ def _header(raw: str, path: Path) -> dict[str, Any]:
     return header
 
 
-def _checksum_of(tensors: dict[str, Tensor], header: dict[str, Any]) -> str | None:
+def _checksum_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str | None:
     try:
         return checksum(tensors, header)
     except (ValueError, RecursionError):  # text that has no UTF-8 form
         return None
 
 
-def checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    """The sha256 over header and tensors; it shows damage, not who wrote the file."""
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """The sha256 of header and tensors, as hex digits; it detects damage, but does not prove who wrote the file."""
     digest = hashlib.sha256()
     if header["format"] > 1:
-        said = {key: value for key, value in header.items() if key != "sha256"}
-        digest.update(json.dumps(said, sort_keys=True).encode())
+        covered = {key: value for key, value in header.items() if key != "sha256"}
+        digest.update(json.dumps(covered, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
@@ -172,21 +183,21 @@ def checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
 
 
 def collect(model: nn.Module, dtype: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of ``model`` as a file holds them.
+    """The tensors of ``model`` in the form that a file stores.
 
     Args:
         model: any module.
-        dtype: into which floating-point tensors are converted, one of `DTYPES`; None keeps them.
+        dtype: name of the dtype to convert floating-point tensors to, one of `DTYPES`; None keeps theirs.
 
     Returns:
-        ``(tensors, shared)``: contiguous tensors on the CPU, and for each further name of a tied tensor its first one.
+        ``(tensors, shared)``: contiguous tensors on the CPU, and the first name for each further name of a tied tensor.
 
     Raises:
-        LowbitError: a state that is no tensor, has no values yet, or is of a kind that safetensors do not hold.
+        LowbitError: an entry of the state is not a tensor, has no values yet, or cannot be stored by safetensors.
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    first: dict[Any, str] = {}
+    first: dict[Hashable, str] = {}
     for name, held in model.state_dict(keep_vars=True).items():
         if not isinstance(held, Tensor):
             raise LowbitError(f"the state {name!r} is a {type(held).__name__}; a file holds tensors only")
@@ -203,15 +214,19 @@ def collect(model: nn.Module, dtype: str | None) -> tuple[dict[str, Tensor], dic
     return tensors, shared
 
 
-def _place(tensor: Tensor) -> Any:
-    """The same for tensors that are one, be it as one object or by one memory."""
+def _place(tensor: Tensor) -> Hashable:
+    """A key that is equal for tied tensors: the same object, or the same view of the same memory."""
     if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.is_meta and tensor.numel():
         return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
     return id(tensor)
 
 
-def expand(header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """``tensors`` with the further names of tied ones."""
+def expand(header: Mapping[str, Any], tensors: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Add the further names of tied tensors to ``tensors``.
+
+    Raises:
+        CheckpointError: the header ties names that do not fit the tensors.
+    """
     shared = header.get("shared", {})
     for name, first in shared.items():
         if name in tensors or first not in tensors:
@@ -219,38 +234,44 @@ def expand(header: dict[str, Any], tensors: dict[str, Tensor], path: str | Path)
     return tensors | {name: tensors[first] for name, first in shared.items()}
 
 
-def tie_(model: nn.Module, header: dict[str, Any]) -> None:
-    """Make one parameter or buffer of those that are one in the file, where they are of one shape and dtype."""
+def tie_(model: nn.Module, header: Mapping[str, Any]) -> None:
+    """Tie the parameters and buffers of ``model`` that are tied in the file, if their shapes and dtypes agree."""
     own = model.state_dict(keep_vars=True)
     for name, first in header.get("shared", {}).items():
-        one, other = own.get(first), own.get(name)
-        if one is other or one is None or other is None or (one.shape, one.dtype) != (other.shape, other.dtype):
+        kept, replaced = own.get(first), own.get(name)
+        if kept is replaced or kept is None or replaced is None or type(kept) is not type(replaced):
+            continue
+        if (kept.shape, kept.dtype) != (replaced.shape, replaced.dtype):
             continue
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)
-        for held in (module._parameters, module._buffers):
-            if held.get(leaf) is other and type(one) is type(other):
-                held[leaf] = one
+        if module._parameters.get(leaf) is replaced:
+            module._parameters[leaf] = kept
+        elif module._buffers.get(leaf) is replaced:
+            module._buffers[leaf] = kept
 
 
-def was_converted(header: dict[str, Any]) -> bool:
-    """Whether floating-point tensors may have another dtype in the file than in the model; before 3 none is told."""
+def was_converted(header: Mapping[str, Any]) -> bool:
+    """Whether floating-point tensors may have another dtype in the file than in the model; formats 1 and 2 omit it."""
     return header["format"] < 3 or header.get("dtype") is not None
 
 
 def mismatches(
     model: nn.Module,
-    header: dict[str, Any],
-    tensors: dict[str, Tensor],
-    follow: frozenset[str] | set[str] = frozenset(),
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    follow: AbstractSet[str] = frozenset(),
 ) -> list[str]:
-    """What of ``tensors`` (expanded) does not fit ``model``: names, shapes, dtypes and ties, one text for each.
+    """List the names, shapes, dtypes and ties in which ``tensors`` do not fit ``model``.
 
     Args:
         model: a module.
-        header: the file's.
-        tensors: the file's.
+        header: the file's header.
+        tensors: the file's tensors, after `expand`.
         follow: names of floating-point tensors whose dtype may differ.
+
+    Returns:
+        One text for each difference; empty if everything fits.
     """
     wrong = []
     own = model.state_dict(keep_vars=True)
@@ -266,7 +287,7 @@ def mismatches(
         if is_lazy(held):
             wrong.append(f"{name!r} has no shape yet (run one batch through the module first)")
             continue
-        if held.shape == (0,):  # of a quantizer that waits for its first batch
+        if held.shape == (0,):  # the parameter of a quantizer that waits for its first batch
             continue
         floats = held.is_floating_point() and saved.is_floating_point()
         same = held.dtype == saved.dtype or (floats and (was_converted(header) or name in follow))
@@ -276,7 +297,7 @@ def mismatches(
     for name, first in shared.items():
         if name in own and first in own and _place(own[name]) != _place(own[first]):
             wrong.append(f"{name!r} and {first!r} are one tensor in the file, two in the module")
-    firsts: dict[Any, str] = {}
+    firsts: dict[Hashable, str] = {}
     for name, held in own.items():
         first = firsts.setdefault(_place(held), name)
         tied = shared.get(name, name) == shared.get(first, first)
@@ -289,21 +310,26 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def refuse(path: str | Path, what: str, wrong: list[str]) -> None:
-    """Raise one CheckpointError if anything is ``wrong`` between the file and ``what``."""
+def refuse(path: str | Path, what: str, wrong: Sequence[str]) -> None:
+    """Raise one CheckpointError that lists ``wrong``, the differences between the file and ``what``, if any."""
     if wrong:
         more = f"; and {len(wrong) - MOST_MISTAKES} more" if len(wrong) > MOST_MISTAKES else ""
-        told = "; ".join(text if len(text) <= 300 else text[:299] + "…" for text in wrong[:MOST_MISTAKES])
-        raise CheckpointError(f"{path} does not fit {what}: {told}{more}")
+        shown = "; ".join(text if len(text) <= 300 else text[:299] + "…" for text in wrong[:MOST_MISTAKES])
+        raise CheckpointError(f"{path} does not fit {what}: {shown}{more}")
 
 
 def load_weights_(model: nn.Module, path: str | Path) -> nn.Module:
-    """Copy the weights saved in ``path`` into ``model`` (same architecture, both full precision), in place.
+    """Copy the weights saved in ``path`` into ``model``, in place; both are in full precision.
 
-    Floating-point tensors are converted to the dtypes of ``model``.
+    Args:
+        model: a model of the saved architecture; floating-point tensors are converted to its dtypes.
+        path: a file that `lowbit.save` wrote.
+
+    Returns:
+        The same model.
 
     Raises:
-        CheckpointError: as `read`; also where the file is of another model or holds a quantized one.
+        CheckpointError: as `read`; also if the file holds another architecture or a quantized model.
     """
     header, tensors = read(path)
     if header["quantization"] is not None or header.get("packed"):

@@ -1,16 +1,17 @@
-"""`save`, `load` and `load_into`: a model, quantized or not, in one safetensors file that says what is in it.
+"""`save`, `load` and `load_into`: a model, quantized or not, in one self-describing safetensors file.
 
-The file's metadata holds one JSON document (`lowbit.container`): format version, how to rebuild a model of
-`lowbit.models.create`, the quantization, which layers have it, and a checksum over all tensors. Everything is checked
-before any of it is used; a file that fails is refused by `CheckpointError`. Of a module of the user's own the file says
-what its layers are, but not how to build it: `load_into` takes the module that the user's code has built.
+The file's metadata holds one JSON document (`lowbit.container`): the format version, the arguments of
+`lowbit.models.create`, the quantization of each layer, and a checksum of header and tensors. Everything is checked
+before any of it is used; a file that fails a check raises `CheckpointError`. For a module of the user's own, the file
+describes the layers but not how to build them: `load_into` takes the module that the user's code has built.
 """
 
 import copy
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,10 @@ from lowbit.container import DTYPES, FORMAT, load_weights_, read
 from lowbit.container import checksum as _checksum  # noqa: F401  (its name here before there was the container)
 from lowbit.errors import CheckpointError, LowbitError, MissingExtraError
 
+if TYPE_CHECKING:
+    from lowbit.nn.attention import LowBitAttention
+    from lowbit.quantizers.base import Method
+
 __all__ = ["DTYPES", "FORMAT", "load", "load_into", "load_weights_", "read", "save"]
 
 
@@ -26,14 +31,17 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
     """Write ``model`` to ``path``, atomically.
 
     Args:
-        model: any module, quantized by `lowbit.quantize_`, packed by `lowbit.pack`, or neither. One of
-            `lowbit.models.create` is rebuilt by `load`; for any other `load_into` needs the module.
-        path: the file; its folder is made if need be.
-        dtype: how floating-point tensors are stored: None as they are, or "float32", "float16", "bfloat16".
-        card: anything worth keeping beside the weights (JSON), e.g. how the model was trained.
+        model: any module, quantized by `lowbit.quantize_`, packed by `lowbit.pack`, or in full precision. `load`
+            rebuilds a model of `lowbit.models.create`; for any other, `load_into` needs the module.
+        path: the file; its folder is created if it does not exist.
+        dtype: dtype of stored floating-point tensors: "float32", "float16", "bfloat16", or None for their own.
+        card: further JSON data to store with the weights, e.g. how the model was trained.
+
+    Returns:
+        The path.
 
     Raises:
-        LowbitError: ``dtype`` is unknown, or the model holds something that a file cannot.
+        LowbitError: ``dtype`` is unknown, or the model holds something that cannot be stored in a file.
     """
     from lowbit.models.spec import check
     from lowbit.nn.deploy import description
@@ -44,7 +52,7 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
     spec = getattr(model, "spec", None)
     spec = spec if isinstance(spec, dict) else None  # a module of the user's own may use the name for something else
     if spec is not None:
-        own = "model.spec is what lowbit.models.create noted; give an attribute of your own another name"
+        own = "model.spec belongs to lowbit.models.create; give an attribute of your own another name"
         check(spec, lambda message: LowbitError(f"{message}; {own}"))
     if getattr(model, "meta", None) == FUSED:
         raise LowbitError("a fused model cannot be saved; save the packed model, and fuse it again after loading")
@@ -66,7 +74,7 @@ def load(path: str | Path) -> nn.Module:
     """Rebuild the model that `save` wrote, with its quantizers, in eval mode.
 
     Raises:
-        CheckpointError: the file is missing, truncated, altered, not one of ours, newer than this library, or holds a
+        CheckpointError: the file is missing, truncated, altered, not from `save`, newer than this library, or holds a
             module that is not from `lowbit.models.create`.
     """
     from lowbit.models import create
@@ -77,7 +85,7 @@ def load(path: str | Path) -> nn.Module:
     if spec is None:
         raise CheckpointError(
             f"{path} holds a module of your own ({header.get('module') or 'unnamed'}), which a file cannot build: "
-            f"build it by your code and call lowbit.load_into(module, {str(path)!r})"
+            f"build it by your own code and call lowbit.load_into(module, {str(path)!r})"
         )
     check(spec, lambda message: CheckpointError(f"{path}: {message}"))
     try:
@@ -97,25 +105,25 @@ def load(path: str | Path) -> nn.Module:
     return model.eval()
 
 
-def _packed(header: dict[str, Any]) -> dict[str, Any]:
-    """The packed layers, whose own numbers are float32 in a model of any dtype."""
+def _packed(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of packed layers, whose scales and biases are float32 in a model of any dtype."""
     return (header.get("packed") or {}).get("layers", {})
 
 
 def load_into(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put what `save` wrote into a module that your own code has built, in place.
+    """Load a file from `save` into a module that your own code has built, in place.
 
     Args:
-        model: built as the saved one was before `lowbit.quantize_`; its quantizers or packed layers come from the file,
-            and so do all tensors. A module that is quantized already has to be quantized as the saved one.
+        model: a module built like the saved one before `lowbit.quantize_`. Its quantizers or packed layers and all
+            tensors come from the file. A module that is already quantized must be quantized like the saved one.
         path: the file.
 
     Returns:
         The same module, in eval mode.
 
     Raises:
-        CheckpointError: as `load`; or names, shapes, dtypes or tied tensors differ. One error names all layers that do
-            not fit (the first few of many), and the module is unchanged.
+        CheckpointError: as `load`; also if names, shapes, dtypes or tied tensors differ. One error names all layers
+            that do not fit (the first few of many), and the module is unchanged.
     """
     header, tensors = read(path)
     tensors = container.expand(header, tensors, path)
@@ -125,7 +133,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
         raise CheckpointError(
             f"{what} has tensors without a shape ({', '.join(lazy[:3])}): run one batch through it first"
         )
-    # On a copy first: what does not fit is found before the module is touched.
+    # On a copy first, so that every mismatch is found before the module changes.
     _restore_(copy.deepcopy(model), header, tensors, path, what)
     _restore_(model, header, tensors, path, what)
     return model.eval()
@@ -133,16 +141,25 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _restore_(
     model: nn.Module,
-    header: dict[str, Any],
-    tensors: dict[str, Tensor],
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     path: str | Path,
     what: str,
     ours: bool = False,
 ) -> None:
-    """Put quantizers, packed layers and tensors of the file into ``model``, called ``what`` in messages.
+    """Put quantizers, packed layers and tensors of the file into ``model``.
 
-    ``ours``: the model was just built by `load`, so that floating-point tensors may be converted to its dtypes, and its
-    tensors be tied as those of the file are.
+    Args:
+        model: the module, changed in place.
+        header: the file's header.
+        tensors: the file's tensors, expanded.
+        path: the file, for messages.
+        what: what messages call the model.
+        ours: whether `load` has just built the model; then floating-point tensors may be converted to its dtypes, and
+            its tensors are tied like those of the file.
+
+    Raises:
+        CheckpointError: the file does not fit the model.
     """
     from lowbit.nn.deploy import restore_
 
@@ -159,14 +176,14 @@ def _restore_(
         container.tie_(model, header)
     own = model.state_dict(keep_vars=True)
     # Quantizers come from the file, with its dtypes; the latents behind them are the module's.
-    made = {name for name in own if name not in before and "original" not in name.rsplit(".", 1)[-1]}
-    container.refuse(path, what, container.mismatches(model, header, tensors, set(own) if ours else made))
-    for name in made:
+    added = {name for name in own if name not in before and "original" not in name.rsplit(".", 1)[-1]}
+    container.refuse(path, what, container.mismatches(model, header, tensors, set(own) if ours else added))
+    for name in added:
         if own[name].is_floating_point() and not container.was_converted(header):
             own[name].data = own[name].data.to(tensors[name].dtype)
     if container.was_converted(header):  # a tensor that waits for its first batch would take the file's dtype
         waiting = {name: held.dtype for name, held in own.items() if held.shape == (0,)}
-        tensors = tensors | {name: tensors[name].to(dtype) for name, dtype in waiting.items()}
+        tensors = {**tensors, **{name: tensors[name].to(dtype) for name, dtype in waiting.items()}}
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:  # by a module's own rules for its state
@@ -174,63 +191,66 @@ def _restore_(
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
-    """Further names of modules that have several, each with the first name."""
+    """The further names of modules with several names, each with the module's first name."""
     first: dict[int, str] = {}
-    made: dict[str, str] = {}
+    further: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         before = first.setdefault(id(module), name)
-        if before != name and not any(name.startswith(f"{outer}.") for outer in made):
-            made[name] = before
-    return made
+        if before != name and not any(name.startswith(f"{outer}.") for outer in further):
+            further[name] = before
+    return further
 
 
-def _share_(model: nn.Module, shared: dict[str, str], path: str | Path) -> None:
-    """Give modules their further names back, in the place of modules of the same kind and shape."""
+def _share_(model: nn.Module, shared: Mapping[str, str], path: str | Path) -> None:
+    """Restore the further names of shared modules, where a module of the same kind and shape has that name."""
     for name, first in shared.items():
         modules = dict(model.named_modules(remove_duplicate=False))
         own, module = modules.get(name), modules.get(first)
         if not name or own is None or module is None or _shape(own) != _shape(module):
-            raise CheckpointError(f"{path} shares a module as {name!r:.80} and {first!r:.80}, which the model has not")
+            raise CheckpointError(
+                f"{path} shares a module as {name!r:.80} and {first!r:.80}, which does not fit the model; get it anew"
+            )
         model.set_submodule(name, module)
 
 
 def _shape(module: nn.Module) -> list[Any]:
-    """What modules that can stand for each other have in common; no module has it in common with a part of itself."""
+    """Kinds and shapes of a module's parts; equal for interchangeable modules, never for a module and its own part."""
     parts = [(name, type(part)) for name, part in module.named_modules(remove_duplicate=False)]
     return [parts, [(name, tensor.shape) for name, tensor in module.state_dict().items()]]
 
 
 def _quantization(model: nn.Module) -> dict[str, Any] | None:
-    """Which layer has which method: enough to put the same quantizers back, whatever configuration made them."""
-    from lowbit.nn import QuantConfig, quantized_layers
+    """The methods of all quantized layers: enough to restore the quantizers, whatever configuration created them."""
+    from lowbit.nn import quantized_layers
     from lowbit.nn.attention import low_bit_attentions
+    from lowbit.nn.convert import method_of
 
     layers, attentions = {}, low_bit_attentions(model)
-    inside = {f"{name}.{layer}" for name in attentions for layer in ("qk", "v")}  # their attention puts these back
-    for found in quantized_layers(model):
-        if found.name in inside:
-            continue
-        config = QuantConfig(
-            weight=found.weight and found.weight.config, activation=found.activation and found.activation.config
-        )
-        layers[found.name] = {
-            kind: value for kind, value in config.to_dict().items() if kind in ("weight", "activation")
-        }
-    made: dict[str, Any] = {"layers": layers} if layers or attentions else {}
+    inside = {f"{name}.{part}" for name in attentions for part in ("qk", "v")}  # their attention restores these
+    for layer in quantized_layers(model):
+        if layer.name not in inside:
+            layers[layer.name] = _methods(method_of(layer.weight), method_of(layer.activation))
+    quantization: dict[str, Any] = {"layers": layers} if layers or attentions else {}
     if attentions:
-        made["attention"] = {name: _attention_settings(attention) for name, attention in attentions.items()}
-    return made or None
+        quantization["attention"] = {name: _attention_settings(attention) for name, attention in attentions.items()}
+    return quantization or None
 
 
-def _attention_settings(attention: nn.Module) -> dict[str, Any]:
+def _methods(weight: "Method | None", activation: "Method | None") -> dict[str, Any]:
+    """The settings of both methods as plain dicts."""
     from lowbit.nn import QuantConfig
 
+    plain = QuantConfig(weight=weight, activation=activation).to_dict()
+    return {kind: plain[kind] for kind in ("weight", "activation")}
+
+
+def _attention_settings(attention: "LowBitAttention") -> dict[str, Any]:
     settings = attention.settings
-    return settings | {kind: QuantConfig(**{kind: settings[kind]}).to_dict()[kind] for kind in ("weight", "activation")}
+    return settings | _methods(settings["weight"], settings["activation"])
 
 
-def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None, packed: bool) -> list[str]:
-    """Put the file's quantizers into ``model``; return what does not fit, one text for each layer."""
+def _restore_quantization_(model: nn.Module, quantization: Mapping[str, Any] | None, packed: bool) -> list[str]:
+    """Put the file's quantizers into ``model``; return one text for each layer that does not fit."""
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
     from lowbit.nn.convert import QUANTIZABLE, attach_, replace_
@@ -238,22 +258,22 @@ def _restore_quantization_(model: nn.Module, quantization: dict[str, Any] | None
 
     if description(model) is not None:
         return ["the module is packed already; give one as it was before lowbit.quantize_"]
-    has = json.loads(json.dumps(_quantization(model)))
-    if has is not None:
-        if not packed and has == quantization:
+    present = json.loads(json.dumps(_quantization(model)))
+    if present is not None:
+        if not packed and present == quantization:
             return []
         return ["the module is quantized already, and not as the saved one; give one as it was before lowbit.quantize_"]
     if quantization is None:
         return []
     wrong = []
     for name, settings in quantization.get("attention", {}).items():
-        modules = dict(model.named_modules())
-        if name not in modules or not is_attention(modules[name]):
-            wrong.append(f"there is no attention {name!r}")
+        attention = dict(model.named_modules()).get(name)
+        if attention is None or not is_attention(attention):
+            wrong.append(f"there is no attention layer {name!r}")
             continue
-        methods = QuantConfig(**{kind: settings[kind] for kind in ("weight", "activation")})
-        settings = settings | {"weight": methods.weight, "activation": methods.activation}
-        replace_(model, modules[name], LowBitAttention(modules[name], **settings))
+        config = QuantConfig(weight=settings["weight"], activation=settings["activation"])
+        settings = settings | {"weight": config.weight, "activation": config.activation}
+        replace_(model, attention, LowBitAttention(attention, **settings))
     modules = dict(model.named_modules())
     for name, methods in quantization["layers"].items():
         layer = modules.get(name)
