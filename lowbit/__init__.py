@@ -1,6 +1,6 @@
 """Low-bit training: quantizers, packed kernels, metrics and a training loop for DenseShift and OFQ.
 
-The names below are loaded when first used, so that ``import lowbit`` stays quick.
+Submodules and functions are loaded on first use, so that ``import lowbit`` is quick.
 """
 
 import importlib
@@ -34,7 +34,7 @@ _lazy, _dir, __all__ = lazy_loader.attach(
     },
 )
 _OF_NOTEBOOKS = {"record": "record", "skip": "record", "save_table": "tables"}
-"""What notebooks write by: functions of `lowbit_suite.records`, which the library itself does not use."""
+"""Functions of `lowbit_suite.records` that notebooks write by, with their modules; the library does not use them."""
 
 
 def __getattr__(name: str) -> Any:
@@ -48,10 +48,26 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from lowbit import data, environment, functional, kernels, metrics, models, nn, paths, quantizers, training
-    from lowbit.errors import LowbitError
-    from lowbit.nn import QuantConfig, calibrate, quantize_
-    from lowbit.nn.deploy import pack
-    from lowbit.nn.fuse import fuse
-    from lowbit.serialization import load, load_into, save
-    from lowbit.training import RunRecord, TrainConfig, train
+    # The aliases mark the names as public: type checkers ignore plain imports of a package.
+    from lowbit import data as data
+    from lowbit import environment as environment
+    from lowbit import functional as functional
+    from lowbit import kernels as kernels
+    from lowbit import metrics as metrics
+    from lowbit import models as models
+    from lowbit import nn as nn
+    from lowbit import paths as paths
+    from lowbit import quantizers as quantizers
+    from lowbit import training as training
+    from lowbit.errors import LowbitError as LowbitError
+    from lowbit.nn import QuantConfig as QuantConfig
+    from lowbit.nn import calibrate as calibrate
+    from lowbit.nn import quantize_ as quantize_
+    from lowbit.nn.deploy import pack as pack
+    from lowbit.nn.fuse import fuse as fuse
+    from lowbit.serialization import load as load
+    from lowbit.serialization import load_into as load_into
+    from lowbit.serialization import save as save
+    from lowbit.training.config import TrainConfig as TrainConfig
+    from lowbit.training.loop import train as train
+    from lowbit.training.run_card import RunRecord as RunRecord

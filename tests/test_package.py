@@ -107,6 +107,19 @@ def test_every_public_name_is_there(name):
     assert name in dir(lowbit)
 
 
+@pytest.mark.parametrize("package", [lowbit, lowbit.models], ids=lambda package: package.__name__)
+def test_type_checkers_see_every_name_that_is_loaded_on_first_use(package):
+    blocks = [
+        node
+        for node in ast.parse(Path(package.__file__).read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    imports = [statement for block in blocks for statement in block.body if isinstance(statement, ast.ImportFrom)]
+    # Only an alias makes a name public to a type checker.
+    aliases = [alias.asname for statement in imports for alias in statement.names if alias.asname == alias.name]
+    assert sorted(aliases) == sorted(package.__all__)
+
+
 def test_an_unknown_attribute_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nosuch"):
         lowbit.nosuch  # noqa: B018

@@ -14,6 +14,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
 )
 
 if TYPE_CHECKING:
-    from lowbit.models.detection import detector
-    from lowbit.models.transfer import replace_head_
-    from lowbit.models.zoo import checkpoints, create, names
+    # The aliases mark the names as public: type checkers ignore plain imports of a package.
+    from lowbit.models.detection import detector as detector
+    from lowbit.models.transfer import replace_head_ as replace_head_
+    from lowbit.models.zoo import checkpoints as checkpoints
+    from lowbit.models.zoo import create as create
+    from lowbit.models.zoo import names as names
