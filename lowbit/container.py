@@ -134,7 +134,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}); get it anew") from None
     if raw is None:
-        raise CheckpointError(f"{path} is a safetensors file that lowbit.save did not write: it has no header of ours")
+        raise CheckpointError(f"{path} is a safetensors file that lowbit.save did not write: it has no lowbit header")
     header = _header(raw, path)
     if _checksum_of(tensors, header) != header["sha256"]:
         raise CheckpointError(f"{path} has been altered: its contents do not match its checksum; get it anew")
@@ -146,7 +146,7 @@ def _header(raw: str, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} has a damaged header (it is no JSON); get it anew") from None
+        raise CheckpointError(f"{path} has a damaged header (it is not JSON); get it anew") from None
     version = header.get("format") if isinstance(header, dict) else None
     if type(version) is int and version > FORMAT:
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update lowbit")
@@ -204,7 +204,10 @@ def collect(model: nn.Module, dtype: str | None) -> tuple[dict[str, Tensor], dic
         if is_lazy(held) or held.is_meta:
             raise LowbitError(f"the tensor {name!r} has no values yet; run one batch through the model, then save it")
         if held.layout != torch.strided or held.dtype not in STORABLE:
-            raise LowbitError(f"the tensor {name!r} is {held.dtype}, {held.layout}; a file holds dense plain numbers")
+            raise LowbitError(
+                f"the tensor {name!r} is {held.dtype}, {held.layout}; a file holds dense tensors of "
+                "float16 to float64, bfloat16, integers and bool"
+            )
         if (before := first.setdefault(_place(held), name)) != name:
             shared[name] = before
             continue
@@ -333,7 +336,9 @@ def load_weights_(model: nn.Module, path: str | Path) -> nn.Module:
     """
     header, tensors = read(path)
     if header["quantization"] is not None or header.get("packed"):
-        raise CheckpointError(f"{path} holds a quantized model; lowbit.load({str(path)!r}) rebuilds it whole")
+        raise CheckpointError(
+            f"{path} holds a quantized model; lowbit.load({str(path)!r}) rebuilds it with its quantizers"
+        )
     tensors = expand(header, tensors, path)
     refuse(path, f"the model {type(model).__name__}", mismatches(model, header, tensors, set(tensors)))
     model.load_state_dict(tensors)

@@ -110,8 +110,8 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         kinds = ", ".join(sorted({type(each.weight.config).__name__ for each in quantized if each.weight is not None}))
         raise LowbitError(
             f"no layer of this model can be packed: kernels take 2 to 4 bits in linear layers and 2-d convolutions "
-            f"without groups that have torch's own forward and are called, and up to 8 bits where the input is "
-            f"quantized too (its weights: {kinds or 'full precision'})"
+            f"without groups that have torch's own forward and are called, and up to 8 bits if the input is quantized "
+            f"too (this model's weights: {kinds or 'full precision'})"
         )
     folded = [follows[name] for name in names if name in follows and _fold_(model, name, follows[name])]
     _note_folded_(model, folded)
@@ -235,7 +235,7 @@ def _compare(model: nn.Module, example: Tensor, expected: Any) -> None:
     except Exception as error:  # whatever the model's own code raises when it meets a packed layer
         first = (str(error).splitlines() or [""])[0]
         raise LowbitError(
-            f"{type(model).__name__} cannot be packed, its own code fails with packed layers ({type(error).__name__}: "
+            f"{type(model).__name__} cannot be packed: its own code fails with packed layers ({type(error).__name__}: "
             f"{first}); exclude the layers that it reads without calling them by quantize_'s filter_fn"
         ) from error
     outputs, wanted = (
@@ -246,8 +246,9 @@ def _compare(model: nn.Module, example: Tensor, expected: Any) -> None:
     close = dtypes[0] == dtypes[1] and all(map(partial(_close, share=CLOSE_AS_A_WHOLE), outputs, wanted))
     if not close:
         raise LowbitError(
-            f"{type(model).__name__} cannot be packed, for the example the packed model answers otherwise than the "
-            f"quantized one: by more than {CLOSE_AS_A_WHOLE:.0%} of the output, or with another shape or dtype"
+            f"{type(model).__name__} cannot be packed: for the example the packed model answers otherwise than the "
+            f"quantized one, by more than {CLOSE_AS_A_WHOLE:.0%} of the output or with another shape or dtype; exclude "
+            "the layers that its own code treats specially by quantize_'s filter_fn"
         )
 
 
@@ -582,7 +583,7 @@ def _restore_stored_(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _restore_folded_(model: nn.Module, norm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if not _foldable(norm):
-        raise LowbitError(f"it is a {type(norm).__name__}; a folded BatchNorm was an nn.BatchNorm2d")
+        raise LowbitError(f"it is a {type(norm).__name__}; only an nn.BatchNorm2d can be folded")
     replace_(model, norm, without_norm(norm))
 
 
