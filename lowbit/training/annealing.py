@@ -7,7 +7,7 @@ Liu, Liu and Cheng, "Oscillation-free Quantization for Low-bit Vision Transforme
 import fnmatch
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from lowbit.errors import LowbitError
 from lowbit.nn import quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers.statsq import StatsQ, cga_mask, check_boundary, statsq_scale
+from lowbit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lowbit.training.loop import State
 
 RATE = 0.1
 """Largest step allowed, in half widths of the zone in which a weight may move."""
@@ -124,25 +128,25 @@ class ConfidenceGuidedAnnealing:
         masks = [cga_mask(layer.latents[0], layer.weight.config.bits, self.boundary) for layer in self._layers]
         return sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
 
-    def before_forward(self, state: Any) -> None:
+    def before_forward(self, state: "State") -> None:
         """Callback of `lowbit.train`: the masks of query-key products are part of their forward pass."""
         on = state.step >= self.from_step and self.query_key == "effective"
         for product in self._products:
             product.boundary = self.boundary if on else None
 
-    def on_gradients(self, state: Any) -> None:
+    def on_gradients(self, state: "State") -> None:
         """Callback of `lowbit.train`."""
         if state.step >= self.from_step:
             if self.rate_rule and state.step == self.from_step and adam_like(state.optimizer):
                 self.check_rate(state.lr)
             self.freeze()
 
-    def on_step(self, state: Any) -> None:
+    def on_step(self, state: "State") -> None:
         """Callback of `lowbit.train`."""
         if state.step >= self.from_step:
             self.restore()
 
-    def on_epoch(self, state: Any) -> None:
+    def on_epoch(self, state: "State") -> None:
         """Callback of `lowbit.train`: between epochs, and after the last, products have their whole gradient again."""
         for product in self._products:
             product.boundary = None
@@ -151,3 +155,23 @@ class ConfidenceGuidedAnnealing:
 def adam_like(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step moves a weight by about the learning rate, whatever the size of its gradient."""
     return isinstance(optimizer, torch.optim.Adam | torch.optim.RAdam)  # AdamW is an Adam
+
+
+def annealing_phase(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> list[ConfidenceGuidedAnnealing]:
+    """The callback that anneals ``model`` after ``config.epochs``; an empty list if ``config`` asks for no annealing.
+
+    It belongs before all other callbacks, so that trackers see the restored weights.
+
+    Raises:
+        LowbitError: ``model`` does not fit the ``cga_*`` settings, or ``cga_lr`` is too large. The rate is checked here,
+            before the first epoch, for the weights as they are now, and again when the phase begins.
+    """
+    if not config.cga_epochs:
+        return []
+    settings = (config.cga_boundary, config.cga_layers, config.cga_query_key)
+    annealing = ConfidenceGuidedAnnealing(model, *settings, from_step=config.epochs * steps_per_epoch)
+    if adam_like(optimizer):
+        annealing.check_rate(config.cga_lr)
+    return [annealing]

@@ -17,7 +17,7 @@ from torch import nn
 from lowbit.errors import DivergedError, LowbitError
 from lowbit.extras import extra
 from lowbit.training import checkpoint, distillation, optim, run_card, seeds
-from lowbit.training.annealing import ConfidenceGuidedAnnealing, adam_like
+from lowbit.training.annealing import annealing_phase
 from lowbit.training.answers import stored_answers
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig, differences
@@ -101,14 +101,6 @@ def train(
         return _run(model, data, config, task, tuple(callbacks), here, fresh)
 
 
-def _annealing(model: nn.Module, config: TrainConfig, steps: int) -> list[ConfidenceGuidedAnnealing]:
-    """The phase after ``config.epochs``. It goes before other callbacks: trackers are to see the weights put back."""
-    if not config.cga_epochs:
-        return []
-    settings = (config.cga_boundary, config.cga_layers, config.cga_query_key)
-    return [ConfidenceGuidedAnnealing(model, *settings, from_step=config.epochs * steps)]
-
-
 class Classification:
     """What `train` asks of a task, answered for one label an item; `lowbit.training.detection` answers for boxes.
 
@@ -181,10 +173,8 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
         task.check(model, first, here)
     if config.crops and task.teacher is not None and task.weight:
         batches.answers = stored_answers(task.teacher, batches)
-    callbacks = (*_annealing(model, config, batches.steps), *callbacks)
     optimizer = optim.build_optimizer(model, config)
-    if config.cga_epochs and adam_like(optimizer):
-        callbacks[0].check_rate(config.cga_lr)  # now, rather than after all of config.epochs
+    callbacks = (*annealing_phase(model, optimizer, config, batches.steps), *callbacks)
     state = State(model, optimizer, config, batches.steps)
     identity = describe(model, data, task.teacher, here)
     out = Path(config.out) if config.out is not None else None

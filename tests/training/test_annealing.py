@@ -12,6 +12,7 @@ from lowbit.functional import cga_mask
 from lowbit.nn import quantize_, quantized_layers
 from lowbit.quantizers import LSQ, StatsQ
 from lowbit.training import ConfidenceGuidedAnnealing
+from lowbit.training.annealing import annealing_phase
 from lowbit.training.optim import build_optimizer, learning_rate
 
 
@@ -289,3 +290,33 @@ def test_products_have_their_whole_gradient_after_the_phase():
     lowbit.train(model, data(), config(), callbacks=[Look()])
     assert masked[:3] == [None] * 3 and masked[3:] == [0.05] * 6
     assert model.blocks[0].attn.qk.parametrizations.weight[0].boundary is None
+
+
+def test_the_phase_that_the_settings_ask_for():
+    model = vit()
+    given = config(epochs=2, cga_layers=("*.fc1",), cga_query_key="as_published")
+    (annealing,) = annealing_phase(model, build_optimizer(model, given), given, steps_per_epoch=3)
+    assert (annealing.boundary, annealing.query_key, annealing.from_step) == (0.05, "as_published", 6)
+    latents = {found.name: found.latents[0] for found in quantized_layers(model)}
+    for latent in latents.values():
+        latent.grad = torch.ones_like(latent)
+    annealing.freeze()
+    assert [name for name, latent in latents.items() if (latent.grad == 0).any()] == ["blocks.0.mlp.fc1"]
+
+
+@pytest.mark.parametrize(("optimizer", "refused"), [("adamw", True), ("radam", True), ("sgd", False)])
+def test_the_rate_of_the_phase_is_checked_when_it_is_built(optimizer, refused):
+    model, given = quantized_mlp(), config(optimizer=optimizer, cga_lr=1e-3, cga_boundary=0.005)
+    optimize = build_optimizer(model, given)
+    if refused:
+        with pytest.raises(LowbitError, match=r"learning rate of 0\.001 is too large"):
+            annealing_phase(model, optimize, given, steps_per_epoch=3)
+    else:
+        assert len(annealing_phase(model, optimize, given, steps_per_epoch=3)) == 1
+
+
+def test_no_phase_without_epochs_for_it():
+    """Whatever the weights, and although the rate would be refused."""
+    model, given = quantized_mlp(), config(cga_epochs=0, cga_lr=1.0)
+    assert annealing_phase(model, build_optimizer(model, given), given, steps_per_epoch=3) == []
+    assert annealing_phase(nn.Linear(2, 2), build_optimizer(model, given), given, steps_per_epoch=3) == []
