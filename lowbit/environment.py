@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from lowbit.extras import extra
 
@@ -20,7 +21,7 @@ ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon")
 """The instruction sets that the kernels of this project ask for."""
 
 
-def describe() -> dict:
+def describe() -> dict[str, Any]:
     """Versions, hardware and state of the source tree, as JSON holds them; no paths, no names of users or hosts.
 
     Keys: ``python``, one for each of `PACKAGES` (None where missing), ``os``, ``cpu``, ``isa`` (list), ``cores``
@@ -45,7 +46,7 @@ def describe() -> dict:
     }
 
 
-def processor() -> dict:
+def processor() -> dict[str, Any]:
     """``cpu``, its name, and ``isa``, those of `ISA` that it has: what the last bits of a sum depend on."""
     model, flags = _cpu()
     return {"cpu": model, "isa": [name for name in ISA if name in flags]}
@@ -80,7 +81,8 @@ def _torch_sees() -> tuple[str | None, int | None]:
 
 def _cpu() -> tuple[str, set[str]]:
     """The processor's name and its feature flags in Linux' spelling."""
-    model, flags = platform.processor() or platform.machine(), set()
+    model = platform.processor() or platform.machine()
+    flags: set[str] = set()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")

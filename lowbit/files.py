@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from lowbit.errors import StorageError
 
@@ -39,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: str | Path, write: Callable[[Any], Any]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` with a binary file that takes the place of ``path`` once it is complete."""
     with replacing(path) as beside, open(beside, "xb") as file:
         write(file)
@@ -64,7 +64,7 @@ def cannot_write(path: Path, error: OSError) -> StorageError:
     )
 
 
-def _refusal(error: BaseException) -> OSError | None:
+def _refusal(error: BaseException | None) -> OSError | None:
     """The system's refusal behind an error: torch.save turns a full disk into a RuntimeError about positions."""
     while isinstance(error, OSError | RuntimeError):
         if isinstance(error, OSError):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-from typing import Any, TypeVar, dataclass_transform
+import functools
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -33,18 +34,18 @@ def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass, strictly typed, that raises `LowbitError` on any wrong or unknown value."""
-    made = pydantic_dataclass(
+    decorated = pydantic_dataclass(
         frozen=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
     )(cls)
-    validate = made.__init__
+    validate = decorated.__init__
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(validate, assigned=(), updated=())  # the signature, nothing else
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             validate(self, *args, **kwargs)
         except ValidationError as error:
-            names = [field.name for field in dataclasses.fields(made)]
-            raise LowbitError(explain(made.__name__, names, error)) from None
+            names = [field.name for field in dataclasses.fields(decorated)]
+            raise LowbitError(explain(decorated.__name__, names, error)) from None
 
-    __init__.__wrapped__ = validate
-    made.__init__ = __init__
-    return made
+    decorated.__init__ = __init__  # type: ignore[method-assign]  # the check before and after is this decorator's work
+    return cast("type[T]", decorated)  # pydantic hands the class itself back, and types it as one of its own

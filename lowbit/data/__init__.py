@@ -15,6 +15,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     },
 )
 
-if TYPE_CHECKING:
-    from lowbit.data.base import ArrayDataset, Card, Data, DetectionDataset, card, labels, load, names
-    from lowbit.data.verify import describe, manifest
+if TYPE_CHECKING:  # importing a name as itself exports it to type checkers
+    from lowbit.data.base import ArrayDataset as ArrayDataset
+    from lowbit.data.base import Card as Card
+    from lowbit.data.base import Data as Data
+    from lowbit.data.base import DetectionDataset as DetectionDataset
+    from lowbit.data.base import card as card
+    from lowbit.data.base import labels as labels
+    from lowbit.data.base import load as load
+    from lowbit.data.base import names as names
+    from lowbit.data.verify import describe as describe
+    from lowbit.data.verify import manifest as manifest

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,27 @@ def check(path: Path, expected: str) -> None:
             f"{path.name} is truncated or altered: its sha256 is {found[:16]}..., expected "
             f"{expected[:16]}...; get it anew"
         )
+
+
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
+    """The contents of one file of a tar archive.
+
+    Args:
+        archive: the open archive.
+        member: the file.
+        name: what to call the archive in errors.
+
+    Raises:
+        DataError: ``member`` is no file: a folder, a device, or a link to something that the archive lacks.
+    """
+    try:
+        file = archive.extractfile(member)
+    except KeyError:  # a link
+        file = None
+    if file is None:
+        raise DataError(f"{name}: {member.name} is a folder, a device or a broken link, not a file; get it anew")
+    with file:
+        return file.read()
 
 
 def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,16 @@ Task = Literal["classification", "speech", "detection"]
 Kind = Literal["embedded", "generated", "archive", "download", "folder"]
 
 
+class Split(Protocol):
+    """One part of a data set: any map-style ``Dataset`` of torch with a length; item i is ``(input, label)``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclass(frozen=True)
-class ArrayDataset(Dataset):
+class ArrayDataset(Dataset[tuple[Tensor, int]]):
     """A data set held in memory; item i is ``(x[i], int(y[i]))``.
 
     Args:
@@ -52,7 +60,7 @@ class ArrayDataset(Dataset):
 
 
 @dataclass(frozen=True)
-class DetectionDataset(Dataset):
+class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Images with boxes, in memory; item i is ``(x[i], {"boxes": boxes[i], "labels": labels[i]})``.
 
     Args:
@@ -95,8 +103,8 @@ class Data:
     name: str
     task: Task
     classes: tuple[str, ...]
-    train: Dataset
-    test: Dataset
+    train: Split
+    test: Split
     input_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -117,8 +125,12 @@ class Data:
         """The same task with only the classes ``chosen`` (names, in their new label order)."""
         if missing := [name for name in chosen if name not in self.classes]:
             raise DataError(f"{self.name} has no class {missing[0]!r}; it has {', '.join(self.classes)}")
-        if len(set(chosen)) != len(chosen) or not chosen or not isinstance(self.train, ArrayDataset):
-            raise LowbitError(f"only({list(chosen)}) of {self.name}: give each class once; the set has to be in memory")
+        if len(set(chosen)) != len(chosen) or not chosen:
+            raise LowbitError(f"only({list(chosen)}) of {self.name}: give one class or more, each once")
+        train, test = self.train, self.test
+        if not (isinstance(train, ArrayDataset) and isinstance(test, ArrayDataset)):
+            kinds = f"{type(train).__name__} and {type(test).__name__}"
+            raise LowbitError(f"only() of {self.name}: the splits are {kinds}; both should be an ArrayDataset")
         relabel = torch.full((len(self.classes),), -1)
         relabel[[self.classes.index(name) for name in chosen]] = torch.arange(len(chosen))
 
@@ -126,7 +138,7 @@ class Data:
             part = split.take((relabel[split.y] >= 0).nonzero()[:, 0])
             return dataclasses.replace(part, y=relabel[part.y])
 
-        return dataclasses.replace(self, classes=tuple(chosen), train=keep(self.train), test=keep(self.test))
+        return dataclasses.replace(self, classes=tuple(chosen), train=keep(train), test=keep(test))
 
     def hold_out(self, fraction: float = 0.1, seed: int = 0, by: str | None = None) -> "Data":
         """The same task without its test set: ``test`` becomes a ``fraction`` of the training split.
@@ -158,19 +170,19 @@ class Data:
         return dataclasses.replace(self, train=_take(self.train, kept), test=_take(self.train, held))
 
 
-def _column(split: Dataset, name: str, data: str) -> Tensor:
+def _column(split: Split, name: str, data: str) -> Tensor:
     """A column of the split's ``meta`` as group numbers from 0, int64 ``[N]``, in the order of the sorted values."""
     with extra("data", "grouping a data set by a column"):
         import pandas as pd
 
     meta = getattr(split, "meta", None)
-    there = [] if meta is None else list(meta.columns)
-    if name not in there:
+    if meta is None or name not in meta.columns:
+        there = [] if meta is None else meta.columns
         raise LowbitError(f"{data} has no column {name!r} to hold out by; it has {', '.join(there) or 'none'}")
     return torch.from_numpy(pd.factorize(meta[name], sort=True, use_na_sentinel=False)[0]).long()
 
 
-def labels(split: Dataset) -> Tensor:
+def labels(split: Split | Dataset[Any]) -> Tensor:
     """The labels of a split, int64 ``[N]``, without reading its images where it knows them."""
     if isinstance(split, ArrayDataset):
         return split.y
@@ -195,7 +207,7 @@ def _stratified_order(y: Tensor, seed: int) -> Tensor:
     return torch.argsort(rank + tie * (1e-9 / max(1, len(y))))
 
 
-def _draw(split: Dataset, count: int | None, seed: int, name: str) -> Dataset:
+def _draw(split: Split, count: int | None, seed: int, name: str) -> Split:
     if count is None:
         return split
     if not 0 < count <= len(split):
@@ -203,8 +215,10 @@ def _draw(split: Dataset, count: int | None, seed: int, name: str) -> Dataset:
     return _take(split, _stratified_order(labels(split), seed)[:count].sort().values)
 
 
-def _take(split: Dataset, indices: Tensor) -> Dataset:
-    return split.take(indices) if isinstance(split, ArrayDataset) else Subset(split, indices.tolist())
+def _take(split: Split, indices: Tensor) -> Split:
+    if isinstance(split, ArrayDataset):
+        return split.take(indices)
+    return Subset(split, indices.tolist())  # type: ignore[arg-type]  # Subset only asks for items
 
 
 def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

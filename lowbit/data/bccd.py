@@ -68,10 +68,10 @@ def _annotation(xml: bytes, name: str, archive: str) -> tuple[list[list[float]],
             raise DataError(f"{archive}: {name}.xml has a box of the class {kind!r}; BCCD has {', '.join(CLASSES)}")
         sides = [item.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         try:
-            x1, y1, x2, y2 = (float(side.strip()) for side in sides)
+            x1, y1, x2, y2 = (float(side or "") for side in sides)
             if not all(map(math.isfinite, (x1, y1, x2, y2))):
                 raise ValueError
-        except (AttributeError, ValueError):
+        except ValueError:
             raise DataError(f"{archive}: {name}.xml has a box with the sides {sides}; it takes four numbers") from None
         x1, x2, y1, y2 = max(x1, 0), min(x2, WIDTH), max(y1, 0), min(y2, HEIGHT)
         if x2 > x1 and y2 > y1:

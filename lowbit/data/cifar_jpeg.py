@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowbit.data.archive import decoded
+from lowbit.data.archive import decoded, read_member
 from lowbit.data.base import ArrayDataset, Data, dataset, pixel_statistics
 from lowbit.errors import DataError
 from lowbit.extras import extra
@@ -43,7 +43,7 @@ def decode(path: Path) -> dict[str, Any]:
                 label = Path(member.name).parent.name
                 if label not in CLASSES:
                     raise DataError(f"{path.name} holds a class {label!r} that CIFAR-10 has not")
-                content = io.BytesIO(archive.extractfile(member).read())
+                content = io.BytesIO(read_member(archive, member, path.name))
                 pixels = np.asarray(images.read(content, f"{path.name}: {member.name}"))
                 if pixels.shape != (32, 32, 3):
                     raise DataError(f"{path.name}: {member.name} is {pixels.shape[1]}x{pixels.shape[0]}, not 32x32")

@@ -54,7 +54,7 @@ def read(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
         ) from error
 
 
-def _rgb(image: Image.Image, kind: str, tags: Mapping[int, Any], name: str) -> Image.Image:
+def _rgb(image: Image.Image, kind: str | None, tags: Mapping[int, Any], name: str) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         return _eight_bits(image, tags).convert("RGB")
     if image.mode in TRANSPARENT or "transparency" in image.info:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lowbit.data import sounds
-from lowbit.data.archive import decoded_file
+from lowbit.data.archive import decoded_file, read_member
 from lowbit.data.base import ArrayDataset, Data, dataset
 from lowbit.data.download import fetch
 from lowbit.data.fsdd import fit
@@ -26,15 +26,16 @@ def decode(path: Path, words: tuple[str, ...] | None = None) -> dict[str, Any]:
     Raises:
         DataError: a word without clips, or a clip of another rate.
     """
-    clips, test = [], set()
+    clips: list[tuple[str, str, np.ndarray]] = []
+    test: set[str] = set()
     with tarfile.open(path) as archive:
         for member in archive:
             name = member.name.removeprefix("./")
             word = name.split("/")[0]
             if name == "testing_list.txt":
-                test = set(archive.extractfile(member).read().decode().split())
+                test = set(read_member(archive, member, path.name).decode().split())
             elif name.endswith(".wav") and not word.startswith("_") and (words is None or word in words):
-                sound = sounds.read(archive.extractfile(member).read(), RATE, f"{path.name}: {name}")
+                sound = sounds.read(read_member(archive, member, path.name), RATE, f"{path.name}: {name}")
                 clips.append((word, name, fit(sound, RATE)))
     clips.sort(key=lambda clip: clip[:2])
     present = sorted({word for word, _, _ in clips})

@@ -29,13 +29,15 @@ FASHION_FILES = {
 
 def _in_memory(name: str, train: Any, test: Any) -> Data:
     """A `Data` from two torchvision sets that hold ``data`` and ``targets``."""
-    splits = []
-    for split in (train, test):
+
+    def in_memory(split: Any) -> ArrayDataset:
         x = torch.as_tensor(split.data)
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
-        splits.append(ArrayDataset(x, torch.as_tensor(split.targets, dtype=torch.int64)))
-    shape = tuple(splits[0].x.shape[1:])
-    return Data(name, "classification", tuple(train.classes), *splits, shape, *pixel_statistics(splits[0].x))
+        return ArrayDataset(x, torch.as_tensor(split.targets, dtype=torch.int64))
+
+    training, testing = in_memory(train), in_memory(test)
+    shape, statistics = tuple(training.x.shape[1:]), pixel_statistics(training.x)
+    return Data(name, "classification", tuple(train.classes), training, testing, shape, *statistics)
 
 
 def _cifar(name: str, archive: Path, kind: type) -> Data:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowbit import paths
 from lowbit.data.archive import checksum, sha256
 from lowbit.data.base import Card, card, names
+from lowbit.errors import DataError
 from lowbit.extras import extra
 from lowbit.files import write_atomically
 
@@ -85,7 +86,10 @@ def manifest(name: str) -> dict[str, Any]:
     known = card(name)
     made: dict[str, Any] = {"name": name, "kind": known.kind, "files": dict(known.files)}
     if known.kind == "generated":
-        made["generator_sha256"] = sha256(Path(inspect.getsourcefile(known.loader)))
+        source = inspect.getsourcefile(known.loader)
+        if source is None or not Path(source).is_file():
+            raise DataError(f"the code that generates {name} has no source file here; install lowbit with its sources")
+        made["generator_sha256"] = sha256(Path(source))
     return made
 
 
@@ -119,7 +123,7 @@ def state() -> dict[str, dict[str, str]]:
     return found
 
 
-def _noted_sum(path: Path, noted: dict[str, list]) -> str:
+def _noted_sum(path: Path, noted: dict[str, list[Any]]) -> str:
     stat = path.stat()
     seen = [stat.st_size, stat.st_mtime_ns]
     known = noted.get(str(path))

@@ -1,5 +1,7 @@
 """Archives: found, checked, decoded once; whatever is wrong with them is refused by name."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,18 @@ def test_speech_commands_follow_the_publishers_test_list(tmp_path):
     assert speech_commands.decode(path)["classes"] == ["no", "yes"]
     with pytest.raises(DataError, match="up"):
         speech_commands.decode(path, ("yes", "up"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.SYMTYPE])
+@pytest.mark.parametrize("name", ["./yes/1.wav", "./testing_list.txt"])
+def test_a_member_that_is_no_file_is_refused_by_name(tmp_path, name, kind):
+    path = tmp_path / "commands.tar"
+    with tarfile.open(path, "w") as packed:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "elsewhere"
+        packed.addfile(member)
+    with pytest.raises(DataError, match=rf"commands\.tar: {name} is a folder, a device or a broken link"):
+        speech_commands.decode(path)
 
 
 REAL = [("cifar10-jpeg", 50_000, 10_000, (3, 32, 32)), ("fsdd", 2_700, 300, (8000,)), ("bccd", 292, 72, (3, 240, 320))]

@@ -1,5 +1,7 @@
 """Splits, subsets and the registry."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import lowbit
 from lowbit.data import ArrayDataset, Data, DetectionDataset, card, labels, load, names
-from lowbit.data.base import _stratified_order, dataset, pixel_statistics
+from lowbit.data.base import _registry, _stratified_order, dataset, pixel_statistics
 from lowbit.errors import DataError, LowbitError
 
 
@@ -164,6 +166,13 @@ def test_manifest_of_a_generated_set_follows_its_code():
     assert len(lowbit.data.manifest("shapes")["generator_sha256"]) == 64
 
 
+def test_a_generated_set_without_its_code_has_no_manifest(monkeypatch):
+    loader = eval("lambda: None")  # there is no file with its code
+    monkeypatch.setitem(_registry, "shapes", dataclasses.replace(card("shapes"), loader=loader))
+    with pytest.raises(DataError, match="the code that generates shapes"):
+        lowbit.data.manifest("shapes")
+
+
 def test_only_some_classes_in_the_order_given():
     whole = load("digits")
     part = whole.only(["7", "2"])
@@ -178,3 +187,11 @@ def test_only_some_classes_in_the_order_given():
 def test_only_refuses_what_is_not_there(chosen):
     with pytest.raises(LowbitError, match=r"ten|once"):
         load("digits").only(chosen)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_only_takes_two_splits_in_memory(split):
+    data = made()
+    part = torch.utils.data.Subset(getattr(data, split), range(8))
+    with pytest.raises(LowbitError, match=r"(?s)made.*Subset.*ArrayDataset"):
+        dataclasses.replace(data, **{split: part}).only(["a"])
