@@ -23,14 +23,16 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     },
 )
 
-if TYPE_CHECKING:
-    from lowbit.training.annealing import ConfidenceGuidedAnnealing
-    from lowbit.training.config import TrainConfig
-    from lowbit.training.dampening import Dampening
-    from lowbit.training.detection import evaluate_detector
-    from lowbit.training.evaluation import evaluate, reestimate_batchnorm_
-    from lowbit.training.iterative_freezing import IterativeFreezing
-    from lowbit.training.loop import State, train
-    from lowbit.training.moments import Moments
-    from lowbit.training.run_card import RunRecord
-    from lowbit.training.runfile import RunConfig
+if TYPE_CHECKING:  # importing a name as itself exports it to type checkers
+    from lowbit.training.annealing import ConfidenceGuidedAnnealing as ConfidenceGuidedAnnealing
+    from lowbit.training.config import TrainConfig as TrainConfig
+    from lowbit.training.dampening import Dampening as Dampening
+    from lowbit.training.detection import evaluate_detector as evaluate_detector
+    from lowbit.training.evaluation import evaluate as evaluate
+    from lowbit.training.evaluation import reestimate_batchnorm_ as reestimate_batchnorm_
+    from lowbit.training.iterative_freezing import IterativeFreezing as IterativeFreezing
+    from lowbit.training.loop import State as State
+    from lowbit.training.loop import train as train
+    from lowbit.training.moments import Moments as Moments
+    from lowbit.training.run_card import RunRecord as RunRecord
+    from lowbit.training.runfile import RunConfig as RunConfig

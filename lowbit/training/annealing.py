@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.nn import quantized_layers
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers.statsq import StatsQ, cga_mask, check_boundary, statsq_scale
 from lowbit.training.config import TrainConfig
+from lowbit.training.hooks import quantized_weights
 
 if TYPE_CHECKING:
     from lowbit.training.loop import State
@@ -60,18 +60,19 @@ class ConfidenceGuidedAnnealing:
         check_boundary(boundary)
         if query_key not in ("effective", "as_published"):
             raise LowbitError(f"query_key={query_key!r} is not allowed; 'effective' and 'as_published' are")
-        found = {
-            layer.name: layer
-            for layer in quantized_layers(model)
-            if layer.weight is not None and isinstance(layer.weight.config, StatsQ)
-        }
+        candidates = [
+            (layer, quantizer, quantizer.config.bits)
+            for layer, quantizer in quantized_weights(model)
+            if isinstance(quantizer.config, StatsQ)
+        ]
+        names = [layer.name for layer, _, _ in candidates]
         for pattern in layers or ():
-            if not fnmatch.filter(found, pattern):
-                raise LowbitError(f"layers: {pattern!r} is no layer with StatsQ weights; there are {', '.join(found)}")
+            if not fnmatch.filter(names, pattern):
+                raise LowbitError(f"layers: {pattern!r} is no layer with StatsQ weights; there are {', '.join(names)}")
         chosen = [
-            layer
-            for name, layer in found.items()
-            if layers is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in layers)
+            (layer, quantizer, bits)
+            for layer, quantizer, bits in candidates
+            if layers is None or any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in layers)
         ]
         if not chosen:
             raise LowbitError(
@@ -79,8 +80,8 @@ class ConfidenceGuidedAnnealing:
                 "with QuantConfig(weight=StatsQ(bits=2))"
             )
         self.boundary, self.query_key, self.from_step, self.rate_rule = boundary, query_key, from_step, rate_rule
-        self._products = [layer.weight for layer in chosen if isinstance(layer.weight, QueryKeyProduct)]
-        self._layers = [layer for layer in chosen if not isinstance(layer.weight, QueryKeyProduct)]
+        self._products = [quantizer for _, quantizer, _ in chosen if isinstance(quantizer, QueryKeyProduct)]
+        self._layers = [(layer, bits) for layer, weight, bits in chosen if not isinstance(weight, QueryKeyProduct)]
         self._frozen: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -90,9 +91,7 @@ class ConfidenceGuidedAnnealing:
         ``RATE · boundary · spacing``: under Adam a step moves a weight by about the learning rate, and the zone reaches
         ``boundary · spacing`` to both sides of a threshold. ``spacing`` is the median over all output channels.
         """
-        rows = [
-            statsq_scale(layer.latents[0]).flatten() / 2 ** (layer.weight.config.bits - 1) for layer in self._layers
-        ]
+        rows = [statsq_scale(layer.latents[0]).flatten() / 2 ** (bits - 1) for layer, bits in self._layers]
         return RATE * self.boundary * float(torch.cat(rows).median()) if rows else math.inf
 
     def check_rate(self, lr: float) -> None:
@@ -109,9 +108,9 @@ class ConfidenceGuidedAnnealing:
     def freeze(self) -> None:
         """To be called between backward and the optimizer's step: zeroes the gradients of confident weights."""
         self._frozen = []
-        for layer in self._layers:
+        for layer, bits in self._layers:
             (latent,) = layer.latents
-            movable = cga_mask(latent, layer.weight.config.bits, self.boundary)
+            movable = cga_mask(latent, bits, self.boundary)
             if latent.grad is not None:
                 latent.grad.mul_(movable)
             self._frozen.append((movable, latent.clone()))
@@ -119,13 +118,13 @@ class ConfidenceGuidedAnnealing:
     @torch.no_grad()
     def restore(self) -> None:
         """To be called after the optimizer's step: puts the confident weights back."""
-        for layer, (movable, before) in zip(self._layers, self._frozen, strict=True):
+        for (layer, _), (movable, before) in zip(self._layers, self._frozen, strict=True):
             (latent,) = layer.latents
             torch.where(movable, latent, before, out=latent)
 
     def movable(self) -> float:
         """The share of weights, those of query-key products aside, that may move as things are."""
-        masks = [cga_mask(layer.latents[0], layer.weight.config.bits, self.boundary) for layer in self._layers]
+        masks = [cga_mask(layer.latents[0], bits, self.boundary) for layer, bits in self._layers]
         return sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
 
     def before_forward(self, state: "State") -> None:
@@ -165,8 +164,8 @@ def annealing_phase(
     It belongs before all other callbacks, so that trackers see the restored weights.
 
     Raises:
-        LowbitError: ``model`` does not fit the ``cga_*`` settings, or ``cga_lr`` is too large. The rate is checked here,
-            before the first epoch, for the weights as they are now, and again when the phase begins.
+        LowbitError: ``model`` does not fit the ``cga_*`` settings, or ``cga_lr`` is too large. The rate is checked
+            here, before the first epoch, for the weights as they are now, and again when the phase begins.
     """
     if not config.cga_epochs:
         return []

@@ -4,11 +4,13 @@ What is random is drawn first (:func:`draw`, from a generator) and applied after
 several processes can draw for the whole batch and each apply its own share.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from lowbit.data.base import Split
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
 from lowbit.training import seeds
@@ -144,7 +146,7 @@ def check(kind: str, shape: tuple[int, ...], in_memory: bool) -> None:
         )
 
 
-def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
+def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Callable[[Any], torch.Tensor]:
     """A torchvision transform of one item (PIL image or uint8 [C,H,W]) to uint8 [C,H,W] of ``shape``.
 
     Images of a folder come in all sizes: random-resized crop and flip in training, resize and center crop with
@@ -179,11 +181,11 @@ def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Any:
     return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor(), *last])
 
 
-class Samples(torch.utils.data.Dataset):
+class Samples(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     """A dataset seen through a transform, asked for ``(epoch, index[, copy])``: what a sample looks like depends on the
     seed and these only, never on the number of workers or on what came before."""
 
-    def __init__(self, dataset: torch.utils.data.Dataset, transform: Any, seed: int):
+    def __init__(self, dataset: Split, transform: Callable[[Any], torch.Tensor], seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __len__(self) -> int:

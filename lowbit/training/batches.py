@@ -5,10 +5,12 @@ so that any number of processes sees the same batches as one.
 """
 
 from collections.abc import Iterator
+from typing import Protocol, TypeGuard
 
 import torch
 
-from lowbit.data import labels
+from lowbit.data import Data, labels
+from lowbit.data.base import Split
 from lowbit.errors import LowbitError
 from lowbit.training import augment, seeds
 from lowbit.training.config import TrainConfig
@@ -16,6 +18,7 @@ from lowbit.training.distillation import Taught
 from lowbit.training.distributed import Processes
 
 Batch = tuple[torch.Tensor, torch.Tensor | Taught]
+Place = tuple[int, int, int]  # epoch, index, copy: what `augment.Samples` is asked for
 KEEP_ON_DEVICE = 4 * 2**30  # bytes; larger sets stay in main memory
 
 
@@ -54,7 +57,21 @@ def check_labels(y: torch.Tensor, classes: int, where: str) -> None:
         raise LowbitError(f"{where}: the label {wrong} is not among its {classes} classes, numbered from 0")
 
 
-def _known_labels(split) -> torch.Tensor | None:
+class _Tensors(Protocol):
+    """A split that is held in memory."""
+
+    @property
+    def x(self) -> torch.Tensor: ...
+
+    @property
+    def y(self) -> torch.Tensor: ...
+
+
+def _in_memory(split: Split) -> TypeGuard[_Tensors]:
+    return hasattr(split, "x")
+
+
+def _known_labels(split: Split) -> torch.Tensor | None:
     try:
         return labels(split)
     except LowbitError:
@@ -64,16 +81,16 @@ def _known_labels(split) -> torch.Tensor | None:
 class Batches:
     """Training and test batches of a :class:`lowbit.data.Data`, normalized, on this process's device."""
 
-    def __init__(self, data, config: TrainConfig, here: Processes, has_labels: bool = True):
+    def __init__(self, data: Data, config: TrainConfig, here: Processes, has_labels: bool = True):
         self.data, self.config, self.here = data, config, here
-        self.in_memory = hasattr(data.train, "x")
+        self.in_memory = _in_memory(data.train)
         augment.check(config.augment, tuple(data.input_shape), self.in_memory)
         n = len(data.train)
         self.has_labels = has_labels  # whether the second part of an item is a class
         for kind, split in (("training", data.train), ("test", data.test)):
             if not len(split):
                 raise LowbitError(f"{data.name} has no {kind} items; it takes at least one")
-            if hasattr(split, "x") and tuple(split.x.shape[1:]) != tuple(data.input_shape):
+            if _in_memory(split) and tuple(split.x.shape[1:]) != tuple(data.input_shape):
                 raise LowbitError(
                     f"the {kind} items of {data.name} are {list(split.x.shape[1:])}, but its input_shape is "
                     f"{list(data.input_shape)}; make them agree"
@@ -93,20 +110,21 @@ class Batches:
             raise LowbitError("mixup and cutmix are for images; they have to be 0 here")
         self.n, self.steps = n, n // config.batch_size
         # Whole-batch augmentation needs items of one size and cheap geometry; the rest goes through DataLoader.
-        self.batched = self.in_memory and config.augment != "randaugment"
-        if self.batched:
-            self.x, self.y = (self._near(tensor) for tensor in (data.train.x, data.train.y))
+        self.batched = False
+        if _in_memory(data.train) and config.augment != "randaugment":
+            self.batched = True
+            self.x, self.y = self._near(data.train.x), self._near(data.train.y)
         if config.crops and not self.batched:
             raise LowbitError(f"crops={config.crops} is for data held in memory; {data.name} is read item by item")
         self.crops = augment.fixed(config.augment, self.n, config.crops, data.input_shape) if config.crops else {}
         self.answers: torch.Tensor | None = None  # a teacher's logits [n, crops, classes], see stored_answers
-        if hasattr(data.test, "x"):
-            self.test_x, self.test_y = (self._near(tensor) for tensor in (data.test.x, data.test.y))
+        if _in_memory(data.test):
+            self.test_x, self.test_y = self._near(data.test.x), self._near(data.test.y)
 
     def _near(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.here.device) if tensor.nbytes < KEEP_ON_DEVICE else tensor
 
-    def _ready(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
+    def _ready(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.here.device
         if self.has_labels and not self.in_memory:
             check_labels(y, self.data.num_classes, self.data.name)
@@ -115,7 +133,9 @@ class Batches:
             x = x.contiguous(memory_format=torch.channels_last)
         return x, y.to(device, non_blocking=True)
 
-    def _loader(self, dataset, kind: str, batches: list[list[tuple[int, int]]], in_memory: bool) -> Iterator[Batch]:
+    def _loader(
+        self, dataset: Split, kind: str, batches: list[list[Place]], in_memory: bool
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         transform = augment.sample_transform(kind, tuple(self.data.input_shape), in_memory)
         loader = torch.utils.data.DataLoader(
             augment.Samples(dataset, transform, self.config.seed),
@@ -125,14 +145,14 @@ class Batches:
         )
         try:
             yield from loader
-        except LowbitError as error:  # of a worker process it comes with that one's traceback in its message
-            kind = type(error)
-            raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")[2].strip()) from None
+        except LowbitError as error:  # one from a worker process has that worker's traceback in its message
+            cls = type(error)
+            raise cls(str(error).rpartition(f"{cls.__module__}.{cls.__name__}: ")[2].strip()) from None
 
     def first(self) -> torch.Tensor:
         """The whole first global batch without augmentation: what quantizers are calibrated with."""
         indices = order(self.n, self.config.batch_size, self.config.seed, epoch=0)[0]
-        if self.in_memory:
+        if _in_memory(self.data.train):
             return self._ready(self.data.train.x[indices], self.data.train.y[indices])[0]
         loader = self._loader(self.data.train, "none", [[(0, i, 0) for i in indices.tolist()]], in_memory=False)
         return self._ready(*next(loader))[0]
@@ -145,7 +165,7 @@ class Batches:
         if not self.batched:
             copies = (torch.arange(indices.numel()) % config.repeats).view(indices.shape)
             numbered = torch.stack([torch.full_like(indices, epoch), indices, copies], -1)[:, mine]
-            places = [[tuple(place) for place in row] for row in numbered.tolist()]
+            places = [[(epoch, index, copy) for epoch, index, copy in row] for row in numbered.tolist()]
             for step, (x, y) in enumerate(self._loader(self.data.train, config.augment, places, self.in_memory)):
                 yield self._mixed(*self._ready(x, y), epoch, step)
             return
@@ -170,18 +190,18 @@ class Batches:
         x, y = self._ready(x, self.y[items])
         return x, y if self.answers is None else Taught(y, self.answers[place].to(y.device).float())
 
-    def _mixed(self, x: torch.Tensor, y: torch.Tensor, epoch: int, step: int) -> Batch:
+    def _mixed(self, x: torch.Tensor, y: torch.Tensor, epoch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         if not (config.mixup or config.cutmix):
             return x, y
         seed = seeds.derive(config.seed, seeds.MIX, epoch, step)
         return augment.mix(x, y, self.data.num_classes, config.mixup, config.cutmix, seed)
 
-    def test(self) -> Iterator[Batch]:
+    def test(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This process's share of the test split: every ``count``-th item, in order, none left out."""
         size = max(self.here.share(self.config.batch_size), 256 // self.here.count)
         mine = torch.arange(self.here.rank, len(self.data.test), self.here.count)
-        if hasattr(self.data.test, "x"):
+        if _in_memory(self.data.test):
             for part in mine.split(size):
                 part = part.to(self.test_x.device)
                 yield self._ready(self.test_x[part], self.test_y[part])

@@ -1,12 +1,15 @@
 """``lowbit train CONFIG.yaml``: one training run from a file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from lowbit.extras import extra
 
 with extra("train", "the lowbit command"):
     import typer
+
+if TYPE_CHECKING:
+    from lowbit.training.run_card import RunRecord
 
 Config = Annotated[Path, typer.Argument(help="The YAML run file, e.g. configs/digits_vit_nano.yaml.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write to; results/scratch/<name> if not given.")]
@@ -19,9 +22,9 @@ def train(config: Config, out: Out = None, set_: Set = None, resume: Resume = Tr
     """Train the model that a run file describes; more processes: torchrun --nproc-per-node=N -m lowbit train CONFIG."""
     import dataclasses
 
-    import lowbit
     from lowbit import paths
-    from lowbit.training import runfile
+    from lowbit.serialization import save
+    from lowbit.training import loop, runfile
     from lowbit.training.distributed import processes
 
     run = runfile.read(config, set_ or ())
@@ -30,16 +33,16 @@ def train(config: Config, out: Out = None, set_: Set = None, resume: Resume = Tr
     with processes(device) as here:
         data = run.load_data()
         model, teacher = run.build_model(data), run.build_teacher(data)
-        record = lowbit.train(model, data, settings, teacher, device=here.device, fresh=not resume)
+        record = loop.train(model, data, settings, teacher, device=here.device, fresh=not resume)
         if here.first:
             card = record.to_json(folder / "run.json", name=run.name, quant=run.quant, run=run.to_dict())
             summary = {key: card[key] for key in ("name", "train", "final", "seconds", "environment")}
-            lowbit.save(model, folder / "model.safetensors", card=summary)
+            save(model, folder / "model.safetensors", card=summary)
             _show(run.name, record, folder)
         here.wait()
 
 
-def _show(name: str, record, folder: Path) -> None:
+def _show(name: str, record: "RunRecord", folder: Path) -> None:
     with extra("train", "lowbit train"):
         from rich.console import Console
         from rich.table import Table

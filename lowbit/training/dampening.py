@@ -4,15 +4,19 @@ Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 202
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.nn import quantized_layers
-from lowbit.nn.convert import QuantizedLayer
+from lowbit.nn import QuantizedLayer
+from lowbit.quantizers import WeightQuantizer
 from lowbit.quantizers.base import as_float, nearest
+from lowbit.training.hooks import quantized_weights
+
+if TYPE_CHECKING:
+    from lowbit.training.loop import State
 
 
 def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -53,16 +57,24 @@ def check_start(start: float) -> None:
         raise LowbitError(f"start={start!r} is not allowed; shares of the training from 0 to below 1 are (0.25)")
 
 
-def one_latent_layers(model: nn.Module, what: str) -> list[QuantizedLayer]:
-    """The layers of ``model`` with quantized weights, or LowbitError (naming ``what``) if one has several latents."""
-    layers = [found for found in quantized_layers(model) if found.weight is not None]
+def one_latent_layers(model: nn.Module, what: str) -> list[tuple[QuantizedLayer, WeightQuantizer]]:
+    """The layers of ``model`` with quantized weights, each with its weight quantizer.
+
+    Args:
+        model: a quantized model.
+        what: the method that needs them; begins the message.
+
+    Raises:
+        LowbitError: ``model`` has no quantized weight, or one with several latents.
+    """
+    layers = quantized_weights(model)
     if not layers:
         raise LowbitError(f"{what} needs quantized weights, and {type(model).__name__} has none; call quantize_ first")
-    for found in layers:
-        if len(found.latents) != 1:
+    for layer, quantizer in layers:
+        if len(layer.latents) != 1:
             raise LowbitError(
-                f"{what} takes weights with one latent, such as those of LSQ; layer {found.name!r} "
-                f"({found.weight.config!r}) has {len(found.latents)}"
+                f"{what} takes weights with one latent, such as those of LSQ; layer {layer.name!r} "
+                f"({quantizer.config!r}) has {len(layer.latents)}"
             )
     return layers
 
@@ -90,8 +102,8 @@ class Dampening:
         check_start(start)
         self.strength, self.start = strength, start
         self._layers = one_latent_layers(model, "dampening")
-        for found in self._layers:
-            _check_nearest(found)
+        for layer, quantizer in self._layers:
+            _check_nearest(layer, quantizer)
 
     def weight_of(self, progress: float) -> float:
         """λ when the share ``progress`` of the steps is done."""
@@ -100,36 +112,37 @@ class Dampening:
     @torch.no_grad()
     def add_gradients(self, strength: float) -> None:
         """Adds ``strength`` times the gradient of `dampening_loss` to the latents' ``.grad``."""
-        for found in self._layers:
-            (latent,) = found.latents
+        for layer, quantizer in self._layers:
+            (latent,) = layer.latents
             if not latent.requires_grad:
                 continue
-            q, low, high = _on_grid(found)
+            q, low, high = _on_grid(quantizer, latent)
             # Beyond the outermost level q is that level and so is the clipped latent: the difference is zero there.
             pull = (torch.clamp(latent, low.to(latent.dtype), high.to(latent.dtype)) - q).mul_(2 * strength)
             latent.grad = pull if latent.grad is None else latent.grad.add_(pull)
 
-    def on_gradients(self, state: Any) -> None:
+    def on_gradients(self, state: "State") -> None:
         """Callback of `lowbit.train`."""
         strength = self.weight_of(state.step / (state.config.epochs * state.steps_per_epoch))
         if strength > 0:
             self.add_gradients(strength)
 
 
-def _on_grid(found: QuantizedLayer) -> tuple[Tensor, Tensor, Tensor]:
+def _on_grid(quantizer: WeightQuantizer, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The quantized weight, and the lowest and the highest value of its grid (broadcastable against it)."""
-    scale, levels = found.weight.scale(*found.latents), found.weight.levels
-    return found.weight(*found.latents), scale * float(levels[0]), scale * float(levels[-1])
+    scale, levels = quantizer.scale(latent), quantizer.levels
+    return quantizer(latent), scale * float(levels[0]), scale * float(levels[-1])
 
 
 @torch.no_grad()
-def _check_nearest(found: QuantizedLayer) -> None:
-    """Refuses a method whose latent lives on another scale than its levels: it has nothing to be pulled toward."""
-    w, (q, _, _) = as_float(found.latents[0]), _on_grid(found)
-    scale, levels = found.weight.scale(*found.latents), found.weight.levels.to(w.device)
+def _check_nearest(layer: QuantizedLayer, quantizer: WeightQuantizer) -> None:
+    """Refuse a method that does not round the latent to the nearest level: there is nothing to pull it toward."""
+    (latent,) = layer.latents
+    w, (q, _, _) = as_float(latent), _on_grid(quantizer, latent)
+    scale, levels = quantizer.scale(latent), quantizer.levels.to(w.device)
     best = scale * levels[nearest(w / scale, levels).long()]
     if ((w - q).abs() > (w - best).abs() + 1e-4 * scale).any():
         raise LowbitError(
             f"dampening takes weights that are rounded to the nearest level, such as those of LSQ, EWGS, StatsQ and "
-            f"PoT; those of layer {found.name!r} ({found.weight.config!r}) are not"
+            f"PoT; those of layer {layer.name!r} ({quantizer.config!r}) are not"
         )

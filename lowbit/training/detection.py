@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowbit.data import ArrayDataset
+from lowbit.data import ArrayDataset, Data
+from lowbit.data.base import Split
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
 from lowbit.training import augment, seeds
@@ -55,26 +56,33 @@ def move_boxes(
     return {"boxes": boxes[inside].clamp_min(0).minimum(limit.repeat(2)), "labels": labels[inside]}
 
 
-class DetectionBatches(Batches):
-    """`Batches` whose y is a list with a target for each image."""
+class DetectionBatches:
+    """Batches as those of `Batches`, whose y is a list with a target for each image."""
 
-    def __init__(self, data: Any, config: TrainConfig, here: Processes):
+    def __init__(self, data: Data, config: TrainConfig, here: Processes):
         if config.augment == "randaugment":
             raise LowbitError("augment='randaugment' does not move boxes; for detection use none, shift or crop_flip")
         (x, self.targets), (test_x, self.test_targets) = (
             _whole(split, data.name, data.num_classes) for split in (data.train, data.test)
         )
-        # The items are numbered; their number is the "label" that the parent class hands through.
+        # The "label" of an image is its index, by which its target is found in each batch.
         train, test = (ArrayDataset(images, torch.arange(len(images))) for images in (x, test_x))
         numbered = dataclasses.replace(data, train=train, test=test)
-        super().__init__(numbered, config, here, has_labels=False)
+        self.data, self.config, self.here = data, config, here
+        self._numbered = Batches(numbered, config, here, has_labels=False)
+        self.steps = self._numbered.steps
+
+    def first(self) -> Tensor:
+        """The images of the whole first global batch, without augmentation."""
+        return self._numbered.first()
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, list[Target]]]:
         """This process's share of each global batch of one epoch, augmented."""
         config, shape = self.config, tuple(self.data.input_shape)
         share = self.here.share(config.batch_size)
-        for step, (x, numbers) in enumerate(super().epoch(epoch)):
-            # The same numbers as the parent class drew for the images: a function of seed, epoch and step.
+        for step, (x, numbers) in enumerate(self._numbered.epoch(epoch)):
+            assert isinstance(numbers, Tensor)  # only config.crops adds a teacher's answers, and Detection refuses it
+            # The same numbers as `Batches` drew for the images: a function of seed, epoch and step.
             random = seeds.generator(config.seed, seeds.AUGMENT, epoch, step)
             drawn = augment.draw(config.augment, config.batch_size, shape, random)
             mine = {name: values[self.here.rank * share :] for name, values in drawn.items()}
@@ -91,8 +99,8 @@ class DetectionBatches(Batches):
 
     def test(self) -> Iterator[tuple[Tensor, list[Target]]]:
         """This process's share of the test split: every ``count``-th item, in order, none left out."""
-        size = self.here.share(self.config.batch_size)  # the parent's 256 at once would be too many large images
-        for x, numbers in super().test():
+        size = self.here.share(self.config.batch_size)  # 256 at once, as in `Batches`, are too many large images
+        for x, numbers in self._numbered.test():
             for images, chosen in zip(x.split(size), numbers.split(size), strict=True):
                 yield images, [self.test_targets[number] for number in chosen.tolist()]
 
@@ -109,14 +117,14 @@ class DetectionRecord(RunRecord):
 
 
 class Detection:
-    """What `lowbit.train` asks of a task, answered for boxes; see `lowbit.training.loop.Classification`."""
+    """The task with boxes; see `lowbit.training.loop.Task`."""
 
     batches = DetectionBatches
     record = DetectionRecord
-    metrics = ("test_map", "test_map50")
-    teacher = None
+    metrics: tuple[str, ...] = ("test_map", "test_map50")
+    teacher: nn.Module | None = None
 
-    def __init__(self, model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module | None = None):
+    def __init__(self, model: nn.Module, data: Data, config: TrainConfig, teacher: nn.Module | None = None):
         _check_model(model, data)
         for name, allowed in (("label_smoothing", 0.0), ("distill_weight", None), ("crops", 0)):
             if getattr(config, name) != allowed:
@@ -130,7 +138,12 @@ class Detection:
     def check(self, model: nn.Module, x: Tensor, here: Processes) -> None:
         """Nothing more: `_check_model` has compared the classes."""
 
-    def loss(self, forward: Callable, x: Tensor, y: list[Target], here: Processes) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, batches: DetectionBatches) -> None:
+        """Nothing: there is no teacher."""
+
+    def loss(
+        self, forward: Callable[..., Any], x: Tensor, y: list[Target], here: Processes
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the detector's losses, float32 scalar; nothing else for the history."""
         with torch.autocast(here.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
             losses = forward(x, y)
@@ -144,7 +157,7 @@ class Detection:
 
 def evaluate_detector(
     model: nn.Module,
-    data: Any,
+    data: Data,
     split: Literal["train", "test"] = "test",
     batch_size: int = 16,
     device: str | torch.device | None = None,
@@ -239,7 +252,7 @@ def _predict(
     return [prediction for prediction, _ in pairs], [target for _, target in pairs]
 
 
-def _whole(split: Any, name: str, classes: int) -> tuple[Tensor, list[Target]]:
+def _whole(split: Split, name: str, classes: int) -> tuple[Tensor, list[Target]]:
     """All images ``[N, 3, H, W]`` and targets of a split, a `Subset` included."""
     items = [split[i] for i in range(len(split))]
     if not items:
@@ -249,7 +262,7 @@ def _whole(split: Any, name: str, classes: int) -> tuple[Tensor, list[Target]]:
     x = split.x if hasattr(split, "x") else torch.stack([x for x, _ in items])
     targets = [target for _, target in items]
     for index, target in enumerate(targets):
-        _check_target(target, x.shape[-2:], classes, f"image {index} of {name}")
+        _check_target(target, (x.shape[-2], x.shape[-1]), classes, f"image {index} of {name}")
     return x, targets
 
 
@@ -273,7 +286,7 @@ def _to(target: Target, device: torch.device) -> Target:
     return {key: value.to(device, non_blocking=True) for key, value in target.items()}
 
 
-def _check_model(model: nn.Module, data: Any) -> None:
+def _check_model(model: nn.Module, data: Data) -> None:
     build = f"build one with lowbit.models.detector(classifier, num_classes={data.num_classes})"
     if data.task != "detection":
         raise LowbitError(f"{data.name} is a {data.task} set; mean average precision is for detection sets")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,19 @@ class Taught(NamedTuple):
 
     labels: torch.Tensor
     answers: torch.Tensor
+
+
+class TwoHeaded(Protocol):
+    """A distilled DeiT of timm: ``distilled_training`` says whether both heads' logits are returned in training."""
+
+    distilled_training: bool
+
+    def set_distilled_training(self, enable: bool) -> None:
+        """Set ``distilled_training``."""
+
+
+def _two_headed(model: torch.nn.Module) -> TypeGuard[TwoHeaded]:
+    return hasattr(model, "set_distilled_training")
 
 
 def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -55,14 +68,14 @@ def loss(
 def prepare_teacher(teacher: torch.nn.Module, mode: str = "eval") -> None:
     """Puts ``teacher`` into evaluation mode, or with "as_published" into training mode, each head for itself."""
     teacher.train(mode == "as_published")
-    if mode == "as_published" and hasattr(teacher, "set_distilled_training"):
+    if mode == "as_published" and _two_headed(teacher):
         teacher.set_distilled_training(True)
 
 
 @contextmanager
 def separate_heads(model: torch.nn.Module) -> Iterator[None]:
     """While it lasts, a distilled DeiT of timm returns both heads' logits in training mode."""
-    if not hasattr(model, "set_distilled_training"):
+    if not _two_headed(model):
         yield
         return
     before = model.distilled_training

@@ -1,10 +1,9 @@
 """`evaluate`: how good a model is on a test split, outside a training run."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from lowbit.data import Data
 from lowbit.training import loop
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig
@@ -12,7 +11,7 @@ from lowbit.training.distributed import processes
 
 
 def evaluate(
-    model: nn.Module, data: Any, batch_size: int = 256, device: str | torch.device | None = None
+    model: nn.Module, data: Data, batch_size: int = 256, device: str | torch.device | None = None
 ) -> dict[str, float]:
     """Top-1 accuracy (``"acc"``, 0 to 1) and mean cross-entropy (``"loss"``, nats) on ``data.test``.
 
@@ -31,7 +30,7 @@ def evaluate(
 
 
 def reestimate_batchnorm_(
-    model: nn.Module, data: Any, batch_size: int = 256, device: str | torch.device | None = None
+    model: nn.Module, data: Data, batch_size: int = 256, device: str | torch.device | None = None
 ) -> nn.Module:
     """Replaces the running statistics of every BatchNorm layer by those of one pass over ``data.train``, in place.
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lowbit.nn import quantized_layers
+from lowbit.nn import QuantizedLayer, quantized_layers
 from lowbit.quantizers import WeightQuantizer
 
 
@@ -10,20 +10,25 @@ class QuantizerHooks:
     """The weight quantizers of ``model`` that override `WeightQuantizer.penalty` or `WeightQuantizer.before_step_`."""
 
     def __init__(self, model: nn.Module):
-        found = [layer for layer in quantized_layers(model) if layer.weight is not None]
-        self._penalized = [layer for layer in found if _overrides(layer.weight, "penalty")]
-        self._scheduled = [layer for layer in found if _overrides(layer.weight, "before_step_")]
+        pairs = quantized_weights(model)
+        self._penalized = [(layer, quantizer) for layer, quantizer in pairs if _overrides(quantizer, "penalty")]
+        self._scheduled = [(layer, quantizer) for layer, quantizer in pairs if _overrides(quantizer, "before_step_")]
 
     def before_step(self, progress: float) -> None:
         """Tells each quantizer how much of the training is done (0 at the first step, below 1 at the last)."""
-        for layer in self._scheduled:
-            layer.weight.before_step_(progress, *layer.latents)
+        for layer, quantizer in self._scheduled:
+            quantizer.before_step_(progress, *layer.latents)
 
     def add_penalty(self, loss: Tensor) -> Tensor:
         """``loss`` plus the penalties of all layers."""
-        for layer in self._penalized:
-            loss = loss + layer.weight.penalty(*layer.latents)
+        for layer, quantizer in self._penalized:
+            loss = loss + quantizer.penalty(*layer.latents)
         return loss
+
+
+def quantized_weights(model: nn.Module) -> list[tuple[QuantizedLayer, WeightQuantizer]]:
+    """Each layer of ``model`` with a quantized weight, and the quantizer of that weight."""
+    return [(layer, layer.weight) for layer in quantized_layers(model) if layer.weight is not None]
 
 
 def _overrides(quantizer: WeightQuantizer, name: str) -> bool:

@@ -3,15 +3,19 @@
 Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 4.3.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.metrics.oscillation import OscillationState, check_momentum, oscillation_step_
-from lowbit.nn.convert import QuantizedLayer
+from lowbit.nn import QuantizedLayer
+from lowbit.quantizers import WeightQuantizer
 from lowbit.training.dampening import check_start, cosine, one_latent_layers
+
+if TYPE_CHECKING:
+    from lowbit.training.loop import State
 
 
 def freezing_step_(
@@ -73,9 +77,9 @@ class IterativeFreezing:
         check_momentum(momentum)
         self.threshold, self.end, self.start, self.momentum = threshold, end, start, momentum
         self._layers = one_latent_layers(model, "iterative freezing")
-        for found in self._layers:
-            _check_fixed_scale(found)
-        self._held = [_begin(found.codes()) for found in self._layers]
+        for layer, quantizer in self._layers:
+            _check_fixed_scale(layer, quantizer)
+        self._held = [_begin(layer.codes()) for layer, _ in self._layers]
 
     def threshold_of(self, progress: float) -> float:
         """The threshold when the share ``progress`` of the steps is done."""
@@ -84,33 +88,34 @@ class IterativeFreezing:
     @torch.no_grad()
     def update(self, threshold: float) -> None:
         """To be called after each optimizer step: puts frozen weights back, then freezes those that are due."""
-        for i, found in enumerate(self._layers):
-            (latent,) = found.latents
+        for i, (layer, quantizer) in enumerate(self._layers):
+            (latent,) = layer.latents
             if self._held[i]["frozen"].device != latent.device:
                 self._held[i] = {name: held.to(latent.device) for name, held in self._held[i].items()}
             held = self._held[i]
-            _put_back(found, held["frozen"])
+            _put_back(quantizer, latent, held["frozen"])
             state = OscillationState(held["codes"], held["direction"], held["frequency"])
-            freezing_step_(found.codes(), state, held["average"], held["frozen"], threshold, self.momentum)
-            _put_back(found, held["frozen"])
+            freezing_step_(layer.codes(), state, held["average"], held["frozen"], threshold, self.momentum)
+            _put_back(quantizer, latent, held["frozen"])
 
     def frozen(self, layer: str) -> Tensor:
         """The code that each weight of ``layer`` is held at, -1 where it is free: int16, of its shape, on the CPU."""
-        for found, held in zip(self._layers, self._held, strict=True):
-            if found.name == layer:
+        names = [quantized.name for quantized, _ in self._layers]
+        for name, held in zip(names, self._held, strict=True):
+            if name == layer:
                 return held["frozen"].cpu().clone()
-        raise LowbitError(f"no layer is called {layer!r}; there are {', '.join(found.name for found in self._layers)}")
+        raise LowbitError(f"no layer is called {layer!r}; there are {', '.join(names)}")
 
     def share(self) -> float:
         """The share of all weights that is frozen."""
         frozen = sum(int((held["frozen"] >= 0).sum()) for held in self._held)
         return frozen / sum(held["frozen"].numel() for held in self._held)
 
-    def on_step(self, state: Any) -> None:
+    def on_step(self, state: "State") -> None:
         """Callback of `lowbit.train`."""
         self.update(self.threshold_of(state.step / (state.config.epochs * state.steps_per_epoch)))
 
-    def on_epoch(self, state: Any) -> dict[str, float]:
+    def on_epoch(self, state: "State") -> dict[str, float]:
         """Callback of `lowbit.train`: the share of frozen weights, for the history."""
         return {"iteratively_frozen": self.share()}
 
@@ -135,7 +140,7 @@ class IterativeFreezing:
         names = ("threshold", "end", "start", "momentum")
         return {
             "settings": {name: getattr(self, name) for name in names},
-            "layers": [[found.name, list(found.latents[0].shape)] for found in self._layers],
+            "layers": [[layer.name, list(layer.latents[0].shape)] for layer, _ in self._layers],
         }
 
 
@@ -149,18 +154,17 @@ def _begin(codes: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _put_back(found: QuantizedLayer, frozen: Tensor) -> None:
-    """Overwrites the latents of frozen weights by the scale of this moment times their level."""
-    (latent,) = found.latents
-    levels = found.weight.levels.to(latent.device)
-    values = (found.weight.scale(latent) * levels[frozen.clamp_min(0).long()]).to(latent.dtype)
+def _put_back(quantizer: WeightQuantizer, latent: Tensor, frozen: Tensor) -> None:
+    """Overwrite the latents of frozen weights with the current scale times their level."""
+    levels = quantizer.levels.to(latent.device)
+    values = (quantizer.scale(latent) * levels[frozen.clamp_min(0).long()]).to(latent.dtype)
     torch.where(frozen >= 0, values, latent, out=latent)
 
 
 @torch.no_grad()
-def _check_fixed_scale(found: QuantizedLayer) -> None:
-    """Refuses a scale that follows the weights, or levels that are not rounded to themselves: nothing would hold."""
-    latent, quantizer = found.latents[0], found.weight
+def _check_fixed_scale(layer: QuantizedLayer, quantizer: WeightQuantizer) -> None:
+    """Refuse a scale that depends on the latents, or levels that do not round to themselves: no code could be held."""
+    (latent,) = layer.latents
     scale = quantizer.scale(latent)
     holds = torch.equal(quantizer.scale(2 * latent), scale) and all(
         (quantizer.codes((scale * level).expand_as(latent)) == code).all()
@@ -169,5 +173,5 @@ def _check_fixed_scale(found: QuantizedLayer) -> None:
     if not holds:
         raise LowbitError(
             "iterative freezing takes weights whose scale does not follow the latents, such as those of LSQ and EWGS: "
-            f"it could not hold those of layer {found.name!r} ({quantizer.config!r}) at a code"
+            f"it could not hold those of layer {layer.name!r} ({quantizer.config!r}) at a code"
         )

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
+from lowbit.data import Data
 from lowbit.errors import DivergedError, LowbitError
 from lowbit.extras import extra
 from lowbit.training import checkpoint, distillation, optim, run_card, seeds
@@ -24,6 +25,9 @@ from lowbit.training.config import TrainConfig, differences
 from lowbit.training.distributed import Processes, processes
 from lowbit.training.hooks import QuantizerHooks
 from lowbit.training.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 LOOK_EVERY = 20  # steps between looks at the loss on a GPU, where each look waits for the device
 
@@ -50,10 +54,10 @@ class State:
 
 def train(
     model: nn.Module,
-    data: Any,
+    data: Data,
     config: TrainConfig,
     teacher: nn.Module | None = None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[object] = (),
     device: str | torch.device | None = None,
     *,
     fresh: bool = False,
@@ -92,7 +96,7 @@ def train(
         seeds.seed_everything(config.seed, here.rank)
         model.to(here.device)
         if config.channels_last:
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack this form
         if teacher is not None:
             distillation.prepare_teacher(teacher.to(here.device), config.teacher_mode)
         if teacher is not None:
@@ -101,39 +105,90 @@ def train(
         return _run(model, data, config, task, tuple(callbacks), here, fresh)
 
 
-class Classification:
-    """What `train` asks of a task, answered for one label an item; `lowbit.training.detection` answers for boxes.
+class TaskBatches(Protocol):
+    """The batches of a task, in the order of `train`."""
+
+    steps: int
+
+    def first(self) -> torch.Tensor:
+        """The inputs of the first global batch, without augmentation."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, Any]]:
+        """This process's share of each global batch ``(x, y)`` of one epoch; y is what the task's ``loss`` takes."""
+
+
+B = TypeVar("B", bound=TaskBatches)
+
+
+class Task(Protocol[B]):
+    """What `train` asks of a task; `Classification` and `lowbit.training.detection.Detection` answer.
 
     Attributes:
-        batches: the class that makes the batches ``(x, y)``.
-        record: the class of what `train` returns.
         metrics: the columns of the history that ``evaluate`` fills; the progress bar shows the last.
+        teacher: the model to distil from, or None.
     """
+
+    metrics: tuple[str, ...]
+    teacher: nn.Module | None
+
+    @property
+    def batches(self) -> Callable[[Data, TrainConfig, Processes], B]:
+        """Make the batches ``(x, y)`` of a data set."""
+
+    @property
+    def record(self) -> type[run_card.RunRecord]:
+        """The class of the record that `train` returns."""
+
+    def check(self, model: nn.Module, x: torch.Tensor, here: Processes) -> None:
+        """Refuse a model or a teacher that does not fit the data, by the first batch ``x``."""
+
+    def prepare(self, batches: B) -> None:
+        """Add to the batches what a training needs beside the data set."""
+
+    def loss(
+        self, forward: Callable[..., Any], x: torch.Tensor, y: Any, here: Processes
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one batch, and sums over its items of the values whose means go into the history."""
+
+    def evaluate(self, model: nn.Module, batches: B, here: Processes) -> dict[str, float]:
+        """The ``metrics`` on the test split, over all processes; leaves evaluation mode on."""
+
+
+class Classification:
+    """The `Task` with one label an item."""
 
     batches = Batches
     record = run_card.RunRecord
-    metrics = ("test_loss", "test_acc")
+    metrics: tuple[str, ...] = ("test_loss", "test_acc")
 
-    def __init__(self, data: Any, config: TrainConfig, teacher: nn.Module | None = None):
-        self.data, self.config, self.teacher = data, config, teacher
+    def __init__(self, data: Data, config: TrainConfig, teacher: nn.Module | None = None):
+        self.data, self.config = data, config
+        self.teacher = teacher
         self.weight = 0.0 if teacher is None else 0.5 if config.distill_weight is None else config.distill_weight
 
-    def loss(self, forward: Callable, x: Any, y: Any, here: Processes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of one batch, and sums over its items of what the history shows as means."""
+    def loss(
+        self, forward: Callable[..., Any], x: torch.Tensor, y: torch.Tensor | distillation.Taught, here: Processes
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of one batch, and sums over its items of the values whose means go into the history."""
         with _autocast(self.config, here):
             output = forward(x)
-            if isinstance(y, distillation.Taught):
-                y, target = y
-            else:
-                with torch.no_grad():
-                    target = distillation.target(self.teacher, x) if self.weight else None
+            labels, target = y if isinstance(y, distillation.Taught) else (y, self._ask_teacher(x))
         for who, answer in (("the model", output), ("the teacher", target)):
             if answer is not None:
-                distillation.check_outputs(answer, len(y), self.data.num_classes, self.data.name, who)
+                distillation.check_outputs(answer, len(labels), self.data.num_classes, self.data.name, who)
         smoothing, temperature = self.config.label_smoothing, self.config.temperature
-        loss = distillation.loss(output, y, smoothing, target, self.weight, temperature)
-        label = y if y.ndim == 1 else y.argmax(1)  # of a mixture the one with the larger share
+        loss = distillation.loss(output, labels, smoothing, target, self.weight, temperature)
+        label = labels if labels.ndim == 1 else labels.argmax(1)  # in a mixture, the label with the larger share
         return loss, {"train_acc": (distillation.merge(output).detach().argmax(1) == label).sum()}
+
+    @torch.no_grad()
+    def _ask_teacher(self, x: torch.Tensor) -> torch.Tensor | None:
+        return distillation.target(self.teacher, x) if self.teacher is not None and self.weight else None
+
+    def prepare(self, batches: Batches) -> None:
+        """Let the teacher answer each fixed augmentation (``config.crops``) once, before the training."""
+        if self.config.crops and self.teacher is not None and self.weight:
+            batches.answers = stored_answers(self.teacher, batches)
 
     @torch.no_grad()
     def check(self, model: nn.Module, x: torch.Tensor, here: Processes) -> None:
@@ -154,7 +209,7 @@ class Classification:
         return dict(zip(self.metrics, evaluate(model, batches, self.config, here), strict=True))
 
 
-def _task(model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module | None) -> Any:
+def _task(model: nn.Module, data: Data, config: TrainConfig, teacher: nn.Module | None) -> Task[Any]:
     if data.task != "detection":
         return Classification(data, config, teacher)
     from lowbit.training.detection import Detection
@@ -162,7 +217,15 @@ def _task(model: nn.Module, data: Any, config: TrainConfig, teacher: nn.Module |
     return Detection(model, data, config, teacher)
 
 
-def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> run_card.RunRecord:
+def _run(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    task: Task[B],
+    callbacks: tuple[object, ...],
+    here: Processes,
+    fresh: bool,
+) -> run_card.RunRecord:
     import lowbit.nn
     from lowbit import environment
 
@@ -171,8 +234,7 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
     with _fitting(model, data):
         lowbit.nn.calibrate(model, first)
         task.check(model, first, here)
-    if config.crops and task.teacher is not None and task.weight:
-        batches.answers = stored_answers(task.teacher, batches)
+    task.prepare(batches)
     optimizer = optim.build_optimizer(model, config)
     callbacks = (*annealing_phase(model, optimizer, config, batches.steps), *callbacks)
     state = State(model, optimizer, config, batches.steps)
@@ -184,7 +246,8 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
         model.eval()
         return done
 
-    forward, hooks = here.wrap(model), QuantizerHooks(model)
+    hooks = QuantizerHooks(model)
+    forward: Callable[..., Any] = here.wrap(model)
     if config.compile == "quantizers":
         lowbit.nn.compile_quantizers(model)
     elif config.compile == "model":
@@ -215,7 +278,14 @@ def _run(model, data, config, task, callbacks, here: Processes, fresh: bool) -> 
 
 
 def _one_epoch(
-    state: State, forward, hooks: QuantizerHooks, task, batches: Batches, callbacks, here: Processes, bar
+    state: State,
+    forward: Callable[..., Any],
+    hooks: QuantizerHooks,
+    task: Task[B],
+    batches: B,
+    callbacks: Sequence[object],
+    here: Processes,
+    bar: "tqdm",
 ) -> dict[str, Any]:
     config, model = state.config, state.model
     look = 1 if here.device.type == "cpu" else LOOK_EVERY
@@ -276,7 +346,7 @@ def evaluate(model: nn.Module, batches: Batches, config: TrainConfig, here: Proc
     return loss / count, correct / count
 
 
-def describe(model: nn.Module, data: Any, teacher: nn.Module | None, here: Processes) -> dict[str, Any]:
+def describe(model: nn.Module, data: Data, teacher: nn.Module | None, here: Processes) -> dict[str, Any]:
     """What is trained on what, as plain values: the part of a run that ``config`` does not say."""
     from lowbit.nn import quantized_layers
 
@@ -328,7 +398,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _fitting(model: nn.Module, data: Any) -> Iterator[None]:
+def _fitting(model: nn.Module, data: Data) -> Iterator[None]:
     """Tell a model that cannot compute the data's items from a fault in the middle of a run."""
     try:
         yield
@@ -355,7 +425,7 @@ def _check(config: TrainConfig, teacher: nn.Module | None) -> None:
         raise LowbitError(f"distill_weight={config.distill_weight:g} needs a teacher; give teacher=, or leave it None")
 
 
-def _not_finite(what: str, value: float, state: State, out: Any) -> DivergedError:
+def _not_finite(what: str, value: float, state: State, out: str | Path | None) -> DivergedError:
     kept = f"; the last good epoch is in {Path(out) / 'checkpoint.pt'}" if out is not None and state.epoch else ""
     return DivergedError(
         f"the {what} became {value} in epoch {state.epoch + 1}, step {state.step % state.steps_per_epoch + 1} of "
@@ -363,7 +433,7 @@ def _not_finite(what: str, value: float, state: State, out: Any) -> DivergedErro
     )
 
 
-def _call(callbacks: Sequence[Any], method: str, state: State) -> Iterator[Any]:
+def _call(callbacks: Sequence[object], method: str, state: State) -> Iterator[Any]:
     for callback in callbacks:
         if hasattr(callback, method):
             yield getattr(callback, method)(state)
@@ -373,7 +443,7 @@ def _autocast(config: TrainConfig, here: Processes) -> torch.autocast:
     return torch.autocast(here.device.type, torch.bfloat16, enabled=config.amp == "bf16")
 
 
-def _progress(config: TrainConfig, here: Processes, steps: int, epochs_done: int):
+def _progress(config: TrainConfig, here: Processes, steps: int, epochs_done: int) -> "tqdm":
     with extra("train", "lowbit.train"):
         from tqdm.auto import tqdm
 
@@ -382,7 +452,15 @@ def _progress(config: TrainConfig, here: Processes, steps: int, epochs_done: int
     return tqdm(total=total, initial=initial, unit="step", mininterval=1.0, **hidden)
 
 
-def _save(out: Path, state: State, identity, callbacks, history, here: Processes, with_checkpoint: bool) -> None:
+def _save(
+    out: Path,
+    state: State,
+    identity: dict[str, Any],
+    callbacks: Sequence[object],
+    history: list[dict[str, Any]],
+    here: Processes,
+    with_checkpoint: bool,
+) -> None:
     if with_checkpoint:
         generators = here.gather(seeds.get_state())
         own = [
@@ -408,7 +486,14 @@ def _save(out: Path, state: State, identity, callbacks, history, here: Processes
     here.wait()
 
 
-def _resume(out: Path | None, state: State, identity, callbacks, here: Processes, fresh: bool) -> list[dict[str, Any]]:
+def _resume(
+    out: Path | None,
+    state: State,
+    identity: dict[str, Any],
+    callbacks: Sequence[object],
+    here: Processes,
+    fresh: bool,
+) -> list[dict[str, Any]]:
     """Restore everything from ``out``'s checkpoint, if there is one; returns the history so far."""
     history: list[dict[str, Any]] = []
     if out is None:
@@ -444,21 +529,32 @@ def _resume(out: Path | None, state: State, identity, callbacks, here: Processes
 def _torch_settings(config: TrainConfig, here: Processes) -> Iterator[None]:
     """Deterministic algorithms for the run, if asked; the process's own settings afterwards."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    deterministic: Any = torch.utils.deterministic  # torch puts the setting into this module at run time
+    fill, benchmark = deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
         if config.deterministic:
             if here.device.type == "cuda":
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
+            deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
             torch.backends.cudnn.benchmark = False
         else:
             torch.backends.cudnn.benchmark = True
         yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
         torch.backends.cudnn.benchmark = benchmark
+
+
+class _Switched(Protocol):
+    """An attention layer of timm."""
+
+    fused_attn: bool
+
+
+def _has_switch(layer: nn.Module) -> TypeGuard[_Switched]:
+    return hasattr(layer, "fused_attn")
 
 
 @contextmanager
@@ -466,7 +562,7 @@ def _fused_attention(wanted: bool | None, here: Processes, *models: nn.Module | 
     """Set timm's ``fused_attn`` switch on every attention layer for the run."""
     if wanted is None and here.device.type == "cpu":
         wanted = False
-    layers = [m for model in models if model is not None for m in model.modules() if hasattr(m, "fused_attn")]
+    layers = [m for model in models if model is not None for m in model.modules() if _has_switch(m)]
     before = [layer.fused_attn for layer in layers]
     try:
         if wanted is not None:

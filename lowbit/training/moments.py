@@ -1,9 +1,12 @@
 """The optimizer's moments, carried from one training over to others that go on from its end."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import LowbitError
+
+if TYPE_CHECKING:
+    from lowbit.training.loop import State
 
 
 class Moments:
@@ -21,7 +24,7 @@ class Moments:
     def __init__(self) -> None:
         self.held: dict[int, Any] | None = None
 
-    def on_epoch(self, state: Any) -> None:
+    def on_epoch(self, state: "State") -> None:
         """Callback of `lowbit.train`."""
         self.held = copy.deepcopy(state.optimizer.state_dict()["state"])
 
@@ -38,7 +41,7 @@ class HandedOn:
     def __init__(self, held: dict[int, Any]):
         self.held = held
 
-    def before_forward(self, state: Any) -> None:
+    def before_forward(self, state: "State") -> None:
         """Callback of `lowbit.train`."""
         if state.step == 0:
             groups = state.optimizer.state_dict()["param_groups"]

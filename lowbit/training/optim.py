@@ -1,6 +1,7 @@
 """The optimizer, its parameter groups, and the learning rate of a step."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ def param_groups(model: nn.Module, weight_decay: float, decay: str) -> list[dict
     """
     from lowbit.quantizers import ActivationQuantizer, WeightQuantizer
 
-    listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    no_weight_decay: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", tuple)
+    listed = set(no_weight_decay())
     # A quantizer's own parameters are its steps; the latents of a weight belong to the layer's parametrization.
     quantizers = [m for m in model.modules() if isinstance(m, ActivationQuantizer | WeightQuantizer)]
     steps = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -169,13 +169,13 @@ def refuse_repeated(option: str, assignments: Iterable[str]) -> None:
 
 def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
     """The model that ``spec`` names, made for the classes and the input shape of ``data``."""
-    from lowbit import models
+    from lowbit.models.zoo import create
 
     shape = tuple(data.input_shape)
     image = len(shape) == 3
     fitting = {"in_chans": shape[0], "img_size": shape[-1]} if image else {"sample_rate": data.sample_rate}
     try:
-        return models.create(**{"num_classes": data.num_classes, **fitting, **spec})
+        return create(**{"num_classes": data.num_classes, **fitting, **spec})
     except LowbitError as error:
         raise LowbitError(f"{where}: {error}") from None
     except Exception as error:  # what timm's and torchvision's constructors make of an odd option

@@ -35,10 +35,11 @@ def set_all(value: int) -> None:
 
 def get_state() -> dict[str, Any]:
     """The state of all global generators, in types that ``torch.load(weights_only=True)`` accepts."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    keys, position = torch.from_numpy(numpy["state"]["key"].astype(np.int64)), int(numpy["state"]["pos"])
     return {
         "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": (str(numpy["bit_generator"]), keys, position, int(numpy["has_gauss"]), float(numpy["gauss"])),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
