@@ -1,4 +1,4 @@
-"""What this machine and installation are: recorded with every measurement."""
+"""A description of this machine and installation, recorded with every measurement."""
 
 import functools
 import importlib.metadata
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "papermill")
 """The packages whose versions can change a measured number."""
 
 ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon")
-"""The instruction sets that the kernels of this project ask for."""
+"""The instruction sets that the kernels of this project look for."""
 
 
 def describe() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def describe() -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """``cpu``, its name, and ``isa``, those of `ISA` that it has: what the last bits of a sum depend on."""
+    """The processor's name, ``cpu``, and its instruction sets of `ISA`, ``isa``; the last bits of a sum follow them."""
     model, flags = _cpu()
     return {"cpu": model, "isa": [name for name in ISA if name in flags]}
 
@@ -90,7 +90,7 @@ def _cpu() -> tuple[str, set[str]]:
                 model = value.strip()
             elif key.strip() in ("flags", "Features") and not flags:
                 flags = set(value.split())
-    except OSError:  # macOS tells through sysctl
+    except OSError:  # macOS has sysctl instead
         if text := _output(["sysctl", "-n", "machdep.cpu.brand_string"]):
             model = text.strip()
         flags = set((_output(["sysctl", "-n", "machdep.cpu.leaf7_features"]) or "").lower().split())
@@ -100,7 +100,7 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """The commit that is checked out and whether tracked or new files differ from it."""
+    """The commit that is checked out, and whether tracked or new files differ from it."""
     folder = Path(__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return None, None

@@ -1,8 +1,8 @@
-"""The one exception family that the user is meant to read."""
+"""The exceptions that are written for the user."""
 
 
 class LowbitError(ValueError):
-    """A mistake in what was given (settings, files, data), told in one sentence that says what to do.
+    """A mistake in the given settings, files or data; the message is one sentence that says what to do.
 
     Everything the library refuses on purpose raises this or a subclass; the command line prints the
     message without a traceback and exits with status 2.
@@ -18,7 +18,7 @@ class CheckpointError(LowbitError):
 
 
 class StorageError(LowbitError, OSError):
-    """A file could not be written: the disk is full, or the place is not writable. What was there before is whole."""
+    """A file could not be written: the disk is full, or the folder is not writable. An earlier file is unchanged."""
 
 
 class DivergedError(LowbitError):
@@ -26,4 +26,4 @@ class DivergedError(LowbitError):
 
 
 class MissingExtraError(LowbitError, ImportError):
-    """A feature needs a package of an optional part of the installation; the message says how to get it."""
+    """A feature needs a package of an optional part of the installation; the message says how to install it."""

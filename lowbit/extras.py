@@ -1,4 +1,4 @@
-"""Optional packages: a feature whose package is missing says which part of the installation brings it."""
+"""Optional packages: if one is missing, the error says which extra of the installation brings it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def extra(name: str, what: str) -> Iterator[None]:
 
     Args:
         name: the extra of pyproject.toml that brings the packages imported in the block.
-        what: the feature that needs them; begins the message.
+        what: the feature that needs the packages; begins the message.
 
     Raises:
         MissingExtraError: a package is missing, or is installed but cannot be imported.

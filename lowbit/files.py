@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place first, then moved to it."""
+"""Atomic writing: a file is written under a temporary name beside its path and then moved there."""
 
 import os
 import secrets
@@ -10,18 +10,18 @@ from typing import BinaryIO
 from lowbit.errors import StorageError
 
 PART = ".part"
-"""How the names of unfinished files end; they begin with a dot."""
+"""The ending of the names of unfinished files, which begin with a dot."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a new name beside ``path``; the file written under that name takes the place of ``path`` at the end.
 
-    Readers see the old file or the new one. Missing folders are made.
+    Readers see the old file or the new one. Missing folders are created.
 
     Raises:
-        StorageError: the disk is full, or the place cannot be written to. As after any other error, the file that was
-            at ``path`` before is unchanged and the unfinished one is removed.
+        StorageError: the disk is full, or the folder cannot be written to. As after any other error, an earlier file
+            at ``path`` is unchanged and the unfinished one is removed.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
@@ -32,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException as error:
-        with suppress(OSError):  # its folder is no folder
+        with suppress(OSError):  # the parent is not a folder
             beside.unlink(missing_ok=True)
         if (reason := _refusal(error)) is not None:
             raise cannot_write(path, reason) from error
@@ -59,8 +59,8 @@ def remove_parts(folder: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> StorageError:
     """The error for a file that the system does not let us write: which file, why, and what to do."""
     return StorageError(
-        f"{path} could not be written ({error.strerror or error}): make room there, or choose another folder; what the "
-        "file held before is unchanged"
+        f"{path} could not be written ({error.strerror or error}): make room there, or choose another folder; an "
+        "earlier file of that name is unchanged"
     )
 
 

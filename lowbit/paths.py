@@ -1,4 +1,4 @@
-"""Where things live: the project folder, its notebooks and results, the data archives, the cache."""
+"""Paths: the project folder, its notebooks and results, the data archives, the cache."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ def project() -> Path:
     """The folder of the course: ``LOWBIT_PROJECT``, the working folder or one above it, or the source tree.
 
     Raises:
-        LowbitError: lowbit is installed, not used from its source tree, and the working folder is in no course.
+        LowbitError: lowbit is not used from its source tree, and the working folder is not inside a course.
     """
     if given := os.environ.get("LOWBIT_PROJECT"):
         return Path(given).resolve()
@@ -26,15 +26,15 @@ def project() -> Path:
         return SOURCES
     raise LowbitError(
         f"there is no course in {here}: change into its folder, set LOWBIT_PROJECT to it, "
-        "or make one with: lowbit course DIR"
+        "or create one with: lowbit course DIR"
     )
 
 
 def require_project() -> Path:
-    """The project folder, for what is written into it.
+    """The project folder, for files that are written into it.
 
     Raises:
-        LowbitError: the command runs outside every project: nothing may be written beside an installed package.
+        LowbitError: the command runs outside every project; nothing is written beside an installed package.
     """
     folder = project()
     if not (folder / "notebooks").is_dir():
@@ -51,18 +51,18 @@ def notebooks() -> Path:
 
 
 def results() -> Path:
-    """The folder of everything measured, in the project; ``LOWBIT_RESULTS`` moves it."""
+    """The folder of all measurements, in the project; ``LOWBIT_RESULTS`` moves it."""
     return Path(os.environ.get("LOWBIT_RESULTS") or require_project() / "results")
 
 
 def recorded(name: str) -> Path:
-    """A file of `results`, such as ``claims.json``; where that has none, the one that travels with the project."""
+    """A file of `results`, such as ``claims.json``; if it is missing there, the file that ships with the project."""
     own = results() / name
     return own if own.exists() else project() / "results" / name
 
 
 def embedded_data() -> Path:
-    """The folder of data that travels with the project."""
+    """The folder of the data that ships with the project."""
     return project() / "data"
 
 

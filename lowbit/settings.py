@@ -1,4 +1,4 @@
-"""Settings as frozen, validated dataclasses whose refusals say what was given and what is allowed."""
+"""Settings as frozen, validated dataclasses whose errors say what was given and what is allowed."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
-    """One readable line for each thing that pydantic refused in the settings called ``owner``."""
+    """One readable line for each value that pydantic refused in the settings called ``owner``."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "(all)"
@@ -33,7 +33,7 @@ def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Class decorator: a frozen dataclass, strictly typed, that raises `LowbitError` on any wrong or unknown value."""
+    """Class decorator that makes a frozen, strictly typed dataclass; a wrong or unknown value raises `LowbitError`."""
     decorated = pydantic_dataclass(
         frozen=True, config=ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
     )(cls)
@@ -47,5 +47,5 @@ def settings(cls: type[T]) -> type[T]:
             names = [field.name for field in dataclasses.fields(decorated)]
             raise LowbitError(explain(decorated.__name__, names, error)) from None
 
-    decorated.__init__ = __init__  # type: ignore[method-assign]  # the check before and after is this decorator's work
+    decorated.__init__ = __init__  # type: ignore[method-assign]  # the check before and after is the point of the decorator
     return cast("type[T]", decorated)  # pydantic hands the class itself back, and types it as one of its own

@@ -1,4 +1,4 @@
-"""YAML as people mean it: the core schema of YAML 1.2, on PyYAML, which reads 1.1.
+"""YAML with the core schema of version 1.2, on top of PyYAML, which reads 1.1.
 
 ``010`` is ten, ``0o10`` eight, ``1e-3`` a number; ``yes``, ``no``, ``on``, ``off``, ``12:30`` and ``2024-01-01`` are
 text, and so is ``1_000``. A key given twice is an error.
@@ -50,14 +50,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def load(text: str, where: str) -> Any:
-    """The value of a YAML text; nothing but plain values is ever made of it.
+    """The value of a YAML text, which can only hold plain values.
 
     Args:
         text: one document.
-        where: what to call it in errors.
+        where: name of the text in errors.
 
     Raises:
-        LowbitError: it is no YAML, or has a key twice.
+        LowbitError: the text is not YAML, or has a key twice.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader

@@ -1,4 +1,4 @@
-"""Archives of real data: finding them, checking them, decoding them once into a cached array."""
+"""Archives of real data: find them, check them, and decode them once into a cached array."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def find(file: str, source: str) -> Path:
     """The archive ``file`` in the data folders.
 
     Raises:
-        DataError: it is in none of them; the message says where to get it and where to put it.
+        DataError: no data folder has the archive; the message says where to get it and where to put it.
     """
     folders = paths.archives()
     for folder in folders:
@@ -43,22 +43,22 @@ def find(file: str, source: str) -> Path:
             return folder / file
     searched = ", ".join(map(str, folders)) or "no folder: LOWBIT_DATA is not set"
     raise DataError(
-        f"the archive {file!r} is not there (searched {searched}). Get it from {source} and put it into a folder "
+        f"the archive {file!r} was not found (searched {searched}). Get it from {source} and put it into a folder "
         "that the environment variable LOWBIT_DATA names"
     )
 
 
 def check(path: Path, expected: str) -> None:
-    """Refuses a file whose sha256 is not ``expected``.
+    """Refuse a file whose sha256 is not ``expected``.
 
     Raises:
-        DataError: naming the file and both sums.
+        DataError: the checksums differ; the message names the file and both.
     """
-    found = sha256(path)
-    if found != expected:
+    actual = sha256(path)
+    if actual != expected:
         raise DataError(
-            f"{path.name} is truncated or altered: its sha256 is {found[:16]}..., expected "
-            f"{expected[:16]}...; get it anew"
+            f"{path.name} is truncated or altered: its sha256 is {actual[:16]}..., expected "
+            f"{expected[:16]}...; get it again"
         )
 
 
@@ -78,7 +78,7 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) ->
     except KeyError:  # a link
         file = None
     if file is None:
-        raise DataError(f"{name}: {member.name} is a folder, a device or a broken link, not a file; get it anew")
+        raise DataError(f"{name}: {member.name} is a folder, a device or a broken link, not a file; get it again")
     with file:
         return file.read()
 
@@ -88,11 +88,11 @@ def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict
 
     Args:
         file: the archive's file name.
-        expected: its sha256. An archive is hashed again only when its size or time of change differ from those
-            noted when it was last found right.
-        source: where to get it, for the message when it is missing.
-        decode: turns the archive's path into a dict of tensors and plain values; called when the cache, which is
-            keyed by the sha256, has no good copy.
+        expected: the archive's sha256. An archive is hashed again only if its size or modification time has changed
+            since the last successful check.
+        source: where to get the archive, for the message if it is missing.
+        decode: turns the archive's path into a dict of tensors and plain values; called if the cache, which is keyed
+            by the sha256, has no intact copy.
 
     Raises:
         DataError: the archive is missing, truncated or altered, or cannot be decoded.
@@ -103,7 +103,7 @@ def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict
 def decoded_file(
     path: Path, expected: str, decode: Callable[[Path], dict[str, Any]], variant: str = "v1"
 ) -> dict[str, Any]:
-    """`decoded` for an archive whose place is known; ``variant`` keeps apart what is decoded in different ways."""
+    """Like `decoded`, for an archive at a known path; ``variant`` separates the caches of different decodings."""
     file = path.name
     cached = paths.cache() / "decoded" / f"{file}.{expected[:16]}.{variant}.pt"
     noted = cached.with_suffix(".json")
@@ -118,14 +118,14 @@ def decoded_file(
             pass
         else:
             if note["archive"] == seen:
-                warnings.warn(f"the cached copy of {file} is damaged; decoding it anew", stacklevel=2)
+                warnings.warn(f"the cached copy of {file} is damaged; decoding it again", stacklevel=2)
     check(path, expected)
     try:
         contents = decode(path)
     except (DataError, MissingExtraError):
         raise
     except Exception as error:
-        raise DataError(f"{file} could not be decoded ({type(error).__name__}: {error}); get it anew") from error
+        raise DataError(f"{file} could not be decoded ({type(error).__name__}: {error}); get it again") from error
     write_atomically(cached, lambda out: torch.save(contents, out))
     note = {"archive": seen, "sha256": sha256(cached)}
     write_atomically(noted, lambda out: out.write(json.dumps(note).encode()))

@@ -1,4 +1,4 @@
-"""What a data set is, and the registry of them."""
+"""The types of data sets, and the registry of data sets."""
 
 import dataclasses
 import difflib
@@ -36,7 +36,7 @@ class ArrayDataset(Dataset[tuple[Tensor, int]]):
     Args:
         x: uint8 ``[N, C, H, W]`` images or int16 ``[N, T]`` mono sound.
         y: int64 ``[N]`` class indices.
-        meta: one row an item (speaker, voice, ...), a pandas frame, or None.
+        meta: a pandas frame with one row per item (speaker, voice, ...), or None.
     """
 
     x: Tensor
@@ -64,7 +64,7 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Images with boxes, in memory; item i is ``(x[i], {"boxes": boxes[i], "labels": labels[i]})``.
 
     Args:
-        x: uint8 ``[N, 3, H, W]``.
+        x: uint8 ``[N, 3, H, W]`` images.
         boxes: N tensors float32 ``[n, 4]``: x1, y1, x2, y2 in pixels, ``0 <= x1 < x2 <= W``.
         labels: N tensors int64 ``[n]``, class indices from 0.
     """
@@ -86,17 +86,17 @@ class DetectionDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 @dataclass(frozen=True)
 class Data:
-    """A task: two splits and what a model needs to know of them.
+    """A task: two splits, and what a model needs to know about them.
 
     Args:
-        name: as given to `load`.
+        name: the name given to `load`.
         task: "classification" (images), "speech" (sound clips) or "detection" (images with boxes).
         classes: class names in label order.
         train: training split.
         test: test split (or what `hold_out` put there).
         input_shape: ``(C, H, W)`` or ``(T,)``.
-        mean: of the training split, per channel, of pixel values / 255; empty for sound.
-        std: the same for the standard deviation.
+        mean: mean of pixel values / 255 in the training split, one per channel; empty for sound.
+        std: standard deviation of the same values.
         sample_rate: samples per second of sound, else None.
     """
 
@@ -143,19 +143,21 @@ class Data:
     def hold_out(self, fraction: float = 0.1, seed: int = 0, by: str | None = None) -> "Data":
         """The same task without its test set: ``test`` becomes a ``fraction`` of the training split.
 
-        For choosing settings without touching the test set. ``mean`` and ``std`` stay as they are.
+        Use it to choose settings without touching the test set. ``mean`` and ``std`` stay as they are.
 
         Args:
-            fraction: between 0 and 1, of the items; with ``by`` of the groups. At least one is held out.
-            seed: draws what is held out.
-            by: None for a draw that is stratified over classes; or a column of the split's ``meta`` whose values are
-                held out whole (``"speaker"``): the way to validate where the test split has values of its own, too.
+            fraction: fraction of the items to hold out, or with ``by`` of the groups; between 0 and 1. At least one is
+                held out.
+            seed: random seed of the draw.
+            by: None for a draw that is stratified over the classes; or a column of the split's ``meta``, such as
+                ``"speaker"``, to hold out whole groups with equal values. Use it if the test split has groups of its
+                own, too.
 
         Raises:
-            LowbitError: another fraction; no such column; fewer than two groups.
+            LowbitError: the fraction is out of range, the column does not exist, or it has fewer than two groups.
         """
         if not 0 < fraction < 1:
-            raise LowbitError(f"fraction={fraction} is not allowed; it lies between 0 and 1")
+            raise LowbitError(f"fraction={fraction} is not allowed; use a fraction between 0 and 1")
         if by is None:
             order = _stratified_order(labels(self.train), seed)
             cut = max(1, round(fraction * len(order)))
@@ -164,7 +166,7 @@ class Data:
             group = _column(self.train, by, self.name)
             order = torch.randperm(int(group.max()) + 1, generator=torch.Generator().manual_seed(seed))
             if len(order) < 2:
-                raise LowbitError(f"{self.name}: all items have the same {by}; by={by!r} takes two or more")
+                raise LowbitError(f"{self.name}: all items have the same {by}; by={by!r} needs two or more")
             chosen = torch.isin(group, order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
             held, kept = chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]
         return dataclasses.replace(self, train=_take(self.train, kept), test=_take(self.train, held))
@@ -177,13 +179,13 @@ def _column(split: Split, name: str, data: str) -> Tensor:
 
     meta = getattr(split, "meta", None)
     if meta is None or name not in meta.columns:
-        there = [] if meta is None else meta.columns
-        raise LowbitError(f"{data} has no column {name!r} to hold out by; it has {', '.join(there) or 'none'}")
+        columns = [] if meta is None else meta.columns
+        raise LowbitError(f"{data} has no column {name!r} to hold out by; it has {', '.join(columns) or 'none'}")
     return torch.from_numpy(pd.factorize(meta[name], sort=True, use_na_sentinel=False)[0]).long()
 
 
 def labels(split: Split | Dataset[Any]) -> Tensor:
-    """The labels of a split, int64 ``[N]``, without reading its images where it knows them."""
+    """The labels of a split, int64 ``[N]``, without reading its images."""
     if isinstance(split, ArrayDataset):
         return split.y
     if isinstance(split, Subset):
@@ -192,7 +194,7 @@ def labels(split: Split | Dataset[Any]) -> Tensor:
         return torch.zeros(len(split), dtype=torch.int64)  # several classes an image: nothing to balance over
     if hasattr(split, "targets"):
         return torch.as_tensor(split.targets)
-    raise LowbitError(f"a {type(split).__name__} does not say its labels (an attribute 'targets')")
+    raise LowbitError(f"a {type(split).__name__} does not give its labels; give it an attribute 'targets'")
 
 
 def _stratified_order(y: Tensor, seed: int) -> Tensor:
@@ -211,7 +213,7 @@ def _draw(split: Split, count: int | None, seed: int, name: str) -> Split:
     if count is None:
         return split
     if not 0 < count <= len(split):
-        raise LowbitError(f"{count} items of {name!r} were asked for; it has 1 to {len(split)} in this split")
+        raise LowbitError(f"{count} items of {name!r} were asked for; use 1 to {len(split)} for this split")
     return _take(split, _stratified_order(labels(split), seed)[:count].sort().values)
 
 
@@ -233,21 +235,21 @@ def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a data set before it is loaded.
+    """The description of a data set, available before it is loaded.
 
     Args:
         name: registry name.
-        title: one line on what it is.
-        task: see `Data`.
+        title: one line that describes the data set.
+        task: "classification", "speech" or "detection", as in `Data`.
         kind: where it comes from: "embedded" in the project, "generated" at load, "archive" found under
             ``LOWBIT_DATA``, "download" from its publisher, or a "folder" that the user names.
         items: number of training and test items as text.
         classes: number of classes.
-        license: terms, as far as stated.
-        citation: whom to cite.
-        source: where it is published.
+        license: terms of use, as far as stated.
+        citation: the publication to cite.
+        source: where the data set is published.
         files: archive file name -> sha256 (or "md5:..." where only that is published).
-        loader: makes the `Data` from options.
+        loader: builds the `Data` from options.
         note: anything a user should know.
     """
 
@@ -269,7 +271,7 @@ _registry: dict[str, Card] = {}
 
 
 def dataset(name: str, **card: Any) -> Callable[[Callable[..., Data]], Callable[..., Data]]:
-    """Decorator: registers a loader under ``name``; the keywords are those of `Card`."""
+    """Decorator that registers a loader under ``name``; the keywords are those of `Card`."""
 
     def register(loader: Callable[..., Data]) -> Callable[..., Data]:
         if name in _registry:
@@ -293,7 +295,7 @@ TOOLS = {
 
 @functools.cache
 def _discover() -> None:
-    """Imports the files that hold data sets, which register themselves."""
+    """Import the files that hold data sets, which register themselves."""
     package = importlib.import_module("lowbit.data")
     for info in pkgutil.iter_modules(package.__path__):
         if info.name not in TOOLS:
@@ -307,7 +309,11 @@ def names() -> list[str]:
 
 
 def card(name: str) -> Card:
-    """What is known of the data set ``name``."""
+    """The description of the data set ``name``.
+
+    Raises:
+        DataError: there is no data set of that name.
+    """
     _discover()
     if name not in _registry:
         close = difflib.get_close_matches(name, names(), n=1)
@@ -317,14 +323,15 @@ def card(name: str) -> Card:
 
 
 def load(name: str, **options: Any) -> Data:
-    """Loads a data set.
+    """Load a data set.
 
     Args:
         name: one of `names`.
-        options: those of its loader, e.g. ``path=`` for an image folder, ``seed=`` for a generated set.
+        options: options of its loader, e.g. ``path=`` for an image folder, ``seed=`` for a generated set.
 
     Raises:
-        DataError: unknown name or option; or the data is missing, truncated or altered, with what to do.
+        DataError: the name or an option is unknown, or the data is missing, truncated or altered; the message says
+            what to do.
     """
     loader = card(name).loader
     allowed = list(inspect.signature(loader).parameters)

@@ -25,15 +25,15 @@ def decode(path: Path) -> dict[str, Any]:
     """Images at half size, uint8 ``[N, 3, 240, 320]``, boxes in their pixels, labels and the two splits.
 
     Raises:
-        DataError: a class that BCCD has not, a missing class, a damaged annotation, or an image that is damaged or of
-            another size.
+        DataError: a box has a class that BCCD lacks, a class has no box, an annotation is damaged, or an image is
+            damaged or of another size.
     """
     with extra("data", "reading BCCD"):
         from tqdm.auto import tqdm
 
     from lowbit.data.images import read
 
-    made: dict[str, Any] = {}
+    splits: dict[str, Any] = {}
     with zipfile.ZipFile(path) as archive:
         for split in ("trainval", "test"):
             ids = archive.read(f"BCCD/ImageSets/Main/{split}.txt").decode().split()
@@ -44,15 +44,15 @@ def decode(path: Path) -> dict[str, Any]:
                 if image.size != (WIDTH, HEIGHT):
                     raise DataError(f"{path.name}: {name}.jpg is {image.size}, not {(WIDTH, HEIGHT)}")
                 images.append(np.asarray(image.reduce(2)))
-                found, kinds = _annotation(archive.read(f"BCCD/Annotations/{name}.xml"), name, path.name)
-                boxes.append(torch.tensor(found, dtype=torch.float32).reshape(-1, 4) / 2)
+                corners, kinds = _annotation(archive.read(f"BCCD/Annotations/{name}.xml"), name, path.name)
+                boxes.append(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4) / 2)
                 labels.append(torch.tensor(kinds, dtype=torch.int64))
             x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-            made[split] = {"x": x, "boxes": boxes, "labels": labels}
+            splits[split] = {"x": x, "boxes": boxes, "labels": labels}
             present = set(torch.cat(labels).tolist())
             if missing := [name for i, name in enumerate(CLASSES) if i not in present]:
                 raise DataError(f"{path.name}: the split {split} has no box of the class(es) {', '.join(missing)}")
-    return made
+    return splits
 
 
 def _annotation(xml: bytes, name: str, archive: str) -> tuple[list[list[float]], list[int]]:
@@ -61,7 +61,7 @@ def _annotation(xml: bytes, name: str, archive: str) -> tuple[list[list[float]],
     try:
         tree = ElementTree.fromstring(xml)
     except ElementTree.ParseError as error:
-        raise DataError(f"{archive}: {name}.xml is no XML ({error}); get the archive anew") from None
+        raise DataError(f"{archive}: {name}.xml is no XML ({error}); get the archive again") from None
     for item in tree.iter("object"):
         kind = item.findtext("name")
         if kind not in CLASSES:
@@ -72,7 +72,9 @@ def _annotation(xml: bytes, name: str, archive: str) -> tuple[list[list[float]],
             if not all(map(math.isfinite, (x1, y1, x2, y2))):
                 raise ValueError
         except ValueError:
-            raise DataError(f"{archive}: {name}.xml has a box with the sides {sides}; it takes four numbers") from None
+            raise DataError(
+                f"{archive}: {name}.xml has a box with the sides {sides}; four finite numbers are needed"
+            ) from None
         x1, x2, y1, y2 = max(x1, 0), min(x2, WIDTH), max(y1, 0), min(y2, HEIGHT)
         if x2 > x1 and y2 > y1:
             boxes.append([x1, y1, x2, y2])
@@ -96,9 +98,9 @@ def _annotation(xml: bytes, name: str, archive: str) -> tuple[list[list[float]],
 def bccd() -> Data:
     """The cells: uint8 images ``[N, 3, 240, 320]`` with boxes of red and white blood cells and platelets."""
     (file, expected), *_ = FILES.items()
-    made = decoded(file, expected, SOURCE, decode)
+    splits = decoded(file, expected, SOURCE, decode)
     train, test = (
         DetectionDataset(part["x"], tuple(part["boxes"]), tuple(part["labels"]))
-        for part in (made["trainval"], made["test"])
+        for part in (splits["trainval"], splits["test"])
     )
     return Data("bccd", "detection", CLASSES, train, test, (3, 240, 320), *pixel_statistics(train.x))

@@ -1,7 +1,7 @@
 """CIFAR-10 as JPEG files: real photographs in two small archives.
 
-The JPEG form is lossy, so results are close to, but not the same as, those of the original binary batches; they
-carry the name ``cifar10-jpeg``.
+The JPEG form is lossy. Results are close to, but not the same as, those of the original binary batches, so the set has
+a name of its own, ``cifar10-jpeg``.
 """
 
 import io
@@ -26,7 +26,7 @@ FILES = {
 
 
 def decode(path: Path) -> dict[str, Any]:
-    """Reads every ``<split>/<class>/<n>.jpg`` of a tar archive in one pass: uint8 ``[N, 3, 32, 32]`` and labels.
+    """Read every ``<split>/<class>/<n>.jpg`` of a tar archive in one pass: uint8 ``[N, 3, 32, 32]`` and labels.
 
     Raises:
         DataError: a class is missing, or an image is damaged or not 32x32.
@@ -36,24 +36,24 @@ def decode(path: Path) -> dict[str, Any]:
 
     from lowbit.data import images
 
-    found = []
+    photographs = []
     with tarfile.open(path) as archive:
         for member in tqdm(archive, desc=f"decoding {path.name}", unit=" images", leave=False):
             if member.isfile() and member.name.endswith(".jpg"):
                 label = Path(member.name).parent.name
                 if label not in CLASSES:
-                    raise DataError(f"{path.name} holds a class {label!r} that CIFAR-10 has not")
+                    raise DataError(f"{path.name} holds a class {label!r} that CIFAR-10 lacks")
                 content = io.BytesIO(read_member(archive, member, path.name))
                 pixels = np.asarray(images.read(content, f"{path.name}: {member.name}"))
                 if pixels.shape != (32, 32, 3):
                     raise DataError(f"{path.name}: {member.name} is {pixels.shape[1]}x{pixels.shape[0]}, not 32x32")
-                found.append((CLASSES.index(label), member.name, pixels))
-    found.sort(key=lambda item: item[:2])  # whatever the order inside the archive
-    counts = np.bincount([label for label, _, _ in found], minlength=len(CLASSES))
+                photographs.append((CLASSES.index(label), member.name, pixels))
+    photographs.sort(key=lambda item: item[:2])  # independent of the order inside the archive
+    counts = np.bincount([label for label, _, _ in photographs], minlength=len(CLASSES))
     if missing := [name for name, count in zip(CLASSES, counts, strict=True) if count == 0]:
         raise DataError(f"{path.name} has no image of the class(es) {', '.join(missing)}")
-    x = torch.from_numpy(np.stack([pixels for _, _, pixels in found])).permute(0, 3, 1, 2).contiguous()
-    return {"x": x, "y": torch.tensor([label for label, _, _ in found])}
+    x = torch.from_numpy(np.stack([pixels for _, _, pixels in photographs])).permute(0, 3, 1, 2).contiguous()
+    return {"x": x, "y": torch.tensor([label for label, _, _ in photographs])}
 
 
 @dataset(

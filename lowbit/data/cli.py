@@ -12,7 +12,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("list")
 def list_sets() -> None:
-    """Every data set: what it is, where it comes from, and whether it is here."""
+    """List every data set: what it is, where it comes from, and whether it is here."""
     with extra("train", "lowbit data list"):
         from rich.console import Console
         from rich.table import Table
@@ -30,12 +30,12 @@ def list_sets() -> None:
 
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="a name that `lowbit data list` shows")]) -> None:
-    """Gets a data set ready: downloads it, or decodes its archive into the cache."""
+    """Get a data set ready: download it, or decode its archive into the cache."""
     from lowbit.data import card, load
 
     known = card(name)
     if known.kind == "folder":
-        typer.echo(f"{name} is read from a folder of yours; {known.note}")
+        typer.echo(f"{name} is read from your own folder; {known.note}")
         return
     data = load(name)
     typer.echo(f"{name}: {len(data.train):,} training and {len(data.test):,} test items are ready ({known.kind})")
@@ -43,7 +43,7 @@ def fetch(name: Annotated[str, typer.Argument(help="a name that `lowbit data lis
 
 @app.command()
 def verify(names: Annotated[list[str] | None, typer.Argument(help="default: all that have files")] = None) -> None:
-    """Compares the files that are here with their published checksums; exit status 1 if one differs."""
+    """Compare the files that are here with their published checksums; exit with status 1 if one differs."""
     with extra("train", "lowbit data verify"):
         from rich.console import Console
         from rich.markup import escape

@@ -1,4 +1,4 @@
-"""Downloads that can be broken off and go on, and that are checked before anyone reads them."""
+"""Downloads that resume after an interruption, and whose checksums are compared before anyone reads them."""
 
 import urllib.error
 import urllib.request
@@ -16,16 +16,16 @@ TIMEOUT = 30  # seconds without a byte
 def fetch(url: str, expected: str, file: str | None = None) -> Path:
     """The file at ``url``, from the cache, a data folder, or the network.
 
-    A download goes to ``<file>.part`` and continues there after an interruption; it gets its name only when its
-    checksum is right.
+    A download goes to ``<file>.part`` and resumes there after an interruption. It gets its final name once its checksum
+    is right.
 
     Args:
-        url: where it is published.
-        expected: its sha256, or ``"md5:..."`` where the publisher gives only that.
-        file: its name here; the last part of ``url`` if None.
+        url: address at which the file is published.
+        expected: the file's sha256, or ``"md5:..."`` if the publisher gives only that.
+        file: local name of the file; None takes the last part of ``url``.
 
     Raises:
-        DataError: no network, or the wrong contents; the message says what to put where.
+        DataError: the network is not there, or the contents are wrong; the message says what to put where.
     """
     file = file or url.rsplit("/", 1)[-1]
     for folder in paths.archives():
@@ -39,16 +39,16 @@ def fetch(url: str, expected: str, file: str | None = None) -> Path:
     try:
         _continue(url, part)
     except OSError as error:  # urllib's errors, time-outs and broken connections are all OSErrors
-        kept = f" ({part.stat().st_size:,} bytes are kept; the next try goes on from there)" if part.exists() else ""
+        kept = f" ({part.stat().st_size:,} bytes are kept; the next try resumes there)" if part.exists() else ""
         raise DataError(
             f"{file} could not be downloaded from {url}: {error}{kept}. Without a network, get the file elsewhere and "
             "put it into a folder that the environment variable LOWBIT_DATA names"
         ) from None
-    found = checksum(part, expected)
-    if found != expected:
+    actual = checksum(part, expected)
+    if actual != expected:
         part.unlink()
         raise DataError(
-            f"{file} from {url} is not what was published: its checksum is {found[:20]}..., expected "
+            f"{file} from {url} is not what was published: its checksum is {actual[:20]}..., expected "
             f"{expected[:20]}...; it was not kept. Try again; if it happens again, the publisher's file has changed"
         )
     part.replace(target)
@@ -56,17 +56,17 @@ def fetch(url: str, expected: str, file: str | None = None) -> Path:
 
 
 def _checked(path: Path, expected: str) -> Path:
-    found = checksum(path, expected)
-    if found != expected:
+    actual = checksum(path, expected)
+    if actual != expected:
         raise DataError(
-            f"{path} is truncated or altered: its checksum is {found[:20]}..., expected {expected[:20]}...; "
-            "delete it and get it anew"
+            f"{path} is truncated or altered: its checksum is {actual[:20]}..., expected {expected[:20]}...; "
+            "delete it and get it again"
         )
     return path
 
 
 def _continue(url: str, part: Path) -> None:
-    """Appends to ``part`` what it lacks of ``url``; starts afresh where the server cannot continue."""
+    """Append the missing bytes of ``url`` to ``part``; start again if the server cannot resume."""
     with extra("data", "downloading"):
         from tqdm.auto import tqdm
 
@@ -79,12 +79,12 @@ def _continue(url: str, part: Path) -> None:
             return  # nothing is missing; the checksum decides
         raise
     with response:
-        going_on = response.status == HTTPStatus.PARTIAL_CONTENT
-        have = have if going_on else 0
+        resumed = response.status == HTTPStatus.PARTIAL_CONTENT
+        have = have if resumed else 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         with (
-            open(part, "ab" if going_on else "wb") as out,
+            open(part, "ab" if resumed else "wb") as out,
             tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem) as bar,
         ):
             while block := response.read(CHUNK):

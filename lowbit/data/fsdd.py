@@ -24,7 +24,7 @@ RECORDING = re.compile(r"(\d)_([a-z]+)_(\d+)\.wav")
 
 
 def fit(sound: np.ndarray, length: int) -> np.ndarray:
-    """Pads ``sound`` with silence on both sides, or cuts both ends, to ``length`` samples."""
+    """Pad ``sound`` with silence on both sides, or cut both ends, to ``length`` samples."""
     if len(sound) >= length:
         start = (len(sound) - length) // 2
         return sound[start : start + length]
@@ -36,9 +36,9 @@ def decode(path: Path) -> dict[str, Any]:
     """All recordings, int16 ``[N, 8000]`` (one second), with digit, speaker and index, in that order.
 
     Raises:
-        DataError: a recording of another rate or form, or a digit that is missing.
+        DataError: a recording has another rate or form, or a digit is missing.
     """
-    found = []
+    recordings = []
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             match = RECORDING.fullmatch(Path(name).name)
@@ -47,13 +47,13 @@ def decode(path: Path) -> dict[str, Any]:
             if match[2] not in SPEAKERS:
                 raise DataError(f"{path.name}: {name} is not a recording by {', '.join(SPEAKERS)}")
             sound = sounds.read(archive.read(name), RATE, f"{path.name}: {name}")
-            found.append((int(match[1]), SPEAKERS.index(match[2]), int(match[3]), fit(sound, RATE)))
-    found.sort(key=lambda item: item[:3])
-    present = {digit for digit, *_ in found}
+            recordings.append((int(match[1]), SPEAKERS.index(match[2]), int(match[3]), fit(sound, RATE)))
+    recordings.sort(key=lambda item: item[:3])
+    present = {digit for digit, *_ in recordings}
     if missing := [name for i, name in enumerate(CLASSES) if i not in present]:
         raise DataError(f"{path.name} has no recording of the digit(s) {', '.join(missing)}")
-    keys = torch.tensor([item[:3] for item in found])
-    return {"x": torch.from_numpy(np.stack([item[3] for item in found])), "keys": keys}
+    keys = torch.tensor([item[:3] for item in recordings])
+    return {"x": torch.from_numpy(np.stack([item[3] for item in recordings])), "keys": keys}
 
 
 @dataset(
@@ -77,10 +77,10 @@ def fsdd(speaker: str | None = None) -> Data:
     if speaker is not None and speaker not in SPEAKERS:
         raise DataError(f"fsdd: speaker={speaker!r} is not one of {', '.join(SPEAKERS)}")
     (file, expected), *_ = FILES.items()
-    made = decoded(file, expected, SOURCE, decode)
-    digit, who, index = made["keys"].T
+    contents = decoded(file, expected, SOURCE, decode)
+    digit, who, index = contents["keys"].T
     meta = pd.DataFrame({"speaker": [SPEAKERS[i] for i in who.tolist()], "index": index.numpy()})
-    whole = ArrayDataset(made["x"], digit.clone(), meta)
+    whole = ArrayDataset(contents["x"], digit.clone(), meta)
     held = index < TEST_INDICES if speaker is None else who == SPEAKERS.index(speaker)
     train, test = whole.take((~held).nonzero()[:, 0]), whole.take(held.nonzero()[:, 0])
     return Data("fsdd", "speech", CLASSES, train, test, (RATE,), sample_rate=RATE)

@@ -1,14 +1,14 @@
-"""Reading one image as 8-bit RGB, or refusing it by name: what every loader of pictures goes through.
+"""Read one image as 8-bit RGB, or refuse it by name; every loader of images uses this.
 
-What becomes of the less usual kinds:
+Less usual kinds of image are read like this:
 
 - 16-bit gray: scaled to 8 bits (value / 257), a TIFF of 9 to 15 bits by its own largest value.
-- Palette, black and white, gray: their colors in RGB.
-- Transparency: shown over white.
+- Palette, black and white, gray: converted to RGB.
+- Transparency: composed over white.
 - CMYK and YCbCr: converted by the plain formula; color profiles are not applied.
 - EXIF orientation: the image is turned as a viewer would show it.
-- Animations and files of several pages: the first picture counts.
-- Floating point, 32-bit or signed integers, CIELAB: refused, as their range is not known.
+- Animations and files of several pages: the first image is read.
+- Floating point, 32-bit or signed integers, CIELAB: refused, since their range is not known.
 """
 
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA", "P")
 
 
 def read(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """The image as an 8-bit RGB picture; the module's docstring says what becomes of other kinds.
+    """Read an image as 8-bit RGB; the module's docstring says how other kinds are converted.
 
     Args:
         source: a path, or an open binary file.
-        name: what to call it in errors; the path if None.
+        name: name of the image in errors; None takes the path.
 
     Raises:
-        DataError: naming the file: it is missing, empty, truncated, damaged, no image, or of a kind without a known
-            range of values.
+        DataError: the file is missing, empty, truncated, damaged, no image, or of a kind without a known range of
+            values; the message names it.
     """
     name = name or str(source)
     try:
@@ -72,6 +72,6 @@ def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """A gray picture of 9 to 16 bits, scaled to 8: its largest possible value becomes 255."""
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     values = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow turns this round for 8 bits only
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero; Pillow inverts this for 8 bits only
         values = 255 - values
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

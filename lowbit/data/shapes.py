@@ -1,4 +1,4 @@
-"""Shapes to find in textured images, drawn at load from a seed: detection without any file."""
+"""Shapes to detect in textured images, drawn at load from a seed: a detection set without files."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ CLASSES = ("circle", "square", "triangle")
 def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One scene: uint8 ``[3, size, size]``, boxes ``[n, 4]`` (x1, y1, x2, y2; pixels) and labels ``[n]``, n = 1 ... 5.
 
-    Later shapes lie on top of earlier ones; a shape that would hide more than a fifth of another is not drawn.
+    Later shapes cover earlier ones; a shape is not drawn if it overlaps another by more than a fifth of the smaller.
     """
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     angle, wave = rng.uniform(0, np.pi), rng.uniform(3, 12)
@@ -34,7 +34,7 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, n
                 inside &= np.abs(x + 0.5 - cx) <= (y + 0.5 - (cy - radius)) / 2
         background = image[:, inside].mean(1)
         color = rng.uniform(0, 255, 3)
-        while np.abs(color - background).max() < 70:  # visible against what is there
+        while np.abs(color - background).max() < 70:  # visible against its background
             color = rng.uniform(0, 255, 3)
         image[:, inside] = color[:, None] + rng.normal(0, 6, (3, int(inside.sum())))
         boxes.append(box)
@@ -77,7 +77,9 @@ def _scenes(count: int, size: int, seed: int, split: int) -> DetectionDataset:
 def shapes(size: int = 64, n_train: int = 600, n_test: int = 150, seed: int = 0) -> Data:
     """The scenes, uint8 ``[N, 3, size, size]``; the same ``seed`` gives the same scenes."""
     if size < 32 or n_train < 1 or n_test < 1:
-        raise DataError(f"shapes: size={size}, n_train={n_train}, n_test={n_test}; size is at least 32, the others 1")
+        raise DataError(
+            f"shapes: size={size}, n_train={n_train}, n_test={n_test}; allowed are size >= 32, the others >= 1"
+        )
     train, test = _scenes(n_train, size, seed, 0), _scenes(n_test, size, seed, 1)
     half = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     return Data("shapes", "detection", CLASSES, train, test, (3, size, size), *half)

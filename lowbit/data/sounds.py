@@ -1,7 +1,7 @@
-"""Reading one recording as 16-bit mono, or refusing it by name: what every loader of sounds goes through.
+"""Read one recording as 16-bit mono, or refuse it by name; every loader of sounds uses this.
 
-8, 24 and 32-bit integers are scaled to 16 bits, floating point from [-1, 1]. Several channels, another rate, no sample
-at all, values that are no numbers or beyond [-1, 1], and files that end too early are refused.
+Integers of 8, 24 and 32 bits are scaled to 16 bits, and so is floating point from [-1, 1]. Recordings with several
+channels, another rate, no samples, values that are NaN or beyond [-1, 1], and files that end too early are refused.
 """
 
 import io
@@ -13,19 +13,19 @@ from lowbit.errors import DataError
 from lowbit.extras import extra
 
 FLOATING = ("FLOAT", "DOUBLE")
-UNKNOWN_LENGTH = (0, 0xFFFFFFFF)  # what a program writes that could not go back to the header
+UNKNOWN_LENGTH = (0, 0xFFFFFFFF)  # written by a program that could not return to the header
 
 
 def read(source: bytes | Path, rate: int, name: str) -> np.ndarray:
-    """The samples of a recording, int16 ``[T]``.
+    """Read the samples of a recording, int16 ``[T]``.
 
     Args:
         source: the file's contents, or its path.
-        rate: the samples a second that it has to have.
-        name: what to call it in errors.
+        rate: the required samples per second.
+        name: name of the recording in errors.
 
     Raises:
-        DataError: naming the recording, and what is wrong with it.
+        DataError: the recording is refused; the message names it and says why.
     """
     with extra("speech", "reading sound"):
         import soundfile
@@ -33,13 +33,13 @@ def read(source: bytes | Path, rate: int, name: str) -> np.ndarray:
     content = source.read_bytes() if isinstance(source, Path) else source
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
-            found, channels, frames, subtype = file.samplerate, file.channels, file.frames, file.subtype
-            # libsndfile cuts floating point to integers without scaling it: +-1 would be all that is left.
+            actual, channels, frames, subtype = file.samplerate, file.channels, file.frames, file.subtype
+            # libsndfile truncates floating point to integers without scaling, which would leave only -1, 0 and 1.
             sound = file.read(dtype="float64" if subtype in FLOATING else "int16")
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         raise DataError(f"{name} cannot be read as a recording ({error}): it is empty, damaged or no sound") from error
-    if found != rate or channels != 1:
-        raise DataError(f"{name} is not a mono recording at {rate} Hz: it has {channels} channel(s) at {found} Hz")
+    if actual != rate or channels != 1:
+        raise DataError(f"{name} is not a mono recording at {rate} Hz: it has {channels} channel(s) at {actual} Hz")
     if len(sound) < frames or _cut(content):
         raise DataError(f"{name} is truncated: it ends before the length that its header gives; restore it")
     if not len(sound):
@@ -47,12 +47,12 @@ def read(source: bytes | Path, rate: int, name: str) -> np.ndarray:
     if subtype not in FLOATING:
         return sound
     if not np.isfinite(sound).all() or np.abs(sound).max() > 1:
-        raise DataError(f"{name} has samples that are no numbers or beyond [-1, 1]; scale it, or save it with 16 bits")
+        raise DataError(f"{name} has samples that are NaN or beyond [-1, 1]; scale it, or save it with 16 bits")
     return (sound * 32768).round().clip(-32768, 32767).astype(np.int16)
 
 
 def _cut(content: bytes) -> bool:
-    """Whether a WAV file is shorter than it says; libsndfile takes what is there without a word."""
+    """Whether a WAV file is shorter than it says; libsndfile reads such a file without an error."""
     if content[:4] != b"RIFF":
         return False
     place = 12

@@ -21,10 +21,10 @@ RATE = 16000
 
 
 def decode(path: Path, words: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """The clips of ``words`` (all, if None), int16 ``[N, 16000]``, with labels and the publisher's test list.
+    """Read the clips of ``words`` (None: all), int16 ``[N, 16000]``, with labels and the publisher's test list.
 
     Raises:
-        DataError: a word without clips, or a clip of another rate.
+        DataError: a word has no clips, a clip has another rate, or the archive is no Speech Commands.
     """
     clips: list[tuple[str, str, np.ndarray]] = []
     test: set[str] = set()
@@ -68,10 +68,10 @@ def decode(path: Path, words: tuple[str, ...] | None = None) -> dict[str, Any]:
 def speech_commands(words: Literal["core", "all"] = "core") -> Data:
     """The commands; the publisher's testing list is the test split, everything else the training split."""
     if words not in ("core", "all"):
-        raise DataError(f"speech-commands: words={words!r} is not allowed; 'core' and 'all' are")
+        raise DataError(f"speech-commands: words={words!r} is not allowed; use 'core' or 'all'")
     (_, expected), *_ = FILES.items()
     chosen = CORE if words == "core" else None
-    made = decoded_file(fetch(URL, expected), expected, lambda path: decode(path, chosen), variant=words)
-    whole = ArrayDataset(made["x"], made["y"])
-    train, test = whole.take((~made["test"]).nonzero()[:, 0]), whole.take(made["test"].nonzero()[:, 0])
-    return Data("speech-commands", "speech", tuple(made["classes"]), train, test, (RATE,), sample_rate=RATE)
+    contents = decoded_file(fetch(URL, expected), expected, lambda path: decode(path, chosen), variant=words)
+    whole, held = ArrayDataset(contents["x"], contents["y"]), contents["test"]
+    train, test = whole.take((~held).nonzero()[:, 0]), whole.take(held.nonzero()[:, 0])
+    return Data("speech-commands", "speech", tuple(contents["classes"]), train, test, (RATE,), sample_rate=RATE)

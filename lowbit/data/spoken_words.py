@@ -20,13 +20,13 @@ RATE = 8000
 
 
 def folder() -> Path:
-    """Where the set lies."""
+    """The folder of the data set."""
     return paths.embedded_data() / "spoken_words"
 
 
 @cache
 def manifest() -> dict[str, str]:
-    """File -> sha256, as the maker wrote it; empty where the project's data folder is missing."""
+    """File name -> sha256, from the set's manifest; empty if the project's data folder is missing."""
     path = folder() / "manifest.json"
     return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
 
@@ -55,7 +55,7 @@ def spoken_words() -> Data:
 
     sums = manifest()
     if not sums:
-        raise DataError(f"spoken-words is not there: {folder()} has no manifest.json; run from the project's sources")
+        raise DataError(f"spoken-words was not found: {folder()} has no manifest.json; run from the project's sources")
     for file, expected in sums.items():
         if not (folder() / file).is_file():
             raise DataError(f"spoken-words lacks the file {file}; restore it from the project's sources")

@@ -1,4 +1,4 @@
-"""CIFAR-10/100, FashionMNIST and image folders, read by torchvision, fetched by our own downloader."""
+"""CIFAR-10/100, FashionMNIST and image folders: read by torchvision, downloaded by `lowbit.data.download`."""
 
 import tempfile
 import warnings
@@ -41,7 +41,7 @@ def _in_memory(name: str, train: Any, test: Any) -> Data:
 
 
 def _cifar(name: str, archive: Path, kind: type) -> Data:
-    """Unpacks the archive for torchvision to read, in a folder that goes away again."""
+    """Unpack the archive into a temporary folder, and let torchvision read it there."""
     import tarfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def _cifar(name: str, archive: Path, kind: type) -> Data:
                 packed.extractall(folder, filter="data")
             return _in_memory(name, *(kind(folder, train=train) for train in (True, False)))
         except (tarfile.TarError, RuntimeError, EOFError, OSError) as error:
-            raise DataError(f"{archive.name} could not be read ({error}); delete it and get it anew") from None
+            raise DataError(f"{archive.name} could not be read ({error}); delete it and get it again") from None
 
 
 @dataset(
@@ -122,12 +122,12 @@ def fashion_mnist() -> Data:
                 with gzip.open(archive) as packed, open(raw / archive.stem, "wb") as out:
                     shutil.copyfileobj(packed, out)
             except (OSError, EOFError) as error:
-                raise DataError(f"{archive.name} could not be read ({error}); delete it and get it anew") from None
+                raise DataError(f"{archive.name} could not be read ({error}); delete it and get it again") from None
         return _in_memory("fashion-mnist", *(FashionMNIST(folder, train=train) for train in (True, False)))
 
 
 def _is_image(left_out: list[str], path: str) -> bool:
-    """Whether a file of a folder is an image by its name; visible files that are none are noted in ``left_out``."""
+    """Whether the name of a file is that of an image; other visible files are added to ``left_out``."""
     name = Path(path).name
     if not name.startswith(".") and not name.lower().endswith(ENDINGS):
         left_out.append(path)
@@ -145,20 +145,20 @@ def _folder(name: str, path: str | None, img_size: int) -> Data:
         path = next((str(c) for c in candidates if c.is_dir()), None)
         if path is None:
             raise DataError(
-                "imagenet is not here: download ILSVRC2012 from https://image-net.org (it asks for an account), unpack "
-                "it as train/<class>/*.JPEG and val/<class>/*.JPEG, and give the folder as path=, or put it as "
+                "imagenet was not found: download ILSVRC2012 from https://image-net.org (it asks for an account), "
+                "unpack it as train/<class>/*.JPEG and val/<class>/*.JPEG, and give the folder as path=, or put it as "
                 "'imagenet' into the folder that LOWBIT_DATA names"
             )
     if not isinstance(img_size, int) or isinstance(img_size, bool) or img_size < 1:
-        raise DataError(f"{name}: img_size={img_size!r} is not allowed; give the pixels of a side, 1 or more")
+        raise DataError(f"{name}: img_size={img_size!r} is not allowed; give the side in pixels, 1 or more")
     root = Path(path).expanduser()
     for split in ("train", "val"):
         if not (root / split).is_dir():
             raise DataError(f"{name}: {root} has no folder {split!r}; it needs train/<class>/ and val/<class>/")
     classes = {split: {p.name for p in (root / split).iterdir() if p.is_dir()} for split in ("train", "val")}
-    for one, other in (("train", "val"), ("val", "train")):
-        if missing := sorted(classes[one] - classes[other]):
-            raise DataError(f"{name}: {root / other} lacks the class {missing[0]!r} that {one!r} has")
+    for complete, lacking in (("train", "val"), ("val", "train")):
+        if missing := sorted(classes[complete] - classes[lacking]):
+            raise DataError(f"{name}: {root / lacking} lacks the class {missing[0]!r} that {complete!r} has")
     left_out: list[str] = []
     try:
         train, test = (
@@ -186,7 +186,7 @@ def _folder(name: str, path: str | None, img_size: int) -> Data:
     license="yours",
     citation="",
     source="a folder of yours",
-    note="option path=: the folder; img_size=: what they are cropped to",
+    note="option path=: the folder; img_size=: the side to crop them to",
 )
 def image_folder(path: str | None = None, img_size: int = 224) -> Data:
     """Images of any size, read one by one as `lowbit.data.images` says, and normalized like ImageNet."""

@@ -1,4 +1,4 @@
-"""Which data is here, and is it what it should be."""
+"""The state of the data: which files are here, and whether they are intact."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileStatus:
-    """One file of a data set: ``status`` "ok", "missing" or "wrong", and a sentence on it."""
+    """One file of a data set: ``status`` "ok", "missing" or "wrong", and a sentence that explains it."""
 
     data: str
     status: Literal["ok", "missing", "wrong"]
@@ -28,16 +28,16 @@ class FileStatus:
 
 
 def places(known: Card) -> dict[str, Path]:
-    """Where each file of a data set is, or would be looked for first."""
+    """The path of each file of a data set, or the first path at which it would be searched."""
     if known.kind == "embedded":
         return {file: paths.embedded_data() / known.name.replace("-", "_") / file for file in known.files}
     folders = [paths.cache() / "downloads"] if known.kind == "download" else []
     folders += paths.archives()
-    found = {}
+    paths_of = {}
     for file in known.files:
         options = [folder / file for folder in folders] or [Path(file)]
-        found[file] = next((path for path in options if path.is_file()), options[0])
-    return found
+        paths_of[file] = next((path for path in options if path.is_file()), options[0])
+    return paths_of
 
 
 def check_files(chosen: list[str] | None = None) -> Iterator[FileStatus]:
@@ -51,13 +51,13 @@ def check_files(chosen: list[str] | None = None) -> Iterator[FileStatus]:
             if not path.is_file():
                 yield FileStatus(name, "missing", f"{file}; get it from {known.source}")
             elif checksum(path, expected) != expected:
-                yield FileStatus(name, "wrong", f"{path} is truncated or altered; get it anew from {known.source}")
+                yield FileStatus(name, "wrong", f"{path} is truncated or altered; get it again from {known.source}")
             else:
                 yield FileStatus(name, "ok", str(path))
 
 
 def describe() -> "pandas.DataFrame":
-    """One row a data set: name, what it is, task, items, classes, where it is from, whether it is ``here``."""
+    """A table with one row per data set: name, title, task, items, classes, origin, and whether it is ``here``."""
     with extra("data", "the table of data sets"):
         import pandas as pd
 
@@ -80,7 +80,11 @@ def describe() -> "pandas.DataFrame":
 
 
 def manifest(name: str) -> dict[str, Any]:
-    """What identifies the data behind ``name`` for run cards and caches: its files' checksums, or its generator's."""
+    """The identity of the data set ``name`` for run cards and caches: checksums of its files or its generator.
+
+    Raises:
+        DataError: there is no such data set, or the source file of its generator is missing.
+    """
     import inspect
 
     known = card(name)
@@ -94,11 +98,10 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def state() -> dict[str, dict[str, str]]:
-    """What data is here: data set name -> file name -> sha256, for files that are there. The name "" stands for all
-    that travels with the project.
+    """The files that are here: data set name -> file name -> sha256; the name "" stands for the embedded data.
 
-    An archive is read again only when its size or time of change differ from those noted when it was last read.
-    Folders of the user's own are not looked into.
+    An archive is read again only if its size or modification time has changed since it was last read. The user's own
+    folders are not read.
     """
     root = paths.embedded_data()
     embedded = {
@@ -118,7 +121,7 @@ def state() -> dict[str, dict[str, str]]:
             here = {file: path for file, path in places(card(name)).items() if path.is_file()}
             found[name] = {file: _noted_sum(path, noted) for file, path in here.items()}
     if noted != before:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        with contextlib.suppress(OSError):  # without a writable cache the sums are computed again next time
             write_atomically(memory, lambda out: out.write(json.dumps(noted).encode()))
     return found
 

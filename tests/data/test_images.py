@@ -136,7 +136,7 @@ def test_a_damaged_image_of_an_archive_is_refused_by_its_own_name(tmp_path):
     [("<annotation", "1.xml is no XML"),
      ("<a><object><name>RBC</name><bndbox><xmin>1</xmin></bndbox></object></a>", "1.xml has a box with the sides"),
      ("<a><object><name>RBC</name><bndbox><xmin>nan</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></a>",
-      "it takes four numbers")],
+      "four finite numbers are needed")],
 )  # fmt: skip
 def test_a_damaged_annotation_is_refused_by_name(tmp_path, xml, message):
     files = {f"BCCD/ImageSets/Main/{split}.txt": b"1" for split in ("trainval", "test")}
