@@ -1,4 +1,4 @@
-"""A teacher's answers to fixed augmentations, computed once and shared by every run that asks the same.
+"""A teacher's logits for fixed augmentations, computed once and shared by all runs that need the same ones.
 
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022, arXiv 2112.01528, keep soft
 labels of fixed crops. Here the crops are those of ``TrainConfig.crops``.
@@ -15,19 +15,19 @@ from lowbit.files import write_atomically
 from lowbit.training import distillation
 from lowbit.training.batches import Batches
 
-ITEMS = 256  # a batch of the teacher's
+ITEMS = 256  # training items in one batch of the teacher
 
 
 @torch.no_grad()
 def stored_answers(teacher: nn.Module, batches: Batches) -> torch.Tensor:
     """The logits of ``teacher`` for every fixed version of every training item: float16 [items, crops, classes].
 
-    They are read from the cache folder where the same teacher has answered before; otherwise asked for and written
-    there, by one process at a time.
+    They are read from the cache folder if the same teacher has answered before. Otherwise one process at a time asks
+    the teacher and writes the answers there.
 
     Args:
-        teacher: prepared by `lowbit.training.distillation.prepare_teacher`, on the device of ``batches``.
-        batches: of a configuration with ``crops``.
+        teacher: a model prepared by `lowbit.training.distillation.prepare_teacher`, on the device of ``batches``.
+        batches: the batches of a run with ``crops`` above 0.
     """
     from safetensors.torch import load_file, save
 

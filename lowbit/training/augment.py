@@ -1,7 +1,7 @@
 """Augmentation: whole batches in memory at once, or one sample at a time for large images.
 
-What is random is drawn first (:func:`draw`, from a generator) and applied afterwards (:func:`apply`), so that
-several processes can draw for the whole batch and each apply its own share.
+Random numbers are drawn first (:func:`draw`, from a generator) and applied afterwards (:func:`apply`), so that each of
+several processes can draw for the whole batch and apply its own share.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from lowbit.errors import LowbitError
 from lowbit.extras import extra
 from lowbit.training import seeds
 
-RANDAUGMENT_LEAST = 64  # pixels; below, its shears and rotations leave little of a picture
+RANDAUGMENT_LEAST = 64  # pixels; its shears and rotations leave little of smaller images
 
 
 def reach(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How far "shift" moves along each axis: 1/8 of an image's height and width, 1/10 of a sound's length."""
+    """The largest "shift" along each axis: 1/8 of an image's height and width, 1/10 of a sound's length."""
     return (shape[-1] // 10,) if len(shape) == 1 else (shape[-2] // 8, shape[-1] // 8)
 
 
@@ -35,7 +35,7 @@ def draw(kind: str, n: int, shape: tuple[int, ...], generator: torch.Generator) 
 
 
 def fixed(kind: str, n: int, crops: int, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """`draw` for ``crops`` versions of each of ``n`` items, the same whatever a run's seed: ``[n, crops, ...]``."""
+    """Random numbers as `draw` gives, ``[n, crops, ...]``: ``crops`` versions of each item, the same for every seed."""
     drawn = draw(kind, n * crops, shape, seeds.generator(0, seeds.CROPS))
     return {name: values.view(n, crops, *values.shape[1:]) for name, values in drawn.items()}
 
@@ -50,7 +50,7 @@ def apply(x: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def shift(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Move each item by its own ``offsets`` (rows down and columns right, or samples later); zeros come in.
+    """Move each item by its own ``offsets`` (rows down and columns right, or samples later); zeros fill the gap.
 
     x: [N,C,H,W] with offsets [N,2], or [N,T] with offsets [N,1]; any dtype.
     """
@@ -74,17 +74,18 @@ def flip(x: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
 def mix(
     x: torch.Tensor, y: torch.Tensor, classes: int, mixup: float, cutmix: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixes each item with its mirror place in the batch, the last with the first.
+    """Mix each item of a batch with the item at the mirrored position: the first with the last, and so on.
 
     Mixup (Zhang et al., arXiv 1710.09412) blends them, λ·x + (1-λ)·x'; CutMix (Yun et al., arXiv 1905.04899) pastes a
-    rectangle of x' that covers 1-λ of the image. λ ~ Beta(α, α), one for the batch; with both, a coin decides.
+    rectangle of x' that covers 1-λ of the image. One λ ~ Beta(α, α) is drawn for the batch. With both methods on, a
+    coin flip chooses one of them.
 
     Args:
         x: float [N,C,H,W], normalized.
         y: labels int64 [N].
-        classes: K.
-        mixup, cutmix: their α; 0 leaves one out.
-        seed: of the draw.
+        classes: the number of classes, K.
+        mixup, cutmix: α of each method; 0 turns it off, and one of them is above 0.
+        seed: random seed of λ, the rectangle and the choice.
 
     Returns:
         The mixed images, and the label probabilities float32 [N,K].
@@ -149,8 +150,8 @@ def check(kind: str, shape: tuple[int, ...], in_memory: bool) -> None:
 def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Callable[[Any], torch.Tensor]:
     """A torchvision transform of one item (PIL image or uint8 [C,H,W]) to uint8 [C,H,W] of ``shape``.
 
-    Images of a folder come in all sizes: random-resized crop and flip in training, resize and center crop with
-    ``kind="none"``. Images in memory have their size already: padded random crop and flip.
+    Images in a folder differ in size: training takes a random-resized crop and a flip, ``kind="none"`` a resize and a
+    center crop. Images in memory have the right size: training takes a padded random crop and a flip.
     """
     with extra("data", "augmenting images"):
         from torchvision.transforms import v2
@@ -182,8 +183,10 @@ def sample_transform(kind: str, shape: tuple[int, ...], in_memory: bool) -> Call
 
 
 class Samples(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """A dataset seen through a transform, asked for ``(epoch, index[, copy])``: what a sample looks like depends on the
-    seed and these only, never on the number of workers or on what came before."""
+    """A data set under a random transform, indexed by ``(epoch, index[, copy])``.
+
+    A sample depends on the seed and this index only, not on the number of workers or on earlier samples.
+    """
 
     def __init__(self, dataset: Split, transform: Callable[[Any], torch.Tensor], seed: int):
         self.dataset, self.transform, self.seed = dataset, transform, seed

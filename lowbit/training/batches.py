@@ -1,7 +1,7 @@
 """Batches: a deterministic order, the share of each process, and normalization on the device.
 
-Step s of epoch e is a function of (seed, e, s) alone. Each process takes its consecutive share of the global batch,
-so that any number of processes sees the same batches as one.
+Step s of epoch e is a function of (seed, e, s) alone. Each process takes its consecutive share of the global batch, so
+the global batches do not depend on the number of processes.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ KEEP_ON_DEVICE = 4 * 2**30  # bytes; larger sets stay in main memory
 
 
 def order(n: int, batch_size: int, seed: int, epoch: int, repeats: int = 1) -> torch.Tensor:
-    """Indices int64 [steps, batch_size] of one epoch: a random permutation, its incomplete last batch left out.
+    """Indices int64 [steps, batch_size] of one epoch: a random permutation without its incomplete last batch.
 
-    With ``repeats`` each index comes that often in a row and an epoch, as long as ever, sees fewer of them (repeated
-    augmentation, Hoffer et al., arXiv 1901.09335).
+    Each index occurs ``repeats`` times in a row. The epoch keeps its length, so it covers fewer different items
+    (repeated augmentation, Hoffer et al., arXiv 1901.09335).
     """
     shuffled = torch.randperm(n, generator=seeds.generator(seed, seeds.ORDER, epoch))
     shuffled = shuffled.repeat_interleave(repeats)[:n]
@@ -49,9 +49,9 @@ def normalize(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
 
 
 def check_labels(y: torch.Tensor, classes: int, where: str) -> None:
-    """Refuses labels that are not integers from 0 to ``classes`` - 1: a GPU would stop at one without saying which."""
+    """Refuse labels that are not integers from 0 to ``classes`` - 1: a GPU would fail without naming the label."""
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1:
-        raise LowbitError(f"{where}: labels are {y.dtype} {list(y.shape)}; they should be integers, one an item")
+        raise LowbitError(f"{where}: labels are {y.dtype} {list(y.shape)}; they should be integers, one per item")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         wrong = int(y.min()) if y.min() < 0 else int(y.max())
         raise LowbitError(f"{where}: the label {wrong} is not among its {classes} classes, numbered from 0")
@@ -75,7 +75,7 @@ def _known_labels(split: Split) -> torch.Tensor | None:
     try:
         return labels(split)
     except LowbitError:
-        return None  # it does not say; each batch is looked at
+        return None  # unknown before the items are read; each batch is checked instead
 
 
 class Batches:
@@ -89,7 +89,7 @@ class Batches:
         self.has_labels = has_labels  # whether the second part of an item is a class
         for kind, split in (("training", data.train), ("test", data.test)):
             if not len(split):
-                raise LowbitError(f"{data.name} has no {kind} items; it takes at least one")
+                raise LowbitError(f"{data.name} has no {kind} items; at least one is needed")
             if _in_memory(split) and tuple(split.x.shape[1:]) != tuple(data.input_shape):
                 raise LowbitError(
                     f"the {kind} items of {data.name} are {list(split.x.shape[1:])}, but its input_shape is "
@@ -105,9 +105,12 @@ class Batches:
                 f"{here.count} processes"
             )
         if config.repeats > 1 and self.in_memory and config.augment != "randaugment":
-            raise LowbitError(f"repeats={config.repeats} is for image folders and randaugment; elsewhere 1 is allowed")
+            raise LowbitError(f"repeats={config.repeats} is for image folders and augment='randaugment'; use 1")
         if (config.mixup or config.cutmix) and len(data.input_shape) != 3:
-            raise LowbitError("mixup and cutmix are for images; they have to be 0 here")
+            raise LowbitError(
+                f"mixup and cutmix are for images; set both to 0 for {data.name}, whose items are "
+                f"{list(data.input_shape)}"
+            )
         self.n, self.steps = n, n // config.batch_size
         # Whole-batch augmentation needs items of one size and cheap geometry; the rest goes through DataLoader.
         self.batched = False
@@ -115,9 +118,11 @@ class Batches:
             self.batched = True
             self.x, self.y = self._near(data.train.x), self._near(data.train.y)
         if config.crops and not self.batched:
-            raise LowbitError(f"crops={config.crops} is for data held in memory; {data.name} is read item by item")
+            raise LowbitError(
+                f"crops={config.crops} is for data held in memory; {data.name} is read item by item: set 0"
+            )
         self.crops = augment.fixed(config.augment, self.n, config.crops, data.input_shape) if config.crops else {}
-        self.answers: torch.Tensor | None = None  # a teacher's logits [n, crops, classes], see stored_answers
+        self.answers: torch.Tensor | None = None  # a teacher's logits [n, crops, classes], by stored_answers
         if _in_memory(data.test):
             self.test_x, self.test_y = self._near(data.test.x), self._near(data.test.y)
 
@@ -150,7 +155,7 @@ class Batches:
             raise cls(str(error).rpartition(f"{cls.__module__}.{cls.__name__}: ")[2].strip()) from None
 
     def first(self) -> torch.Tensor:
-        """The whole first global batch without augmentation: what quantizers are calibrated with."""
+        """The inputs of the whole first global batch, without augmentation, to calibrate quantizers with."""
         indices = order(self.n, self.config.batch_size, self.config.seed, epoch=0)[0]
         if _in_memory(self.data.train):
             return self._ready(self.data.train.x[indices], self.data.train.y[indices])[0]
@@ -198,7 +203,7 @@ class Batches:
         return augment.mix(x, y, self.data.num_classes, config.mixup, config.cutmix, seed)
 
     def test(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This process's share of the test split: every ``count``-th item, in order, none left out."""
+        """This process's share of the test split: every ``count``-th item, in order; none is dropped."""
         size = max(self.here.share(self.config.batch_size), 256 // self.here.count)
         mine = torch.arange(self.here.rank, len(self.data.test), self.here.count)
         if _in_memory(self.data.test):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and never executed when read."""
+"""Checkpoints: written atomically, and read without executing anything in them."""
 
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ def save(path: Path, **contents: Any) -> None:
     """Write a checkpoint of this schema atomically; ``contents`` are the other entries of ``KEYS``.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written to; the checkpoint that was there stays whole.
+        StorageError: the disk is full or the folder cannot be written to; an earlier checkpoint stays intact.
     """
     contents = {"kind": KIND, "schema": SCHEMA, **contents}
     if set(contents) != KEYS:
@@ -29,7 +29,7 @@ def save(path: Path, **contents: Any) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, or raise :class:`~lowbit.errors.CheckpointError` with what to do."""
+    """Read a checkpoint onto the CPU, or raise a :class:`~lowbit.errors.CheckpointError` that says what to do."""
     advice = f"delete {path} or start afresh (--fresh, or fresh=True)"
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums that torch.save wrote
@@ -49,7 +49,15 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def require_plain(value: Any, where: str) -> Any:
-    """``value`` itself, if a checkpoint can hold it and be read back safely: tensors and plain values, nested."""
+    """Return ``value`` if a checkpoint can hold it and is still safe to read: tensors and plain values, nested.
+
+    Args:
+        value: the value to check.
+        where: the name of the value; begins the message.
+
+    Raises:
+        LowbitError: ``value`` holds anything else.
+    """
     if isinstance(value, Mapping):
         for key, part in value.items():
             require_plain(part, f"{where}[{key!r}]")
@@ -62,19 +70,19 @@ def require_plain(value: Any, where: str) -> Any:
 
 
 def load_model(model: torch.nn.Module, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """``model.load_state_dict(state)``, with a mismatch told as :class:`~lowbit.errors.CheckpointError`."""
+    """``model.load_state_dict(state)``, with a mismatch raised as a :class:`~lowbit.errors.CheckpointError`."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         first = [line.strip() for line in str(error).splitlines()[1:3]]
         raise CheckpointError(
-            f"{path} was written for another model ({' '.join(first)}); give the model it was written for, another "
-            f"out folder, or start afresh (--fresh, or fresh=True)"
+            f"{path} was written for another model ({' '.join(first)}); use the model it was written for, "
+            "another out folder, or start afresh (--fresh, or fresh=True)"
         ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)``, where a quantizer's step may have been saved with more dims of size 1."""
+    """Load ``state``, in which a quantizer's step may have been saved with additional dims of size 1."""
     optimizer.load_state_dict(state)
     for parameter, held in optimizer.state.items():
         for name, value in held.items():

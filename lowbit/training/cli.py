@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 Config = Annotated[Path, typer.Argument(help="The YAML run file, e.g. configs/digits_vit_nano.yaml.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write to; results/scratch/<name> if not given.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: train.epochs=3.")]
-Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Go on from the checkpoint in the folder, or drop it.")]
+Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Resume from the checkpoint in the folder, or drop it.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
 
 
 def train(config: Config, out: Out = None, set_: Set = None, resume: Resume = True, device: Device = None) -> None:
-    """Train the model that a run file describes; more processes: torchrun --nproc-per-node=N -m lowbit train CONFIG."""
+    """Train the model of a run file; on several processes: torchrun --nproc-per-node=N -m lowbit train CONFIG."""
     import dataclasses
 
     from lowbit import paths

@@ -1,4 +1,4 @@
-"""What a training run is told: :class:`TrainConfig`."""
+"""The settings of a training run: :class:`TrainConfig`."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Weight = Annotated[float, Ge(0), pydantic.Field(le=1)]
 Count = Annotated[int, Ge(1)]
 
-# What a resumed run may change without becoming another run: where it writes and what it shows.
+# Fields that a resumed run may change: where it writes, what it shows and how many workers read.
 NOT_COMPARED = ("out", "progress", "workers", "checkpoint_every")
 
 
@@ -24,41 +24,45 @@ class TrainConfig:
 
     Args:
         epochs: passes over the training split.
-        batch_size: images a step over **all** processes; an incomplete last batch of an epoch is left out.
+        batch_size: items in each step over **all** processes; the incomplete last batch of an epoch is dropped.
         optimizer: ``"adamw"`` (decoupled decay), ``"sgd"`` (momentum, L2 decay) or ``"radam"`` (L2 decay).
-        lr: peak learning rate; ``min_lr`` is where the cosine ends.
-        momentum: of SGD; ``betas`` of the Adam family stay (0.9, 0.999).
-        weight_decay: strength of the decay; see ``decay``.
-        decay: ``"all"``: every parameter, as in the ImageNet recipe of the shift papers; ``"weights"``: not vectors
-            and scalars (biases, norms), not quantizer steps, not what the model lists in ``no_weight_decay()``.
-        warmup_epochs: linear warm-up, by step; may be a fraction of an epoch.
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the cosine schedule.
+        momentum: momentum of SGD; the Adam family always has the betas (0.9, 0.999).
+        weight_decay: strength of the decay of the parameters that ``decay`` selects.
+        decay: ``"all"`` decays every parameter, as the ImageNet recipe of the shift papers does. ``"weights"`` leaves
+            out vectors and scalars (biases, norms), quantizer steps, and what the model lists in ``no_weight_decay()``.
+        warmup_epochs: epochs of linear warm-up, by step; may be a fraction.
         schedule: ``"cosine"`` from ``lr`` to ``min_lr``, by step, or ``"constant"``.
-        label_smoothing: of the cross-entropy, in [0, 1).
+        label_smoothing: label smoothing of the cross-entropy, in [0, 1).
         augment: ``"none"``; ``"shift"`` (random shift by up to 1/8 of a side; of a sound: 1/10 of its length);
             ``"crop_flip"`` (shift and left-right flip, for photographs; random-resized crop and flip for image
             folders); ``"randaugment"`` (crop_flip and RandAugment 2×9; images of at least 64 pixels); ``"deit"``
             (image folders: crop_flip, timm's RandAugment m9-mstd0.5-inc1, erasing with probability 0.25).
-        mixup, cutmix: α of these mixtures within each process's share of a batch; 0 is without.
+        mixup, cutmix: α of these mixtures within each process's share of a batch; 0 turns one off.
         repeats: augmented copies of each image in an epoch of unchanged length (repeated augmentation).
         crops: 0 draws a new augmentation each time. k > 0 gives every training image k fixed augmented versions, the
-            same for all runs and seeds, of which each epoch shows one; a teacher then answers each version once, and
-            its answers are kept in the cache folder for all runs that share teacher, data and ``augment`` (the fixed
-            crops of Shen and Xing's FKD, arXiv 2112.01528). Images in memory only; not with mixtures.
+            same for all runs and seeds; each epoch shows one of them. A teacher then answers each version once, and
+            the cache folder keeps its answers for all runs that share teacher, data and ``augment`` (the fixed crops
+            of Shen and Xing's FKD, arXiv 2112.01528). For images in memory only, without mixup and cutmix.
         amp: ``"bf16"`` runs the forward pass under bfloat16 autocast; parameters stay float32.
         compile: ``"quantizers"`` compiles the quantizers only, ``"model"`` the whole training step's forward pass.
-        channels_last: lay images and convolution weights out channels-last.
-        fused_attention: ``False`` turns timm's ``fused_attn`` off for the run, ``True`` on, ``None`` chooses: off on
-            the CPU (there its backward pass is slow), as the model has it elsewhere.
+        channels_last: store images and convolution weights in channels-last memory format.
+        fused_attention: ``False`` turns timm's ``fused_attn`` off for the run, ``True`` turns it on. ``None`` turns it
+            off on the CPU, where its backward pass is slow, and elsewhere leaves the model as it is.
         clip_grad: largest norm of the gradient, or ``None``.
-        cga_epochs: epochs of confidence-guided annealing (OFQ) that follow, with the same optimizer, for models with
-            StatsQ weights: at the constant rate ``cga_lr`` only weights within ``cga_boundary`` steps of a decision
-            boundary move, in the layers ``cga_layers`` (names or patterns; None is all). ``cga_query_key``: see
-            `lowbit.training.ConfidenceGuidedAnnealing`.
-        distill_weight: w in (1-w)·CE + w·T²·soft-CE against the teacher; ``None`` = 0.5 if there is a teacher.
-        temperature: T of the distillation.
-        teacher_mode: "eval" distils from the teacher as it predicts; "as_published" keeps it in training mode, as the
+        cga_epochs: epochs of confidence-guided annealing (OFQ) after ``epochs``, with the same optimizer, for models
+            with StatsQ weights (`lowbit.training.ConfidenceGuidedAnnealing`).
+        cga_lr: constant learning rate of the annealing.
+        cga_boundary: half width, in steps, of the zone around a decision boundary in which annealed weights may move.
+        cga_layers: names or patterns of the layers to anneal; ``None`` takes all with StatsQ weights.
+        cga_query_key: how to anneal query-key products: ``"effective"`` masks their gradient, ``"as_published"`` does
+            not.
+        distill_weight: w in (1-w)·CE + w·T²·soft-CE against the teacher; ``None`` is 0.5 if there is a teacher.
+        temperature: temperature T of the distillation.
+        teacher_mode: "eval" distills from the teacher as it predicts; "as_published" keeps it in training mode, as the
             code released with OFQ does, where only the class head of a distilled DeiT teaches.
-        seed: of batch order, augmentation and dropout.
+        seed: random seed of batch order, augmentation and dropout.
         deterministic: ask torch for deterministic algorithms during the run.
         eval_every: epochs between evaluations on the test split; the last epoch is always evaluated.
         checkpoint_every: epochs between checkpoints; the last epoch always has one.
@@ -123,21 +127,21 @@ class TrainConfig:
 
     @property
     def all_epochs(self) -> int:
-        """Epochs of the whole run, those of the annealing included."""
+        """Epochs of the whole run, including those of the annealing."""
         return self.epochs + self.cga_epochs
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for a run card or a checkpoint."""
-        made = dataclasses.asdict(self)
-        return made | {"cga_layers": None if self.cga_layers is None else list(self.cga_layers)}
+        fields = dataclasses.asdict(self)
+        return fields | {"cga_layers": None if self.cga_layers is None else list(self.cga_layers)}
 
 
-def differences(one: dict[str, Any], other: dict[str, Any], ignore: tuple[str, ...] = NOT_COMPARED) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = NOT_COMPARED) -> list[str]:
     """``field: old → new`` for every entry in which two plain dictionaries differ."""
-    fields = [key for key in dict.fromkeys([*one, *other]) if key not in ignore]
+    fields = [key for key in dict.fromkeys([*old, *new]) if key not in ignore]
     absent = "(absent)"
     return [
-        f"{key}: {one.get(key, absent)!r} → {other.get(key, absent)!r}"
+        f"{key}: {old.get(key, absent)!r} → {new.get(key, absent)!r}"
         for key in fields
-        if one.get(key, absent) != other.get(key, absent)
+        if old.get(key, absent) != new.get(key, absent)
     ]

@@ -1,4 +1,4 @@
-"""Oscillation dampening: a pull of every latent weight toward the level that it is rounded to.
+"""Oscillation dampening: pull every latent weight toward the level that it is rounded to.
 
 Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 4.2.
 """
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """``Σ (q - clip(w, low, high))²``, no gradient through q or the bounds (the paper's regularizer, without its λ).
 
-    The gradient to ``w`` is ``2·(w - q)`` inside the clip range, its ends included, and zero outside, so that a clipped
-    weight is free.
+    The gradient to ``w`` is ``2·(w - q)`` inside the clip range, including its ends, and zero outside, so that no
+    clipped weight is pulled.
 
     Args:
         w: latent weights, float, any shape.
-        q: the same weights quantized, of that shape.
+        q: the quantized weights, of the shape of ``w``.
         low, high: the lowest and the highest value of the grid, broadcastable against ``w``.
 
     Returns:
@@ -40,11 +40,11 @@ def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | flo
 
 
 def cosine(progress: float, start: float, first: float, last: float) -> float:
-    """A value that stays at ``first`` until ``start`` and goes to ``last`` at 1 by half a cosine wave.
+    """A cosine schedule: ``first`` until ``start``, then half a cosine wave to ``last`` at the end.
 
     Args:
-        progress: share of the training's steps that is done; above 1 it counts as 1.
-        start: share of the steps, 0 <= start < 1.
+        progress: share of the training's steps that is done; a larger value counts as 1.
+        start: share of the steps before the wave begins, 0 <= start < 1.
         first, last: values before ``start`` and at the end.
     """
     done = min(1.0, max(0.0, progress - start) / (1 - start))
@@ -52,9 +52,11 @@ def cosine(progress: float, start: float, first: float, last: float) -> float:
 
 
 def check_start(start: float) -> None:
-    """Refuses a starting point outside [0, 1)."""
+    """Raise LowbitError for a starting point outside [0, 1)."""
     if not 0 <= start < 1:
-        raise LowbitError(f"start={start!r} is not allowed; shares of the training from 0 to below 1 are (0.25)")
+        raise LowbitError(
+            f"start={start!r} is not allowed; use a share of the training, from 0 to below 1, such as 0.25"
+        )
 
 
 def one_latent_layers(model: nn.Module, what: str) -> list[tuple[QuantizedLayer, WeightQuantizer]]:
@@ -80,25 +82,25 @@ def one_latent_layers(model: nn.Module, what: str) -> list[tuple[QuantizedLayer,
 
 
 class Dampening:
-    """Adds λ times the gradient of `dampening_loss`, summed over all layers, to that of the weights.
+    """Callback of `lowbit.train` that adds λ times the gradient of `dampening_loss` to that of the weights.
 
-    A callback of `lowbit.train`, acting between backward and the optimizer's step (and before gradients are clipped):
-    the same as a term of the loss, which does not show it. λ goes from 0 at ``start`` to ``strength`` at the end by a
-    cosine, `cosine`. The clip range ends at the outermost levels.
+    It acts between backward and the optimizer's step, before gradients are clipped. This equals a term of the loss,
+    summed over all layers, except that the reported loss does not contain it. λ goes from 0 at ``start`` to
+    ``strength`` at the end by `cosine`. The clip range ends at the outermost levels.
 
     Args:
         model: a quantized model whose weights have one latent each, rounded to the nearest level: LSQ, EWGS, StatsQ,
             PoT.
         strength: λ at the end of the training.
-        start: share of the optimization steps before which λ is 0.
+        start: share of the optimization steps during which λ stays 0.
 
     Raises:
-        LowbitError: other weights, or a setting out of range.
+        LowbitError: the model has other weights, or a setting is out of range.
     """
 
     def __init__(self, model: nn.Module, strength: float = 0.1, start: float = 0.25):
         if not 0 <= strength < math.inf:
-            raise LowbitError(f"strength={strength!r} is not allowed; finite numbers from 0 are (0.1)")
+            raise LowbitError(f"strength={strength!r} is not allowed; use a finite number from 0, such as 0.1")
         check_start(start)
         self.strength, self.start = strength, start
         self._layers = one_latent_layers(model, "dampening")
@@ -111,7 +113,7 @@ class Dampening:
 
     @torch.no_grad()
     def add_gradients(self, strength: float) -> None:
-        """Adds ``strength`` times the gradient of `dampening_loss` to the latents' ``.grad``."""
+        """Add ``strength`` times the gradient of `dampening_loss` to the latents' ``.grad``."""
         for layer, quantizer in self._layers:
             (latent,) = layer.latents
             if not latent.requires_grad:
@@ -122,7 +124,7 @@ class Dampening:
             latent.grad = pull if latent.grad is None else latent.grad.add_(pull)
 
     def on_gradients(self, state: "State") -> None:
-        """Callback of `lowbit.train`."""
+        """Callback of `lowbit.train`: add the gradients with the λ of this step."""
         strength = self.weight_of(state.step / (state.config.epochs * state.steps_per_epoch))
         if strength > 0:
             self.add_gradients(strength)
@@ -143,6 +145,6 @@ def _check_nearest(layer: QuantizedLayer, quantizer: WeightQuantizer) -> None:
     best = scale * levels[nearest(w / scale, levels).long()]
     if ((w - q).abs() > (w - best).abs() + 1e-4 * scale).any():
         raise LowbitError(
-            f"dampening takes weights that are rounded to the nearest level, such as those of LSQ, EWGS, StatsQ and "
+            "dampening takes weights that are rounded to the nearest level, such as those of LSQ, EWGS, StatsQ and "
             f"PoT; those of layer {layer.name!r} ({quantizer.config!r}) are not"
         )

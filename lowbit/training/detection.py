@@ -34,11 +34,11 @@ def move_boxes(
 ) -> Target:
     """The boxes of an image that `augment.apply` shifts, then mirrors.
 
-    Boxes are clipped to the image; those whose center left it are dropped, as when SSD crops (Liu et al. 2016, arXiv
-    1512.02325, section 2.2), so that every box that stays has an area.
+    Boxes are clipped to the image. Boxes whose center has left it are dropped, as SSD's cropping does (Liu et al. 2016,
+    arXiv 1512.02325, section 2.2), so that every remaining box has an area.
 
     Args:
-        target: boxes and labels.
+        target: boxes and labels of the image.
         shape: ``(C, H, W)`` of the image.
         offset: int64 ``[2]``, rows down and columns right, or None.
         flip: whether the image is mirrored left-right.
@@ -98,7 +98,7 @@ class DetectionBatches:
             yield x, [_to(target, self.here.device) for target in targets]
 
     def test(self) -> Iterator[tuple[Tensor, list[Target]]]:
-        """This process's share of the test split: every ``count``-th item, in order, none left out."""
+        """This process's share of the test split: every ``count``-th item, in order; none is dropped."""
         size = self.here.share(self.config.batch_size)  # 256 at once, as in `Batches`, are too many large images
         for x, numbers in self._numbered.test():
             for images, chosen in zip(x.split(size), numbers.split(size), strict=True):
@@ -106,7 +106,7 @@ class DetectionBatches:
 
 
 class DetectionRecord(RunRecord):
-    """`RunRecord` of a detector: test_map and test_map50 stand in for test_loss and the accuracies."""
+    """`RunRecord` of a detector, with test_map and test_map50 in place of test_loss and the accuracies."""
 
     @property
     def final(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Detection:
         self.config = config
 
     def check(self, model: nn.Module, x: Tensor, here: Processes) -> None:
-        """Nothing more: `_check_model` has compared the classes."""
+        """Nothing: `_check_model` has compared the classes already."""
 
     def prepare(self, batches: DetectionBatches) -> None:
         """Nothing: there is no teacher."""
@@ -144,15 +144,15 @@ class Detection:
     def loss(
         self, forward: Callable[..., Any], x: Tensor, y: list[Target], here: Processes
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the detector's losses, float32 scalar; nothing else for the history."""
+        """The sum of the detector's losses, a float32 scalar, and no further sums for the history."""
         with torch.autocast(here.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
             losses = forward(x, y)
         return torch.stack([loss.float() for loss in losses.values()]).sum(), {}
 
     def evaluate(self, model: nn.Module, batches: DetectionBatches, here: Processes) -> dict[str, float]:
         """mAP and mAP50 on the test split, over all processes; leaves evaluation mode on."""
-        found = average_precision(*_predict(model, batches, self.config, here))
-        return {"test_map": found["map"], "test_map50": found["map50"]}
+        precision = average_precision(*_predict(model, batches, self.config, here))
+        return {"test_map": precision["map"], "test_map50": precision["map50"]}
 
 
 def evaluate_detector(
@@ -162,25 +162,27 @@ def evaluate_detector(
     batch_size: int = 16,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """Mean average precision of a detector; see `average_precision` for what is returned.
+    """Mean average precision of a detector, as `average_precision` returns it.
 
     Activation quantizers that have seen no batch yet are calibrated first, on ``batch_size`` training images. The
-    model's own score threshold and number of detections hold. It is left in evaluation mode on ``device``.
+    score threshold and the number of detections are the model's own. The model is left in evaluation mode on
+    ``device``.
 
     Args:
-        model: from `lowbit.models.detector`.
+        model: a detector, from `lowbit.models.detector`.
         data: a detection set.
-        split: which part of it.
-        batch_size: images at a time.
+        split: the split to evaluate on.
+        batch_size: number of images evaluated at a time.
         device: e.g. "cpu"; None takes a GPU if there is one.
 
     Raises:
-        LowbitError: the model is no detector or of other classes, the data no detection set, or the split has no box.
+        LowbitError: the model is no detector or has other classes, the data is no detection set, or the split has no
+            box.
     """
     from lowbit.nn import calibrate
 
     if split not in ("train", "test"):
-        raise LowbitError(f"split={split!r} is not allowed; 'train' and 'test' are")
+        raise LowbitError(f"split={split!r} is not allowed; use 'train' or 'test'")
     _check_model(model, data)
     config = TrainConfig(epochs=1, batch_size=max(1, min(batch_size, len(data.train))))
     with processes(device) as here:
@@ -195,11 +197,11 @@ def average_precision(
 ) -> dict[str, Any]:
     """COCO's mean average precision, computed by torchmetrics and pycocotools, as fractions.
 
-    Per class, detections of all images are ranked by score; each takes the free box of its image that it overlaps
-    most, if by at least the threshold. AP is the mean over 101 recalls of the best precision at that recall or more.
-    ``map`` averages over thresholds of IoU 0.50, 0.55 ... 0.95 and over the classes that have a box, ``map50`` takes
-    the first threshold only. An image without boxes counts through its false positives; the 100 best detections of
-    an image count.
+    In each class the detections of all images are ranked by score. Each one matches the free box of its image that it
+    overlaps most, if the overlap reaches the threshold. AP is the mean over 101 recalls of the best precision at that
+    recall or above. ``map`` averages over IoU thresholds of 0.50, 0.55 ... 0.95 and over the classes that have a box;
+    ``map50`` takes the first threshold only. An image without boxes counts through its false positives. Only the 100
+    best detections of an image count.
 
     Args:
         predictions: ``boxes``, ``labels``, ``scores`` of each image.
@@ -211,7 +213,7 @@ def average_precision(
         a class without a box in ``targets``.
 
     Raises:
-        LowbitError: there is no box in ``targets``.
+        LowbitError: ``targets`` has no box.
     """
     with extra("detection", "mean average precision"):
         import pycocotools  # noqa: F401
@@ -223,10 +225,10 @@ def average_precision(
     metric = MeanAveragePrecision(max_detection_thresholds=[1, 10, MOST], extended_summary=True)
     metric.warn_on_many_detections = False
     metric.update(predictions, targets)
-    found = metric.compute()
-    # [thresholds, recalls, classes found or predicted, object sizes (all first), detections (most last)]
-    by_class = found["precision"][:, :, :, 0, -1].double().mean(1)
-    kinds = found["classes"].reshape(-1).tolist()
+    computed = metric.compute()
+    # [thresholds, recalls, classes present or predicted, object sizes (all first), detections (most last)]
+    by_class = computed["precision"][:, :, :, 0, -1].double().mean(1)
+    kinds = computed["classes"].reshape(-1).tolist()
     columns = {kind: by_class[:, kinds.index(kind)] for kind in present}
     each = {kind: {"map": ap.mean().item(), "map50": ap[0].item()} for kind, ap in columns.items()}
     result: dict[str, Any] = {key: sum(ap[key] for ap in each.values()) / len(each) for key in ("map", "map50")}
@@ -245,9 +247,10 @@ def _predict(
     pairs = []
     for x, targets in batches.test():
         with torch.autocast(here.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
-            found = model(x)
-        pairs += [({key: value.cpu() for key, value in f.items()}, t) for f, t in zip(found, targets, strict=True)]
-    # Each process has every count-th image: put them side by side, then in a row.
+            detections = model(x)
+        on_cpu = [{key: value.cpu() for key, value in detected.items()} for detected in detections]
+        pairs += list(zip(on_cpu, targets, strict=True))
+    # Each process has every count-th image, so interleaving the processes' lists restores the order.
     pairs = [pair for pair in chain(*zip_longest(*here.gather(pairs))) if pair is not None]
     return [prediction for prediction, _ in pairs], [target for _, target in pairs]
 
@@ -256,7 +259,7 @@ def _whole(split: Split, name: str, classes: int) -> tuple[Tensor, list[Target]]
     """All images ``[N, 3, H, W]`` and targets of a split, a `Subset` included."""
     items = [split[i] for i in range(len(split))]
     if not items:
-        raise LowbitError(f"{name} has an empty split; training and testing take at least one image each")
+        raise LowbitError(f"{name} has an empty split; training and test split need at least one image each")
     if not all(isinstance(target, dict) and {"boxes", "labels"} <= set(target) for _, target in items):
         raise LowbitError(f"{name}: an item of a detection set is (image, {{'boxes': ..., 'labels': ...}})")
     x = split.x if hasattr(split, "x") else torch.stack([x for x, _ in items])

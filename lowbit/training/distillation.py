@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy, and what a teacher adds."""
+"""The training loss: cross-entropy, and the distillation from a teacher."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class Taught(NamedTuple):
-    """What a batch's items are, and what a teacher said of them earlier.
+    """The labels of a batch, with the stored answers of a teacher.
 
     Attributes:
         labels: int64 [N].
@@ -66,7 +66,7 @@ def loss(
 
 
 def prepare_teacher(teacher: torch.nn.Module, mode: str = "eval") -> None:
-    """Puts ``teacher`` into evaluation mode, or with "as_published" into training mode, each head for itself."""
+    """Put ``teacher`` into evaluation mode, or with "as_published" into training mode with separate heads."""
     teacher.train(mode == "as_published")
     if mode == "as_published" and _two_headed(teacher):
         teacher.set_distilled_training(True)
@@ -74,7 +74,7 @@ def prepare_teacher(teacher: torch.nn.Module, mode: str = "eval") -> None:
 
 @contextmanager
 def separate_heads(model: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, a distilled DeiT of timm returns both heads' logits in training mode."""
+    """Make a distilled DeiT of timm return both heads' logits in training mode, within the ``with`` block."""
     if not _two_headed(model):
         yield
         return
@@ -87,23 +87,23 @@ def separate_heads(model: torch.nn.Module) -> Iterator[None]:
 
 
 def target(teacher: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What ``teacher`` says of the batch ``x``: logits [N,K]; of two heads (training mode only) those of the class."""
+    """The teacher's logits [N,K] for the batch ``x``; of two heads (training mode only), those of the class head."""
     output = teacher(x)
     return output[0] if isinstance(output, tuple) else output
 
 
 def check_outputs(output: Any, items: int, classes: int, name: str, who: str) -> None:
-    """Refuses what is not logits ``[items, classes]``, or two of them.
+    """Refuse an output that is neither logits ``[items, classes]`` nor two of them.
 
     Args:
-        output: what a model returned for a batch.
-        items: in the batch.
-        classes: of the data set.
-        name: of the data set.
+        output: the value that a model returned for a batch.
+        items: number of items in the batch.
+        classes: number of classes of the data set.
+        name: name of the data set.
         who: "the model" or "the teacher", for the message.
 
     Raises:
-        LowbitError: another kind or another shape; with what to do.
+        LowbitError: the output has another type or shape; the message says what to do.
     """
     heads = output if isinstance(output, tuple) else (output,)
     shapes = [list(head.shape) if isinstance(head, torch.Tensor) else type(head).__name__ for head in heads]
@@ -115,5 +115,5 @@ def check_outputs(output: Any, items: int, classes: int, name: str, who: str) ->
 
 
 def merge(output: Logits) -> torch.Tensor:
-    """One prediction [N,K] of a model's output: the mean of two heads, or the only one."""
+    """The prediction [N,K] in a model's output: the mean of two heads, or the output itself."""
     return (output[0] + output[1]) / 2 if isinstance(output, tuple) else output

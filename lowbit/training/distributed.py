@@ -1,7 +1,7 @@
 """More than one process: ``torchrun`` starts them, DistributedDataParallel joins their gradients.
 
 Batch statistics stay per process (SyncBatchNorm needs GPUs), so only models without BatchNorm agree with a
-one-process run; the running statistics of process 0 are the ones that are evaluated and saved.
+one-process run. Evaluation and checkpoints use the running statistics of process 0.
 """
 
 import os
@@ -69,9 +69,14 @@ class Processes:
 
 @contextmanager
 def processes(device: str | torch.device | None = None) -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started (its environment variables say so), or be the only one.
+    """Join the processes that ``torchrun`` started, by its environment variables, or run as the only process.
 
-    gloo on the CPU, nccl on GPUs. ``device=None``: this rank's GPU if there is one, else the CPU.
+    Args:
+        device: e.g. "cpu" (backend gloo) or "cuda" (backend nccl); None takes this rank's GPU if there is one, else the
+            CPU.
+
+    Raises:
+        LowbitError: there is no such device, or the environment variables of ``torchrun`` are wrong or incomplete.
     """
     count = _number("WORLD_SIZE", 1)
     if device is None:
@@ -80,14 +85,16 @@ def processes(device: str | torch.device | None = None) -> Iterator[Processes]:
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise LowbitError(f"device={device!r} is not allowed; 'cpu', 'cuda' and 'cuda:<number>' are") from None
+        raise LowbitError(f"device={device!r} is not allowed; use 'cpu', 'cuda' or 'cuda:<number>'") from None
     if device.type not in ("cpu", "cuda"):
-        raise LowbitError(f"device={str(device)!r} is not allowed; 'cpu', 'cuda' and 'cuda:<number>' are")
+        raise LowbitError(f"device={str(device)!r} is not allowed; use 'cpu', 'cuda' or 'cuda:<number>'")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise LowbitError(f"device={str(device)!r} was asked for, but torch sees no GPU here; use device='cpu'")
         if device.index is not None and device.index >= torch.cuda.device_count():
-            raise LowbitError(f"device={str(device)!r} is not here; torch sees {torch.cuda.device_count()} GPU(s)")
+            raise LowbitError(
+                f"device={str(device)!r} does not exist; torch sees {torch.cuda.device_count()} GPU(s), numbered from 0"
+            )
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
@@ -110,8 +117,10 @@ def processes(device: str | torch.device | None = None) -> Iterator[Processes]:
 
 
 def _number(name: str, default: int) -> int:
-    """A number that ``torchrun`` hands over in the environment."""
+    """A number that ``torchrun`` passes in the environment."""
     given = os.environ.get(name) or str(default)
     if not given.isdecimal() or int(given) < default:
-        raise LowbitError(f"the environment variable {name}={given!r} should be a number from {default}; unset it")
+        raise LowbitError(
+            f"the environment variable {name}={given!r} should be an integer of {default} or more; unset it"
+        )
     return int(given)

@@ -1,4 +1,4 @@
-"""`evaluate`: how good a model is on a test split, outside a training run."""
+"""Evaluate a model, or estimate its BatchNorm statistics again, outside a training run."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ def evaluate(
     """Top-1 accuracy (``"acc"``, 0 to 1) and mean cross-entropy (``"loss"``, nats) on ``data.test``.
 
     Activation quantizers that have seen no batch yet are calibrated first, on ``batch_size`` training images, so
-    that a model can be judged right after `lowbit.quantize_`. The model is left in evaluation mode on ``device``.
+    that a model can be evaluated right after `lowbit.quantize_`. The model is left in evaluation mode on ``device``.
     """
     from lowbit.nn import calibrate
 
@@ -32,11 +32,11 @@ def evaluate(
 def reestimate_batchnorm_(
     model: nn.Module, data: Data, batch_size: int = 256, device: str | torch.device | None = None
 ) -> nn.Module:
-    """Replaces the running statistics of every BatchNorm layer by those of one pass over ``data.train``, in place.
+    """Replace the running statistics of every BatchNorm layer with those of one pass over ``data.train``, in place.
 
-    Quantizing weights changes the mean and the variance of what the layers put out, which the statistics that were
-    gathered before do not know (Nagel et al. 2022, arXiv 2203.11086, section 4.1). Weights stay as they are; a model
-    without BatchNorm is left alone. Returns the model, in evaluation mode.
+    Quantized weights change the mean and the variance of the layers' outputs, so that statistics gathered before no
+    longer fit (Nagel et al. 2022, arXiv 2203.11086, section 4.1). The weights do not change, and neither does a model
+    without BatchNorm. Returns the model, in evaluation mode.
     """
     from torch.optim.swa_utils import update_bn
 

@@ -1,4 +1,4 @@
-"""What quantization methods ask of the loop: a penalty on their latents, and a word before each step."""
+"""Hooks of quantization methods in the loop: a penalty on their latents, and a call before each step."""
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ class QuantizerHooks:
         self._scheduled = [(layer, quantizer) for layer, quantizer in pairs if _overrides(quantizer, "before_step_")]
 
     def before_step(self, progress: float) -> None:
-        """Tells each quantizer how much of the training is done (0 at the first step, below 1 at the last)."""
+        """Tell each quantizer which share of the training is done (0 at the first step, below 1 at the last)."""
         for layer, quantizer in self._scheduled:
             quantizer.before_step_(progress, *layer.latents)
 

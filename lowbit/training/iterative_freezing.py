@@ -1,4 +1,4 @@
-"""Iterative weight freezing: a weight that oscillates too often is held at its average code for good.
+"""Iterative weight freezing: a weight that oscillates too often is frozen at its average code.
 
 Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, arXiv 2203.11086, section 4.3.
 """
@@ -25,15 +25,15 @@ def freezing_step_(
 
     The oscillation frequency takes one step (`lowbit.functional.oscillation_step`), the average code becomes
     ``m·k + (1-m)·average``, and a weight whose frequency is then above the threshold is frozen at the integer
-    nearest to its average. One that is frozen stays so.
+    nearest to its average. A frozen weight stays frozen.
 
     Args:
         codes: the codes k after the optimizer's step, int16, any shape.
-        state: of the oscillation frequency.
-        average: float32, the moving average of the codes; at the start the first codes.
+        state: the state of the oscillation frequency.
+        average: float32, the moving average of the codes, which starts at the first codes.
         frozen: int16, the code that a weight is held at; -1 where it is free.
-        threshold: f_th.
-        momentum: m, 0 < m <= 1.
+        threshold: f_th, the oscillation frequency above which a weight is frozen.
+        momentum: m of the frequency and of the average, 0 < m <= 1.
     """
     oscillation_step_(codes, state, momentum)
     average.mul_(1 - momentum).add_(codes, alpha=momentum)
@@ -42,24 +42,24 @@ def freezing_step_(
 
 
 class IterativeFreezing:
-    """Freezes oscillating weights: a callback of `lowbit.train`, acting after each optimizer step.
+    """Callback of `lowbit.train` that freezes oscillating weights after each optimizer step.
 
-    The latent of a frozen weight is overwritten by the scale times its level after every step: neither momentum nor
-    weight decay nor a learned step that moves can change its code. The threshold goes from ``threshold`` at ``start``
-    to ``end`` at the end of the training by a cosine; before ``start`` it is ``threshold``. Give this callback before
-    trackers, so that they see the weights put back. On processes that train together it freezes the same weights.
+    After every step the latent of a frozen weight is overwritten with the current scale times its level, so that
+    momentum, weight decay and a changing scale cannot change its code. The threshold is ``threshold`` until ``start``
+    and then goes to ``end`` by a cosine. Pass this callback before trackers, so that they see the restored weights.
+    Processes that train together freeze the same weights.
 
-    It holds 13 bytes a weight. `on_epoch` adds ``iteratively_frozen``, the share of frozen weights, to the history.
+    It needs 13 bytes per weight. `on_epoch` adds ``iteratively_frozen``, the share of frozen weights, to the history.
 
     Args:
         model: a quantized model whose weights have one latent each and a scale that does not follow it: LSQ, EWGS.
-        threshold: oscillation frequency above which a weight is frozen, at first.
-        end: the same at the end.
-        start: share of the optimization steps before which the threshold stays.
+        threshold: oscillation frequency above which a weight is frozen, until ``start``.
+        end: the threshold at the end of the training.
+        start: share of the optimization steps during which the threshold stays at ``threshold``.
         momentum: m of the frequency and of the average code.
 
     Raises:
-        LowbitError: other weights, or a setting out of range.
+        LowbitError: the model has other weights, or a setting is out of range.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class IterativeFreezing:
     ):
         for name, value in (("threshold", threshold), ("end", end)):
             if not 0 <= value <= 1:
-                raise LowbitError(f"{name}={value!r} is not allowed; oscillation frequencies from 0 to 1 are")
+                raise LowbitError(f"{name}={value!r} is not allowed; use an oscillation frequency from 0 to 1")
         check_start(start)
         check_momentum(momentum)
         self.threshold, self.end, self.start, self.momentum = threshold, end, start, momentum
@@ -87,7 +87,7 @@ class IterativeFreezing:
 
     @torch.no_grad()
     def update(self, threshold: float) -> None:
-        """To be called after each optimizer step: puts frozen weights back, then freezes those that are due."""
+        """Restore frozen weights, then freeze those above ``threshold``; call it after each optimizer step."""
         for i, (layer, quantizer) in enumerate(self._layers):
             (latent,) = layer.latents
             if self._held[i]["frozen"].device != latent.device:
@@ -99,7 +99,7 @@ class IterativeFreezing:
             _put_back(quantizer, latent, held["frozen"])
 
     def frozen(self, layer: str) -> Tensor:
-        """The code that each weight of ``layer`` is held at, -1 where it is free: int16, of its shape, on the CPU."""
+        """The code at which each weight of ``layer`` is held, -1 for a free one: int16, of its shape, on the CPU."""
         names = [quantized.name for quantized, _ in self._layers]
         for name, held in zip(names, self._held, strict=True):
             if name == layer:
@@ -112,7 +112,7 @@ class IterativeFreezing:
         return frozen / sum(held["frozen"].numel() for held in self._held)
 
     def on_step(self, state: "State") -> None:
-        """Callback of `lowbit.train`."""
+        """Callback of `lowbit.train`: update with the threshold of this step."""
         self.update(self.threshold_of(state.step / (state.config.epochs * state.steps_per_epoch)))
 
     def on_epoch(self, state: "State") -> dict[str, float]:
@@ -120,18 +120,21 @@ class IterativeFreezing:
         return {"iteratively_frozen": self.share()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on: tensors, numbers and strings."""
+        """Everything that is needed to resume: tensors, numbers and strings."""
         return {**self._identity(), "held": [dict(held) for held in self._held]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave.
+        """Restore a state that `state_dict` returned.
 
         Raises:
-            LowbitError: the state is of other layers or settings.
+            LowbitError: the state belongs to other layers or settings.
         """
         for key, mine in self._identity().items():
             if state[key] != mine:
-                raise LowbitError(f"the saved {key} {state[key]} of iterative freezing are not those of now, {mine}")
+                raise LowbitError(
+                    f"the saved {key} of iterative freezing are {state[key]}, but the current {key} are {mine}; use "
+                    "the saved ones, or start afresh"
+                )
         for held, saved in zip(self._held, state["held"], strict=True):
             for name, tensor in held.items():
                 tensor.copy_(saved[name])
@@ -172,6 +175,6 @@ def _check_fixed_scale(layer: QuantizedLayer, quantizer: WeightQuantizer) -> Non
     )
     if not holds:
         raise LowbitError(
-            "iterative freezing takes weights whose scale does not follow the latents, such as those of LSQ and EWGS: "
-            f"it could not hold those of layer {layer.name!r} ({quantizer.config!r}) at a code"
+            "iterative freezing takes weights whose scale does not follow the latents, such as those of LSQ and EWGS; "
+            f"it cannot hold those of layer {layer.name!r} ({quantizer.config!r}) at a code"
         )

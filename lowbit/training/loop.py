@@ -34,7 +34,7 @@ LOOK_EVERY = 20  # steps between looks at the loss on a GPU, where each look wai
 
 @dataclass
 class State:
-    """What callbacks see: the run so far.
+    """The state of a run, as callbacks see it.
 
     A callback is any object with some of the methods ``before_forward(state)``, ``on_gradients(state)`` (after
     backward, before the step), ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return
@@ -48,7 +48,7 @@ class State:
     epoch: int = 0  # from 0
     step: int = 0  # optimization steps begun before this one, over all epochs
     lr: float = 0.0
-    loss: torch.Tensor | None = None  # detached scalar of the last step, this process's share
+    loss: torch.Tensor | None = None  # detached scalar of the last step, over this process's share
     row: dict[str, Any] = field(default_factory=dict)  # the epoch's metrics, for on_epoch
 
 
@@ -64,25 +64,25 @@ def train(
 ) -> run_card.RunRecord:
     """Train ``model`` in place on ``data`` and return the record; the model is left in evaluation mode.
 
-    With ``config.out`` the run is resumable: the same call goes on after the last checkpoint (and returns at once if
-    the run was finished), ending on the CPU with the same bits as a run that was never interrupted. The caller's
-    random generators and torch settings are left as they were.
+    With ``config.out`` the run is resumable: the same call resumes from the last checkpoint, or returns at once if the
+    run is finished. On the CPU it ends with the same bits as a run that was never interrupted. The caller's random
+    generators and torch settings are left as they were.
 
     Args:
         model: maps float32 [N,C,H,W] (or [N,T]) to logits [N,K], or to two of them (distillation head) in training;
             for detection a model of :func:`lowbit.models.detector`.
-        data: a :class:`lowbit.data.Data`; a "detection" set gives the history test_map and test_map50 in place of
-            accuracies and of test_loss (see `lowbit.training.detection`).
+        data: a :class:`lowbit.data.Data`; for a "detection" set the history has test_map and test_map50 in place of
+            test_loss and the accuracies (see `lowbit.training.detection`).
         config: the settings.
-        teacher: a model to distil from; kept in evaluation mode, without gradients.
-        callbacks: see :class:`State`.
+        teacher: a model to distill from, without gradients, in the mode of ``config.teacher_mode``.
+        callbacks: objects with some of the methods that :class:`State` lists, called in this order.
         device: e.g. "cpu"; ``None`` takes a GPU if there is one.
-        fresh: drop what ``config.out`` holds instead of resuming.
+        fresh: delete the checkpoint in ``config.out`` instead of resuming.
 
     Raises:
-        LowbitError: settings that do not fit the model, the data or the checkpoint.
-        DivergedError: a loss that is not finite.
-        CheckpointError: a checkpoint that is damaged or of another model.
+        LowbitError: the settings do not fit the model, the data or the checkpoint.
+        DivergedError: the loss is not finite.
+        CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     _check(config, teacher)
     task = _task(model, data, config, teacher)
@@ -347,7 +347,7 @@ def evaluate(model: nn.Module, batches: Batches, config: TrainConfig, here: Proc
 
 
 def describe(model: nn.Module, data: Data, teacher: nn.Module | None, here: Processes) -> dict[str, Any]:
-    """What is trained on what, as plain values: the part of a run that ``config`` does not say."""
+    """The model, data, teacher and processes of a run, as plain values: what ``config`` does not hold."""
     from lowbit.nn import quantized_layers
 
     methods = Counter(
@@ -387,7 +387,7 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every layer gets its own mode back."""
+    """Put ``model`` into evaluation mode within the block; afterwards every layer has its own mode again."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -399,7 +399,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _fitting(model: nn.Module, data: Data) -> Iterator[None]:
-    """Tell a model that cannot compute the data's items from a fault in the middle of a run."""
+    """Raise LowbitError for a model that cannot compute the data's items, before the training starts."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -415,14 +415,15 @@ def _fitting(model: nn.Module, data: Data) -> Iterator[None]:
 def _warn_of_emulated_bf16(config: TrainConfig, here: Processes) -> None:
     if config.amp == "bf16" and here.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         warnings.warn(
-            "amp='bf16' on a processor without AVX512-BF16 is emulated: right, but several times slower than 'none'",
+            "amp='bf16' is emulated on this processor, which lacks AVX512-BF16: correct, but several times slower than "
+            "amp='none'",
             stacklevel=3,
         )
 
 
 def _check(config: TrainConfig, teacher: nn.Module | None) -> None:
     if teacher is None and config.distill_weight is not None:
-        raise LowbitError(f"distill_weight={config.distill_weight:g} needs a teacher; give teacher=, or leave it None")
+        raise LowbitError(f"distill_weight={config.distill_weight:g} needs a teacher; pass teacher=, or leave it None")
 
 
 def _not_finite(what: str, value: float, state: State, out: str | Path | None) -> DivergedError:
@@ -510,8 +511,8 @@ def _resume(
             changed.append(f"callbacks: {[name for name, _ in saved['callbacks']]} → {now}")
         if changed:
             raise LowbitError(
-                f"{path} is of a run with other settings ({'; '.join(changed)}); use another out folder, the old "
-                f"settings, or start afresh (--fresh, or fresh=True)"
+                f"{path} belongs to a run with other settings ({'; '.join(changed)}); use another out folder, the old "
+                "settings, or start afresh (--fresh, or fresh=True)"
             )
         checkpoint.load_model(state.model, saved["model"], path)
         checkpoint.load_optimizer(state.optimizer, saved["optimizer"])

@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Let glibc's malloc re-use freed blocks instead of unmapping them; True if it took effect.
 
     By default glibc maps large blocks afresh and gives them back on free, so that every step of a CPU training run
-    pays page faults for all its activations again. With this the process keeps its peak memory until it ends. Does
-    nothing where the C library is not glibc.
+    pays page faults for all its activations again. With this setting the process keeps its peak memory until it ends.
+    Does nothing where the C library is not glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -11,7 +11,7 @@ from lowbit.training.config import TrainConfig
 
 
 def param_groups(model: nn.Module, weight_decay: float, decay: str) -> list[dict[str, Any]]:
-    """Two groups, decayed and not (empty ones left out); frozen parameters are in neither.
+    """The parameters with and without weight decay; empty groups and frozen parameters are left out.
 
     With ``decay="weights"`` these are not decayed: parameters with fewer than two dimensions, a quantizer's steps
     and scales whatever their shape, and the names that the model itself lists in ``no_weight_decay()`` (timm:

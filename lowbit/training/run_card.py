@@ -1,4 +1,4 @@
-"""What a run leaves behind: :class:`RunRecord`, its run card and its history file."""
+"""The record of a run: :class:`RunRecord`, its run card and its history file."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ class RunRecord:
 
     Attributes:
         history: one dictionary an epoch: epoch (from 1), lr (of its last step), train_loss, train_acc, test_loss,
-            test_acc (None where not evaluated), seconds, images_per_s, and what callbacks returned.
+            test_acc (None where not evaluated), seconds, images_per_s, and the metrics that callbacks returned.
         config: the settings as plain values.
         final: the last epoch's metrics, and the best test accuracy (``best_test_acc``, ``best_epoch``).
-        seconds: wall-clock time of all epochs, those before a resume included.
+        seconds: wall-clock time of all epochs, including those before a resume.
         environment: versions, device, threads (:func:`lowbit.environment.describe`).
-        identity: what was trained on what: model, parameters, data, teacher, processes.
+        identity: model, parameters, data, teacher and number of processes.
         path: the folder written to, or None.
     """
 
@@ -75,7 +75,7 @@ class RunRecord:
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Replace the JSONL file by ``history``: on a resume, rows later than the checkpoint go."""
+    """Replace the JSONL file with ``history``; on a resume this drops the rows after the checkpoint."""
     text = "".join(json.dumps(row) + "\n" for row in history)
     write_atomically(path, lambda file: file.write(text.encode()))
 

@@ -1,4 +1,4 @@
-"""One YAML file describes a run: reading it, changing single values, building what it names."""
+"""Run files: read the YAML description of a run, change single values, build its data and models."""
 
 import dataclasses
 import difflib
@@ -29,11 +29,11 @@ class RunConfig:
     """One training run as a file describes it.
 
     Args:
-        name: of the run; letters, digits, ``. _ -``. The default output folder is ``results/scratch/<name>``.
+        name: name of the run: letters, digits, ``. _ -``. The default output folder is ``results/scratch/<name>``.
         model: ``name`` and further arguments of :func:`lowbit.models.create` (``pretrained``, ...).
-        data: ``name`` and further arguments of :func:`lowbit.data.load`; ``subset: {train, test, seed}`` takes part of
-            it, ``hold_out: fraction`` evaluates on a part of the training split instead of the test split, and
-            ``only: [names]`` keeps these classes alone.
+        data: ``name`` and further arguments of :func:`lowbit.data.load`; ``subset: {train, test, seed}`` takes a part
+            of it, ``hold_out: fraction`` evaluates on a part of the training split instead of the test split, and
+            ``only: [names]`` keeps only these classes.
         train: the fields of :class:`TrainConfig`.
         quant: the fields of :class:`lowbit.QuantConfig`, or None for full precision.
         teacher: like ``model``, with ``pretrained``, or None.
@@ -56,7 +56,7 @@ class RunConfig:
             if key not in given:
                 raise LowbitError(f"the run file needs the key {key!r}; its keys are {', '.join(fields)}")
         if not isinstance(given["name"], str) or not NAME.fullmatch(given["name"]):
-            raise LowbitError(f"name={given['name']!r} should be letters, digits, '.', '_' and '-'")
+            raise LowbitError(f"name={given['name']!r} should consist of letters, digits, '.', '_' and '-'")
         for key in ("model", "data", "teacher"):
             part = given.get(key)
             if part is None and key == "teacher":
@@ -68,15 +68,16 @@ class RunConfig:
         _check_data(given["data"])
         if given.get("teacher") is not None and not given["teacher"].get("pretrained"):
             raise LowbitError(
-                "teacher: it needs 'pretrained' (a checkpoint's name, a path, or true), to have something to teach"
+                "teacher: it needs the key 'pretrained' (a checkpoint's name, a path, or true); an untrained model has "
+                "nothing to teach"
             )
         _require_mapping("train", given["train"])
         train = TrainConfig(**given["train"])
         if train.distill_weight is not None and given.get("teacher") is None:
             raise LowbitError(f"train: distill_weight={train.distill_weight:g} needs a teacher; add the key 'teacher'")
-        made = cls(**{**given, "train": train})
-        made.quant_config()
-        return made
+        run = cls(**{**given, "train": train})
+        run.quant_config()
+        return run
 
     def quant_config(self) -> Any:
         """The :class:`lowbit.QuantConfig`, or None."""
@@ -88,11 +89,11 @@ class RunConfig:
         return QuantConfig(**self.quant)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, from which :meth:`from_dict` makes the same run."""
+        """The run as plain values, which :meth:`from_dict` reads."""
         return dataclasses.asdict(self)
 
     def load_data(self) -> "Data":
-        """The data set, cut down as the file says."""
+        """Load the data set, reduced as the file says."""
         from lowbit import data
 
         options = dict(self.data)
@@ -168,7 +169,7 @@ def refuse_repeated(option: str, assignments: Iterable[str]) -> None:
 
 
 def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
-    """The model that ``spec`` names, made for the classes and the input shape of ``data``."""
+    """Build the model that ``spec`` names, for the classes and the input shape of ``data``."""
     from lowbit.models.zoo import create
 
     shape = tuple(data.input_shape)
@@ -178,14 +179,14 @@ def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
         return create(**{"num_classes": data.num_classes, **fitting, **spec})
     except LowbitError as error:
         raise LowbitError(f"{where}: {error}") from None
-    except Exception as error:  # what timm's and torchvision's constructors make of an odd option
+    except Exception as error:  # timm's and torchvision's constructors raise anything for an unknown option
         raise LowbitError(
             f"{where}: {spec['name']!r} cannot be built with these options ({type(error).__name__}: {error})"
         ) from error
 
 
 def refuse_unknown(where: str, given: Iterable[Any], allowed: Iterable[str]) -> None:
-    """Raise LowbitError for the first of ``given`` that is not ``allowed``, with the closest name and all of them."""
+    """Raise LowbitError for the first key of ``given`` that is not ``allowed``, naming the closest and all that are."""
     allowed = list(allowed)
     for key in given:
         if key not in allowed:
@@ -203,7 +204,8 @@ def _check_data(data: dict[str, Any]) -> None:
         refuse_unknown("data.subset", subset, ("train", "test", "seed"))
         for key, value in subset.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < (key != "seed"):
-                raise LowbitError(f"data.subset: {key}={value!r} should be an integer of items")
+                least = "an integer from 0" if key == "seed" else "a number of items, 1 or more"
+                raise LowbitError(f"data.subset: {key}={value!r} should be {least}")
     if fraction is not None and not (isinstance(fraction, float) and 0 < fraction < 1):
         raise LowbitError(f"data: hold_out={fraction!r} should be a fraction between 0 and 1")
 

@@ -1,4 +1,4 @@
-"""Randomness: seeds derived from what they are for, and the state of the global generators."""
+"""Random seeds, derived from their purpose, and the state of the global generators."""
 
 import random
 from collections.abc import Iterator
