@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
@@ -13,7 +14,7 @@ from lowbit.errors import LowbitError
 T = TypeVar("T")
 
 
-def explain(owner: str, allowed: list[str], error: ValidationError) -> str:
+def explain(owner: str, allowed: Sequence[str], error: ValidationError) -> str:
     """One readable line for each value that pydantic refused in the settings called ``owner``."""
     lines = []
     for item in error.errors():
@@ -47,5 +48,5 @@ def settings(cls: type[T]) -> type[T]:
             names = [field.name for field in dataclasses.fields(decorated)]
             raise LowbitError(explain(decorated.__name__, names, error)) from None
 
-    decorated.__init__ = __init__  # type: ignore[method-assign]  # the check before and after is the point of the decorator
+    decorated.__init__ = __init__  # type: ignore[method-assign]  # pydantic's errors become LowbitErrors
     return cast("type[T]", decorated)  # pydantic hands the class itself back, and types it as one of its own

@@ -68,7 +68,7 @@ def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) ->
     Args:
         archive: the open archive.
         member: the file.
-        name: what to call the archive in errors.
+        name: name of the archive in errors.
 
     Raises:
         DataError: ``member`` is no file: a folder, a device, or a link to something that the archive lacks.

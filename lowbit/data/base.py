@@ -185,7 +185,11 @@ def _column(split: Split, name: str, data: str) -> Tensor:
 
 
 def labels(split: Split | Dataset[Any]) -> Tensor:
-    """The labels of a split, int64 ``[N]``, without reading its images."""
+    """The labels of a split, int64 ``[N]``, without reading its images.
+
+    Raises:
+        LowbitError: the split does not give its labels.
+    """
     if isinstance(split, ArrayDataset):
         return split.y
     if isinstance(split, Subset):

@@ -25,7 +25,7 @@ def fetch(url: str, expected: str, file: str | None = None) -> Path:
         file: local name of the file; None takes the last part of ``url``.
 
     Raises:
-        DataError: the network is not there, or the contents are wrong; the message says what to put where.
+        DataError: there is no network, or the contents are wrong; the message says which file to put where.
     """
     file = file or url.rsplit("/", 1)[-1]
     for folder in paths.archives():

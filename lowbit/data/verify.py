@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,7 +40,7 @@ def places(known: Card) -> dict[str, Path]:
     return paths_of
 
 
-def check_files(chosen: list[str] | None = None) -> Iterator[FileStatus]:
+def check_files(chosen: Sequence[str] | None = None) -> Iterator[FileStatus]:
     """The state of every file of the data sets ``chosen``, or of all that consist of files."""
     for name in chosen or names():
         known = card(name)
@@ -88,13 +88,13 @@ def manifest(name: str) -> dict[str, Any]:
     import inspect
 
     known = card(name)
-    made: dict[str, Any] = {"name": name, "kind": known.kind, "files": dict(known.files)}
+    identity: dict[str, Any] = {"name": name, "kind": known.kind, "files": dict(known.files)}
     if known.kind == "generated":
         source = inspect.getsourcefile(known.loader)
         if source is None or not Path(source).is_file():
             raise DataError(f"the code that generates {name} has no source file here; install lowbit with its sources")
-        made["generator_sha256"] = sha256(Path(source))
-    return made
+        identity["generator_sha256"] = sha256(Path(source))
+    return identity
 
 
 def state() -> dict[str, dict[str, str]]:
@@ -109,7 +109,7 @@ def state() -> dict[str, dict[str, str]]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
-    found = {"": embedded}
+    sums = {"": embedded}
     memory = paths.cache() / "checksums.json"
     try:
         noted = dict(json.loads(memory.read_text(encoding="utf-8")))
@@ -119,11 +119,11 @@ def state() -> dict[str, dict[str, str]]:
     for name in names():
         if card(name).kind in ("archive", "download"):
             here = {file: path for file, path in places(card(name)).items() if path.is_file()}
-            found[name] = {file: _noted_sum(path, noted) for file, path in here.items()}
+            sums[name] = {file: _noted_sum(path, noted) for file, path in here.items()}
     if noted != before:
         with contextlib.suppress(OSError):  # without a writable cache the sums are computed again next time
             write_atomically(memory, lambda out: out.write(json.dumps(noted).encode()))
-    return found
+    return sums
 
 
 def _noted_sum(path: Path, noted: dict[str, list[Any]]) -> str:

@@ -4,7 +4,7 @@ Random numbers are drawn first (:func:`draw`, from a generator) and applied afte
 several processes can draw for the whole batch and apply its own share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def fixed(kind: str, n: int, crops: int, shape: tuple[int, ...]) -> dict[str, to
     return {name: values.view(n, crops, *values.shape[1:]) for name, values in drawn.items()}
 
 
-def apply(x: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
+def apply(x: torch.Tensor, drawn: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Apply what :func:`draw` returned to a batch [N,C,H,W] or [N,T]; same shape and dtype."""
     if "offsets" in drawn:
         x = shift(x, drawn["offsets"].to(x.device))

@@ -1,6 +1,7 @@
 """The settings of a training run: :class:`TrainConfig`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -136,7 +137,7 @@ class TrainConfig:
         return fields | {"cga_layers": None if self.cga_layers is None else list(self.cga_layers)}
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = NOT_COMPARED) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: tuple[str, ...] = NOT_COMPARED) -> list[str]:
     """``field: old → new`` for every entry in which two plain dictionaries differ."""
     fields = [key for key in dict.fromkeys([*old, *new]) if key not in ignore]
     absent = "(absent)"

@@ -8,7 +8,7 @@ smoothing and ``compile="model"`` are refused.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, zip_longest
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ def move_boxes(
 
 
 class DetectionBatches:
-    """Batches as those of `Batches`, whose y is a list with a target for each image."""
+    """Training and test batches like those of `Batches`, except that y is a list with a target for each image."""
 
     def __init__(self, data: Data, config: TrainConfig, here: Processes):
         if config.augment == "randaugment":
@@ -136,10 +136,10 @@ class Detection:
         self.config = config
 
     def check(self, model: nn.Module, x: Tensor, here: Processes) -> None:
-        """Nothing: `_check_model` has compared the classes already."""
+        """Do nothing: `_check_model` has compared the classes already."""
 
     def prepare(self, batches: DetectionBatches) -> None:
-        """Nothing: there is no teacher."""
+        """Do nothing: there is no teacher."""
 
     def loss(
         self, forward: Callable[..., Any], x: Tensor, y: list[Target], here: Processes
@@ -193,7 +193,7 @@ def evaluate_detector(
 
 
 def average_precision(
-    predictions: list[Target], targets: list[Target], classes: tuple[str, ...] | None = None
+    predictions: Sequence[Target], targets: Sequence[Target], classes: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """COCO's mean average precision, computed by torchmetrics and pycocotools, as fractions.
 
@@ -224,7 +224,7 @@ def average_precision(
         raise LowbitError(f"mean average precision needs boxes to find; none of the {len(targets)} images has one")
     metric = MeanAveragePrecision(max_detection_thresholds=[1, 10, MOST], extended_summary=True)
     metric.warn_on_many_detections = False
-    metric.update(predictions, targets)
+    metric.update(list(predictions), list(targets))
     computed = metric.compute()
     # [thresholds, recalls, classes present or predicted, object sizes (all first), detections (most last)]
     by_class = computed["precision"][:, :, :, 0, -1].double().mean(1)

@@ -29,7 +29,7 @@ from lowbit.training.memory import keep_freed_memory
 if TYPE_CHECKING:
     from tqdm.auto import tqdm
 
-LOOK_EVERY = 20  # steps between looks at the loss on a GPU, where each look waits for the device
+LOOK_EVERY = 20  # steps between checks of the loss on a GPU, where each check waits for the device
 
 
 @dataclass
@@ -106,7 +106,7 @@ def train(
 
 
 class TaskBatches(Protocol):
-    """The batches of a task, in the order of `train`."""
+    """The batches that `train` reads; each `Task` has a class of its own for them."""
 
     steps: int
 
@@ -121,11 +121,11 @@ B = TypeVar("B", bound=TaskBatches)
 
 
 class Task(Protocol[B]):
-    """What `train` asks of a task; `Classification` and `lowbit.training.detection.Detection` answer.
+    """The parts of a training that differ between tasks: `Classification`, or `lowbit.training.detection.Detection`.
 
     Attributes:
         metrics: the columns of the history that ``evaluate`` fills; the progress bar shows the last.
-        teacher: the model to distil from, or None.
+        teacher: the model to distill from, or None.
     """
 
     metrics: tuple[str, ...]
@@ -140,10 +140,10 @@ class Task(Protocol[B]):
         """The class of the record that `train` returns."""
 
     def check(self, model: nn.Module, x: torch.Tensor, here: Processes) -> None:
-        """Refuse a model or a teacher that does not fit the data, by the first batch ``x``."""
+        """Refuse a model or a teacher that does not fit the data; ``x`` is the first batch."""
 
     def prepare(self, batches: B) -> None:
-        """Add to the batches what a training needs beside the data set."""
+        """Complete the batches before the first epoch."""
 
     def loss(
         self, forward: Callable[..., Any], x: torch.Tensor, y: Any, here: Processes
@@ -155,7 +155,7 @@ class Task(Protocol[B]):
 
 
 class Classification:
-    """The `Task` with one label an item."""
+    """The `Task` with one label per item."""
 
     batches = Batches
     record = run_card.RunRecord

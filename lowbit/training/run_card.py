@@ -1,6 +1,7 @@
 """The record of a run: :class:`RunRecord`, its run card and its history file."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,13 +75,13 @@ class RunRecord:
         return card
 
 
-def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+def write_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     """Replace the JSONL file with ``history``; on a resume this drops the rows after the checkpoint."""
     text = "".join(json.dumps(row) + "\n" for row in history)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def append_history(path: Path, row: dict[str, Any]) -> None:
+def append_history(path: Path, row: Mapping[str, Any]) -> None:
     """Add one epoch to the JSONL file."""
     try:
         with open(path, "a", encoding="utf-8") as file:

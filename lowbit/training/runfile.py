@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, given: Any) -> "RunConfig":
-        """Check a plain dictionary (as read from YAML); raises LowbitError naming the key, and what is allowed."""
+        """Check a plain dictionary, as read from YAML.
+
+        Raises:
+            LowbitError: a key or a value is not allowed; the message names it and says what is.
+        """
         _require_mapping("the run file", given)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         refuse_unknown("the run file", given, fields)
@@ -80,7 +84,7 @@ class RunConfig:
         return run
 
     def quant_config(self) -> Any:
-        """The :class:`lowbit.QuantConfig`, or None."""
+        """The :class:`lowbit.QuantConfig` of the run, or None for full precision."""
         if self.quant is None:
             return None
         from lowbit.nn import QuantConfig
@@ -168,7 +172,7 @@ def refuse_repeated(option: str, assignments: Iterable[str]) -> None:
         seen.add(name)
 
 
-def create_for(spec: dict[str, Any], data: "Data", where: str) -> "nn.Module":
+def create_for(spec: Mapping[str, Any], data: "Data", where: str) -> "nn.Module":
     """Build the model that ``spec`` names, for the classes and the input shape of ``data``."""
     from lowbit.models.zoo import create
 
