@@ -195,7 +195,7 @@ def labels(split: Split | Dataset[Any]) -> Tensor:
     if isinstance(split, Subset):
         return labels(split.dataset)[torch.as_tensor(split.indices)]
     if isinstance(split, DetectionDataset):
-        return torch.zeros(len(split), dtype=torch.int64)  # several classes an image: nothing to balance over
+        return torch.zeros(len(split), dtype=torch.int64)  # images have several classes each: nothing to balance
     if hasattr(split, "targets"):
         return torch.as_tensor(split.targets)
     raise LowbitError(f"a {type(split).__name__} does not give its labels; give it an attribute 'targets'")

@@ -46,7 +46,7 @@ def read(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(image), image.format, getattr(image, "tag_v2", {}), name)
     except DataError:
         raise
-    except Exception as error:  # Pillow raises half a dozen kinds for damaged files
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{name} cannot be read as an image ({reason}): it is empty, truncated, damaged or no image; restore it, "

@@ -36,7 +36,7 @@ def load(path: Path) -> dict[str, Any]:
             if (damaged := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint ({reason}); {advice}") from error
     if not isinstance(contents, dict) or contents.get("kind") != KIND:

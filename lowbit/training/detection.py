@@ -82,7 +82,7 @@ class DetectionBatches:
         share = self.here.share(config.batch_size)
         for step, (x, numbers) in enumerate(self._numbered.epoch(epoch)):
             assert isinstance(numbers, Tensor)  # only config.crops adds a teacher's answers, and Detection refuses it
-            # The same numbers as `Batches` drew for the images: a function of seed, epoch and step.
+            # Draw the same numbers as `Batches` did for the images: a function of seed, epoch and step.
             random = seeds.generator(config.seed, seeds.AUGMENT, epoch, step)
             drawn = augment.draw(config.augment, config.batch_size, shape, random)
             mine = {name: values[self.here.rank * share :] for name, values in drawn.items()}
@@ -112,7 +112,7 @@ class DetectionRecord(RunRecord):
     def final(self) -> dict[str, Any]:
         """The last epoch's metrics with the best test mAP (``best_test_map``) and its epoch."""
         evaluated = [row for row in self.history if row["test_map"] is not None]
-        best = max(evaluated, key=lambda row: row["test_map"])  # the first of equals
+        best = max(evaluated, key=lambda row: row["test_map"])  # ties go to the first
         return {**self.history[-1], "best_test_map": best["test_map"], "best_epoch": best["epoch"]}
 
 

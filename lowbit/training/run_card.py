@@ -48,7 +48,7 @@ class RunRecord:
     def final(self) -> dict[str, Any]:
         """The last epoch's metrics with the best test accuracy and its epoch."""
         evaluated = [row for row in self.history if row["test_acc"] is not None]
-        best = max(evaluated, key=lambda row: row["test_acc"])  # the first of equals
+        best = max(evaluated, key=lambda row: row["test_acc"])  # ties go to the first
         return {**self.history[-1], "best_test_acc": best["test_acc"], "best_epoch": best["epoch"]}
 
     @property
