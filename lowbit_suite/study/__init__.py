@@ -2,5 +2,6 @@
 
 `plan` reads ``notebooks/study.yaml``. A training is one arm of one table with one seed and one budget (`training`). Its
 result is one line in ``results/journals/study/<table>.jsonl`` (`queue`). The lines become the tables that
-``lowbit claims`` reads (`tables`). `worker` is the process that works, and ``lowbit study`` its command (`cli`).
+``lowbit claims`` reads (`tables`), and they choose the learning rates of single arms (`rates`). `worker` is the process
+that works, and ``lowbit study`` its command (`cli`).
 """

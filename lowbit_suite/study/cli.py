@@ -91,10 +91,11 @@ def status() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowbit_suite.study import plan, queue, worker
+    from lowbit_suite.study import plan, queue, rates, worker
 
     held, here = plan.load(), queue.kind()
-    everything, lines = list(plan.trainings(held)), queue.done(held)
+    lines = queue.done(held)
+    everything = rates.trainings(held, lines)
     ended = queue.current(everything, lines)
     shown = Table(title=f"the study, on this kind of processor ({here})", title_justify="left")
     for column in ("table", "claims", "trainings", "epochs", "core hours spent", "core hours left here"):
@@ -103,12 +104,16 @@ def status() -> None:
         own = [training for training in everything if training.table == name]
         finished = [training for training in own if training.key in ended]
         spent = sum(line.seconds for training in finished for line in ended[training.key]) / 3600
-        times = [(queue.seconds_an_epoch(t, lines, here), t.length) for t in own if t.key not in ended]
+        left_to_run = [t for t in own if t.key not in ended and t.same is None]
+        times = [(queue.seconds_an_epoch(t, lines, here), t.length) for t in left_to_run]
         left = "unknown" if any(each is None for each, _ in times) else f"{sum(e * n for e, n in times) / 3600:.1f}"
         epochs = f"{sum(t.length for t in finished)} of {sum(t.length for t in own)}"
         shown.add_row(name, ", ".join(table.claims), f"{len(finished)} of {len(own)}", epochs, f"{spent:.1f}", left)
     console = Console()
     console.print(shown)
+    for name in held:
+        if arms := {training.arm: 1 for training in everything if training.table == name and training.waits}:
+            console.print(f"{name} waits for the rates of {', '.join(arms)}", highlight=False)
     for training in everything:
         folder = queue.folder(training)
         if folder.is_dir() and training.key not in ended:

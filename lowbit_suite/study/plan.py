@@ -4,12 +4,12 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from annotated_types import Ge, Gt, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from lowbit import paths, yamls
 from lowbit.errors import LowbitError
@@ -49,6 +49,9 @@ class Arm(BaseModel):
         train: changes to the table's ``train``.
         epochs, seeds: those of the table's that this arm has; None is all.
         phases: see `Phase`; at the longest budget only.
+        first: the network is trained in full precision first, for as many epochs, with these changes to the table's
+            ``train``, and then quantized; None quantizes it as it is initialized.
+        columns: further columns of its rows.
         rank: arms of a lower rank come first.
     """
 
@@ -61,7 +64,45 @@ class Arm(BaseModel):
     epochs: list[Positive] | None = None
     seeds: list[Annotated[int, Ge(0)]] | None = None
     phases: list[Phase] = []
+    first: dict[str, Any] | None = None
+    columns: dict[str, str] = {}
     rank: int = 0
+
+
+class Tune(BaseModel):
+    """Learning rates for single arms of a table, chosen on validation; `lowbit_suite.study.rates` has the rule.
+
+    It adds two tables: ``<table>_rates`` has the trials, and ``<table>_tuned`` the arms at their chosen rates, with the
+    table's seeds and its longest budget.
+
+    Attributes:
+        claims: the claims that need them.
+        arms: names of the table's arms.
+        factors: multiples of an arm's common rate that are tried, ascending, 1 among them.
+        further: how many multiples may be added beyond these, one after the other, while the best is at the edge.
+        hold_out: fraction of the training split on which a trial is scored; it trains on the rest.
+        epochs: budget of a trial.
+        seeds: of the trials; none of the table's.
+        rank: of both tables.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    claims: list[str]
+    arms: Annotated[list[str], MinLen(1)]
+    factors: Annotated[list[Annotated[float, Gt(0)]], MinLen(3)]
+    further: Annotated[int, Ge(0)] = 2
+    hold_out: Annotated[float, Gt(0), Lt(1)]
+    epochs: Positive
+    seeds: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)]
+    rank: int = 0
+
+    @field_validator("factors")
+    @classmethod
+    def _ascending(cls, value: list[float]) -> list[float]:
+        if sorted(set(value)) != value or 1 not in value:
+            raise ValueError(f"factors should ascend, each once, with the common rate, 1, among them, not {value}")
+        return value
 
 
 class Table(BaseModel):
@@ -80,6 +121,7 @@ class Table(BaseModel):
             column of the table.
         rank: added to that of its arms.
         arms: by name.
+        tune: see `Tune`, or None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -95,6 +137,7 @@ class Table(BaseModel):
     cycle: dict[str, Annotated[list[Any], MinLen(1)]] = {}
     rank: int = 0
     arms: dict[str, Arm]
+    tune: Tune | None = None
 
     @field_validator("epochs")
     @classmethod
@@ -102,6 +145,38 @@ class Table(BaseModel):
         if sorted(set(value)) != value:
             raise ValueError(f"budgets should ascend, each once, not {value}")
         return value
+
+    @field_validator("source")
+    @classmethod
+    def _whole(cls, value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        if value is not None and set(value) != {"data", "train"}:
+            raise ValueError(f"it needs 'data' and 'train' and nothing else, not {', '.join(value) or 'nothing'}")
+        return value
+
+    @field_validator("tune")
+    @classmethod
+    def _of_the_table(cls, value: Tune | None, info: ValidationInfo) -> Tune | None:
+        if value is not None and {"arms", "seeds"} <= set(info.data):  # else they are refused already
+            arms, judged = info.data["arms"], info.data["seeds"]
+            if unknown := [name for name in value.arms if name not in arms]:
+                raise ValueError(f"the table has no arm {unknown[0]!r}; it has {', '.join(arms)}")
+            if both := sorted({*value.seeds} & {*judged}):
+                raise ValueError(f"seed {both[0]} is also judged; a rate chosen with it would fit its luck")
+        return value
+
+
+class Derived(Table):
+    """A table that a `Tune` adds to another one.
+
+    Attributes:
+        common: the name of the other table, whose arms share one rate.
+        factors: multiples of that rate, each a trial; empty for the table at the chosen rates.
+        further: see `Tune`.
+    """
+
+    common: str
+    factors: list[float] = []
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,8 +190,12 @@ class Training:
         grid: see `Table`.
         source: the run file's content of what is trained first, or None.
         detector: see `Table`.
-        columns: further columns of its rows: what `Table.cycle` gave this seed.
+        columns: further columns of its rows: the arm's, what `Table.cycle` gave this seed, a rate that is not common.
         rank: of the arm.
+        common: of tables that a `Tune` adds: the table with the common rate.
+        trial: whether it is one of the trainings by which a rate is chosen.
+        factor: multiple of the common rate; None in tables with a common rate, and while it is not chosen.
+        same: the training of the common table that is this one too; that one is run, and has the result.
     """
 
     table: str
@@ -131,16 +210,31 @@ class Training:
     detector: dict[str, Any] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
+    common: str | None = None
+    trial: bool = False
+    factor: float | None = None
+    same: "Training | None" = None
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
-        """What tells it from all other trainings."""
-        return self.table, self.arm, self.bits, self.epochs, self.seed
+    def key(self) -> tuple[str | int | float, ...]:
+        """What tells it from all other trainings: table, arm, bits, epochs, seed, and the factor if it has one."""
+        key = self.table, self.arm, self.bits, self.epochs, self.seed
+        return key if self.factor is None else (*key, self.factor)
 
     @property
-    def block(self) -> tuple[str, int, int]:
-        """The trainings that are compared pair by pair: same table, budget and seed."""
-        return self.table, self.epochs, self.seed
+    def block(self) -> tuple[str | int, ...]:
+        """The trainings that are compared: same table, budget and seed; of trials, those of the same arm."""
+        return (self.table, self.epochs, self.arm, self.bits) if self.trial else (self.table, self.epochs, self.seed)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its rate is still to be chosen."""
+        return self.common is not None and self.factor is None
+
+    @property
+    def moves(self) -> bool:
+        """Whether it carries a network from one task to another."""
+        return self.source is not None and self.source["data"] != self.run["data"]
 
     @property
     def length(self) -> int:
@@ -157,7 +251,8 @@ class Training:
 
     def __str__(self) -> str:
         bits = "" if self.bits == 32 else f" {self.bits} bits,"
-        return f"{self.table}: {self.arm},{bits} {self.epochs} epochs, seed {self.seed}"
+        rate = "" if self.factor is None else f", {self.factor:g} times the common rate"
+        return f"{self.table}: {self.arm},{bits} {self.epochs} epochs, seed {self.seed}{rate}"
 
     def config(self) -> RunConfig:
         """The checked run file."""
@@ -174,7 +269,7 @@ def file() -> Path:
 
 
 def load(path: Path | None = None) -> dict[str, Table]:
-    """The tables of the plan.
+    """The tables of the plan, those that a `Tune` adds last.
 
     Raises:
         LowbitError: no plan, or one that is not valid; the message names the place.
@@ -183,7 +278,7 @@ def load(path: Path | None = None) -> dict[str, Table]:
     path = path or file()
     try:
         tree = yamls.load(path.read_text(encoding="utf-8"), path.name)
-        return {name: Table(**table) for name, table in tree.items()}
+        tables = {name: Table(**table) for name, table in tree.items()}
     except OSError as error:
         raise LowbitError(f"cannot read the study's plan {path.name}: {error.strerror}") from None
     except (AttributeError, TypeError) as error:
@@ -191,10 +286,36 @@ def load(path: Path | None = None) -> dict[str, Table]:
     except ValidationError as error:
         first = error.errors()[0]
         raise LowbitError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    derived = [_derived(name, table, table.tune) for name, table in tables.items() if table.tune is not None]
+    for name in [name for tables_of_one in derived for name in tables_of_one]:
+        if name in tables:
+            raise LowbitError(f"{path.name}: the table {name!r} has a name that 'tune' gives to another; rename it")
+    return {name: table for one in [tables, *derived] for name, table in one.items()}
+
+
+def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:
+    """The two tables that ``tune`` adds to ``table``."""
+    plain: dict[str, Any] = {"epochs": None, "seeds": None, "phases": [], "rank": 0}
+    data = table.run.get("data")
+    validation = data | {"hold_out": tune.hold_out} if isinstance(data, dict) else data  # else it is refused as a run
+    shared: dict[str, Any] = dict(table) | {"claims": tune.claims, "rank": tune.rank, "tune": None, "common": name}
+    shared["arms"] = {arm: table.arms[arm].model_copy(update=plain) for arm in tune.arms}
+    trials = {
+        "title": f"Trials that choose learning rates for {name}_tuned, scored on a part of the training split",
+        "run": table.run | {"data": validation},
+        "epochs": [tune.epochs],
+        "seeds": tune.seeds,
+        "factors": tune.factors,
+        "further": tune.further,
+    }
+    tuned = {"title": f"{table.title}; each arm at its own learning rate", "epochs": table.epochs[-1:]}
+    return {f"{name}_rates": Derived(**shared | trials), f"{name}_tuned": Derived(**shared | tuned)}
 
 
 def trainings(tables: dict[str, Table]) -> Iterator[Training]:
     """Every training of the plan, table by table, in the order of seeds, budgets and arms.
+
+    Those at a chosen rate still wait for it: `lowbit_suite.study.rates.trainings` goes on from here by the journals.
 
     Raises:
         LowbitError: an arm that is no valid run.
@@ -205,7 +326,18 @@ def trainings(tables: dict[str, Table]) -> Iterator[Training]:
                 for arm_name, arm in table.arms.items():
                     if epochs in (arm.epochs or table.epochs) and seed in (arm.seeds or table.seeds):
                         for bits in arm.bits:
-                            yield _training(name, table, arm.name or arm_name, arm, bits, epochs, seed)
+                            made = _training(name, table, arm.name or arm_name, arm, bits, epochs, seed)
+                            factors = table.factors if isinstance(table, Derived) else ()
+                            yield from [at_rate(made, factor) for factor in factors] or [made]
+
+
+def at_rate(training: Training, factor: float) -> Training:
+    """A training at a multiple of its learning rate, with two more columns: ``lr_factor`` and ``lr``."""
+    lr = training.config().train.lr * factor
+    changed = {} if factor == 1 else {"lr": lr}  # as it stands, the run is that of the common table
+    run = training.run | {"train": training.run["train"] | changed}
+    columns = training.columns | {"lr_factor": factor, "lr": lr}
+    return _checked(replace(training, run=run, columns=columns, factor=factor))
 
 
 def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epochs: int, seed: int) -> Training:
@@ -215,14 +347,19 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         apply_change(run, f"quant.weight.bits={bits}")
         if (run["quant"].get("activation") or {}).get("bits") == "same":
             apply_change(run, f"quant.activation.bits={bits}")
-    columns = {}
+    columns: dict[str, Any] = dict(arm.columns)
     for place, values in table.cycle.items():
         columns[place.rpartition(".")[2]] = value = values[seed % len(values)]
         apply_change(run, f"{place}={value}")
     source = None
+    if table.source is not None and arm.first is not None:
+        raise LowbitError(f"{FILE}: {name}: {arm_name}: 'first' needs a table without 'source', which is trained first")
     if table.source is not None:
         source = run | {part: copy.deepcopy(table.source[part]) for part in ("data", "train")}
         source["train"]["seed"] = seed
+    elif arm.first is not None:
+        source = run | {"quant": None, "train": table.run.get("train", {}) | arm.first}
+        source["train"] |= {"epochs": epochs, "seed": seed}
     phases = tuple(arm.phases) if epochs == table.epochs[-1] else ()
     made = Training(
         name,
@@ -237,10 +374,16 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         table.detector,
         columns,
         table.rank + arm.rank,
+        common=table.common if isinstance(table, Derived) else None,
+        trial=isinstance(table, Derived) and bool(table.factors),
     )
+    return _checked(made)
+
+
+def _checked(training: Training) -> Training:
     try:
-        made.config()
-        made.source_config()
+        training.config()
+        training.source_config()
     except LowbitError as error:
-        raise LowbitError(f"{FILE}: {made}: {error}") from None
-    return made
+        raise LowbitError(f"{FILE}: {training}: {error}") from None
+    return training

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from lowbit import environment, paths
 from lowbit_suite.records import journal
 from lowbit_suite.study.plan import Training
 
-Key = tuple[str, str, int, int, int]
+Key = tuple[str | int | float, ...]
 
 
 def journals() -> Path:
@@ -72,7 +72,8 @@ def done(tables: Iterable[str]) -> list[Done]:
     found = []
     for table in tables:
         for line in journal.read(journals() / f"{table}.jsonl"):
-            key = (table, line["arm"], line["bits"], line["epochs"], line["seed"])
+            key: Key = (table, line["arm"], line["bits"], line["epochs"], line["seed"])
+            key += (line["lr_factor"],) if "lr_factor" in line else ()
             found.append(Done(key, line["digest"], line["kind"], line["seconds"], line))
     return found
 
@@ -81,6 +82,7 @@ def note(training: Training, result: dict[str, Any], seconds: float) -> None:
     """Writes one training down in its table's journal: one line, at once."""
     environment_ = environment.describe()
     line = {"arm": training.arm, "bits": training.bits, "epochs": training.epochs, "seed": training.seed}
+    line |= {} if training.factor is None else {"lr_factor": training.factor}
     line |= {"digest": training.digest, "kind": kind(), "seconds": round(seconds, 1), "length": training.length}
     line |= {"ended": datetime.now(UTC).isoformat(timespec="seconds")}
     line |= {name: environment_[name] for name in ("cpu", "isa", "torch", "commit", "dirty")} | result
@@ -93,13 +95,27 @@ def note(training: Training, result: dict[str, Any], seconds: float) -> None:
 
 
 def current(trainings: Iterable[Training], lines: Iterable[Done]) -> dict[Key, list[Done]]:
-    """The lines that belong to the plan as it is, by training; one may have been run on several kinds."""
-    digests = {training.key: training.digest for training in trainings}
+    """The lines that belong to the plan as it is, by training; one may have been run on several kinds.
+
+    The line of a training that is in another table too (`Training.same`) belongs to both.
+    """
+    wanted: dict[tuple[Key, str], list[Training]] = {}
+    for training in trainings:
+        if not training.waits:
+            run = training.same or training
+            wanted.setdefault((run.key, run.digest), []).append(training)
     found: dict[Key, list[Done]] = {}
     for line in lines:
-        if digests.get(line.key) == line.digest:
-            found.setdefault(line.key, []).append(line)
+        for training in wanted.get((line.key, line.digest), ()):
+            own = line if training.same is None else _shared(line, training)
+            found.setdefault(training.key, []).append(own)
     return found
+
+
+def _shared(line: Done, training: Training) -> Done:
+    """The line of the same training in another table, as that of ``training``: without the rows of its phases."""
+    rows = [row | training.columns for row in line.line["rows"] if row["arm"] == training.arm]
+    return replace(line, key=training.key, digest=training.digest, line=line.line | {"rows": rows})
 
 
 def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Training]:
@@ -108,14 +124,15 @@ def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Tra
     A block (same table, budget and seed) stays on the kind of processor on which it began: a block of another kind is
     left to such machines until nothing else is left. Lower ranks come first. Then tables take turns: the one of which
     the smallest share is done comes first, so that the longest-waiting claims come first. Within a table lower seeds
-    come first, then short budgets.
+    come first, then short budgets. What waits for a rate, or is the same as a training of another table, is left out.
     """
     ended = current(trainings, lines)
     begun: dict[tuple, set[str]] = {}
     for training in trainings:
         for line in ended.get(training.key, []):
             begun.setdefault(training.block, set()).add(line.kind)
-    left = [t for t in trainings if not any(line.kind == here for line in ended.get(t.key, []))]
+    own_runs = [t for t in trainings if not t.waits and t.same is None]
+    left = [t for t in own_runs if not any(line.kind == here for line in ended.get(t.key, []))]
     own = [t for t in left if here in begun.get(t.block, {here})]
     others = [t for t in left if here not in begun.get(t.block, {here}) and t.key not in ended]
     return _in_turns(own, trainings, ended) or _in_turns(others, trainings, ended)
@@ -146,10 +163,13 @@ def _in_turns(left: list[Training], trainings: list[Training], ended: dict[Key, 
 def seconds_an_epoch(training: Training, lines: list[Done], here: str) -> float | None:
     """What an epoch of ``training`` takes on a machine of the kind ``here``: the median of what is written down.
 
-    From the same arm, else from the same table; None where nothing of that kind is.
+    From the same arm, else from any arm, each time of its own table or else of the common one; None where nothing of
+    that kind is.
     """
-    for same in (lambda d: d.key[:3] == training.key[:3], lambda d: d.key[0] == training.table):
-        known = [d.seconds / d.line["length"] for d in lines if d.kind == here and same(d)]
+    places = (training.table, training.common)
+    arms = [(place, training.arm, training.bits) for place in places]
+    for known_by in (*arms, *((place,) for place in places)):
+        known = [d.seconds / d.line["length"] for d in lines if d.kind == here and d.key[: len(known_by)] == known_by]
         if known:
             return median(known[-5:])
     return None

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from lowbit import paths
-from lowbit_suite.study import plan, queue
-from lowbit_suite.study.plan import Table, Training
+from lowbit_suite.study import plan, queue, rates
+from lowbit_suite.study.plan import Derived, Table, Training
 from lowbit_suite.study.queue import Done
 
 
@@ -24,10 +24,18 @@ def write() -> list[Path]:
     versions, and the command.
     """
     held = plan.load()
+    lines = queue.done(held)
+    everything = rates.trainings(held, lines)
+    ended = queue.current(everything, lines)
+    tried = rates.choices(held, lines).values()
     written = []
     for name, table in held.items():
-        trainings = list(plan.trainings({name: table}))
-        chosen = choose(trainings, queue.current(trainings, queue.done([name])))
+        trainings = [training for training in everything if training.table == name]
+        if isinstance(table, Derived) and table.factors:
+            of_table = [choice for choice in tried if choice.trials[0].table == name]
+            chosen = [line for choice in of_table for line in rates.marked(choice, ended)]
+        else:
+            chosen = choose(trainings, ended)
         if not chosen:
             continue
         folder().mkdir(parents=True, exist_ok=True)
@@ -64,6 +72,7 @@ def frame(lines: list[Done]) -> pd.DataFrame:
 
 
 def _card(name: str, table: Table, trainings: list[Training], chosen: list[Done]) -> dict:
+    needed = [table.common, f"{table.common}_rates"] if isinstance(table, Derived) and not table.factors else []
     return {
         "table": name,
         "rows": sum(len(line.line["rows"]) for line in chosen),
@@ -73,7 +82,7 @@ def _card(name: str, table: Table, trainings: list[Training], chosen: list[Done]
             "trainings": f"{len(chosen)} of {len(trainings)}",
             **table.model_dump(exclude={"arms"}),
         },
-        "command": f"lowbit study run --table {name}",
+        "command": " ".join(["lowbit study run", *(f"--table {table}" for table in (*needed, name))]),
         "kinds": dict(Counter(line.kind for line in chosen)),
         "commits": sorted({str(line.line["commit"]) for line in chosen}),
         "torch": sorted({str(line.line["torch"]) for line in chosen}),

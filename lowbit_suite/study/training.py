@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import math
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import nn
 
 import lowbit
 from lowbit.data import Data
+from lowbit.errors import DivergedError
 from lowbit.metrics import (
     FreezingTracker,
     FrozenFrom,
@@ -51,8 +54,21 @@ def run(training: Training, folder: Path, data: Data | None = None, amp: str = "
 
     Returns:
         ``rows``, one for the arm and one for each of its phases, with the columns of the table; and ``epochs_by_arm``,
-        the course of each training epoch by epoch.
+        the course of each training epoch by epoch. A trial of a learning rate whose loss did not stay finite has NaN:
+        too large a rate is an answer, not a failure.
     """
+    begun = time.monotonic()
+    try:
+        return _run(training, folder, data, amp)
+    except DivergedError:
+        if not training.trial:
+            raise
+        data = training.config().load_data() if data is None else data
+        row = _place(training, training.arm, data) | _result(training, data, defaultdict(lambda: math.nan))
+        return {"rows": [row | {"seconds": time.monotonic() - begun}], "epochs_by_arm": {}}
+
+
+def _run(training: Training, folder: Path, data: Data | None, amp: str) -> dict[str, Any]:
     config = training.config()
     data = config.load_data() if data is None else data
     model, first = _model(training, data, folder, amp)
@@ -90,15 +106,17 @@ def _model(training: Training, data: Data, folder: Path, amp: str) -> tuple[nn.M
     config, source = training.config(), training.source_config()
     if source is None:
         return config.build_model(data), {}
-    held = source.load_data()
+    held, teacher = (source.load_data(), None) if training.moves else (data, source.build_teacher(data))
     model = source.build_model(held)
     settings = dataclasses.replace(_quiet(source.train, amp), out=str(folder / "source"))
-    record = lowbit.train(model, held, settings, device=_device())
+    record = lowbit.train(model, held, settings, teacher, device=_device())
     torch.manual_seed(config.train.seed)
-    if training.detector is None:
-        replace_head_(model, data.num_classes)
-    else:
+    if training.detector is not None:
         model = detector(model, data.num_classes, **training.detector)
+    elif training.moves:
+        replace_head_(model, data.num_classes)
+    if source.quant is None and (quant := config.quant_config()) is not None:
+        lowbit.quantize_(model, quant)
     return model, {"source, %": 100 * record.final["test_acc"], "source seconds": record.seconds}
 
 
@@ -146,13 +164,7 @@ def _trained(
         callbacks=[*(callbacks or []), *trackers, *([start] if start else [])],
         device=_device(),
     )
-    row = {
-        "arm": arm,
-        "bits": training.bits,
-        "epochs": training.epochs,
-        "steps": training.epochs * (steps // settings.epochs),
-    }
-    row |= {"seed": training.seed} | training.columns | _result(training, data, record.final)
+    row = _place(training, arm, data) | _result(training, data, record.final)
     row |= {"train loss": record.final["train_loss"], "seconds": record.seconds}
     if settings.schedule == "constant":
         row["lr of the phase"] = settings.lr
@@ -168,10 +180,17 @@ def _trained(
     return [row], {arm: {name: [_short(value) for value in values] for name, values in course.items()}}
 
 
+def _place(training: Training, arm: str, data: Data) -> dict[str, Any]:
+    """The columns that say which row it is."""
+    steps = training.epochs * (len(data.train) // training.config().train.batch_size)
+    row = {"arm": arm, "bits": training.bits, "epochs": training.epochs, "steps": steps, "seed": training.seed}
+    return row | training.columns
+
+
 def _result(training: Training, data: Data, final: dict[str, Any]) -> dict[str, float]:
     if data.task == "detection":
         return {"mAP, %": 100 * final["test_map"], "mAP50, %": 100 * final["test_map50"]}
-    name = "accuracy, %" if training.source is None else "target, %"
+    name = "target, %" if training.moves else "accuracy, %"
     return {name: 100 * final["test_acc"], "test loss": final["test_loss"]}
 
 

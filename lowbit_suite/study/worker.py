@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit_suite.study import plan, queue
+from lowbit_suite.study import plan, queue, rates
 from lowbit_suite.study.plan import Training
-
-VALUES = ("accuracy, %", "target, %", "mAP, %")
-"""What a table's rows are compared by; each has one of them."""
 
 
 def work(deadline: float = math.inf, tables: Sequence[str] = ()) -> int:
@@ -40,9 +37,9 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
     """Runs the first training that fits and that nobody has; False where there is none."""
     from lowbit_suite.study import training as trainer
 
-    held = plan.load()
-    everything, here = list(plan.trainings(held)), queue.kind()
+    held, here = plan.load(), queue.kind()
     lines = queue.done(held)
+    everything = rates.trainings(held, lines)
     for training in everything:
         if queue.folder(training).is_dir() and not missing(training):
             _clear(training)  # its process ended between writing the result down and removing the checkpoints
@@ -65,7 +62,7 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
 
 
 def _shown(row: dict[str, Any]) -> str:
-    return next(f"{row[name]:.2f} {name.partition(', ')[2]}" for name in VALUES if name in row)
+    return next(f"{row[name]:.2f} {name.partition(', ')[2]}" for name in rates.VALUES if name in row)
 
 
 def _clear(training: Training) -> None:

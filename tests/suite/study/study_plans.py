@@ -82,3 +82,13 @@ DETECTION = {
     "seeds": [0],
     "arms": {"DenseShift": {"bits": [3], "quant": {"weight": {"method": "denseshift", "init": "project"}}}},
 }
+TUNE = {
+    "claims": ["D3"],
+    "arms": ["S3"],
+    "factors": [0.5, 1, 2],
+    "further": 2,
+    "hold_out": 0.25,
+    "epochs": 1,
+    "seeds": [1000],
+    "rank": 5,
+}

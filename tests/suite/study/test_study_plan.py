@@ -1,11 +1,14 @@
 """The plan of the study, spelled out into single trainings."""
 
 import dataclasses
+import hashlib
 
 import pytest
 
 from lowbit import LowbitError
-from lowbit_suite.study import plan
+from lowbit_suite.study import plan, queue, rates
+
+SOURCE = {"data": {"name": "digits"}, "train": {"epochs": 1}}
 
 
 def test_every_arm_width_budget_and_seed_is_one_training(planned):
@@ -63,6 +66,16 @@ def test_a_phase_is_part_of_the_digest(planned):
         (lambda t: t["shift"]["run"]["train"].update(lr=-1), "study.yaml: shift: full precision.*lr"),
         (lambda t: t["shift"]["arms"]["S3"]["quant"]["weight"].update(method="s4"), "study.yaml: shift: S3.*'s4'"),
         (lambda t: t["shift"]["arms"]["S3"].update(bits=[7]), "study.yaml: shift: S3, 7 bits.*bits"),
+        (lambda t: t["shift"]["arms"]["S3"].update(first={"lr": -1}), "study.yaml: shift: S3.*lr"),
+        (
+            lambda t: t["shift"].update(source=SOURCE) or t["shift"]["arms"]["S3"].update(first={}),
+            "study.yaml: shift: S3: 'first' needs a table without 'source'",
+        ),
+        (lambda t: t["shift"].update(source={"data": {}}), "study.yaml: source: .*it needs 'data' and 'train'"),
+        (
+            lambda t: t["shift"].update(source=SOURCE | {"quant": {}}),
+            "study.yaml: source: .*nothing else, not data, .*qua",
+        ),
     ],
 )
 def test_a_plan_that_is_wrong_is_refused_with_its_place(planned, change, message):
@@ -74,6 +87,55 @@ def test_the_plan_of_the_project_is_valid_and_names_every_training_once(monkeypa
     trainings = list(plan.trainings(plan.load()))
     assert len({t.key for t in trainings}) == len(trainings) > 100
     assert len({t.digest for t in trainings}) == len(trainings)
+
+
+# A checksum of the keys and digests of each table, of the arms that were planned when the study began to run.
+BEGUN = {
+    "detection": "edebee459222",
+    "ofq": "1b60f02483ba",
+    "shelf": "9cbb58332e64",
+    "shift": "45f01879862e",
+    "speech": "e5a766a8823a",
+    "transfer": "c2983f2289dd",
+}
+
+
+@pytest.mark.parametrize("table", BEGUN)
+def test_what_the_study_has_begun_to_train_stays_what_it_is(table):
+    begun = [t for t in plan.trainings(plan.load()) if t.table == table and (table, t.arm) != ("shelf", "inq")]
+    text = "\n".join(sorted(f"{t.key} {t.digest}" for t in begun))
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == BEGUN[table]
+
+
+def test_every_line_of_the_projects_journals_belongs_to_the_plan():
+    held = plan.load()
+    lines = queue.done(held)
+    kept = queue.current(rates.trainings(held, lines), lines)
+    assert [line for line in lines if line not in kept.get(line.key, [])] == []
+
+
+def test_the_tuned_tables_of_the_project_come_after_everything_else():
+    held = plan.load()
+    tuned = {name for name, table in held.items() if isinstance(table, plan.Derived)}
+    assert tuned == {"ofq_rates", "ofq_tuned", "shift_rates", "shift_tuned"}
+    trainings = list(plan.trainings(held))
+    others = max(t.rank for t in trainings if t.table not in tuned)
+    assert min(t.rank for t in trainings if t.table in tuned) > others
+    assert min(t.seed for t in trainings if t.trial) >= 1000 and {t.seed for t in trainings if t.waits} == {*range(5)}
+
+
+def test_an_arm_may_have_further_columns_and_a_first_training_in_full_precision(planned):
+    def change(tree):
+        tree["shift"]["arms"]["S3"] |= {"columns": {"zero": "yes"}, "first": {"lr": 0.2}, "train": {"lr": 0.01}}
+
+    before = {t.key: t for t in plan.trainings(planned())}
+    found = {t.key: t for t in plan.trainings(planned(change))}
+    one = found["shift", "S3", 3, 2, 1]
+    assert one.columns == {"zero": "yes"} and one.length == 4 and not one.moves
+    first, then = one.source_config(), one.config()
+    assert first.quant is None and (first.train.lr, then.train.lr) == (0.2, 0.01)
+    assert (first.train.epochs, first.train.seed, first.data) == (2, 1, then.data)
+    assert {key[1] for key in before if before[key].digest != found[key].digest} == {"S3"}
 
 
 def test_no_plan(project):

@@ -111,6 +111,22 @@ def test_a_source_task_goes_before_with_the_same_weights_and_another_head(planne
     assert again == row
 
 
+def test_a_network_trained_in_full_precision_first_is_quantized_with_its_head(planned, tmp_path):
+    def add(tree):
+        arm = {"bits": [3], "quant": {"weight": {"method": "inq"}}, "first": {}, "train": {"lr": 0.01}}
+        tree["shift"]["arms"]["INQ"] = arm
+
+    held = planned(add)
+    (row,) = training.run(pick(held, "shift", "INQ", 3, 2, 0), tmp_path / "one")["rows"]
+    (twin,) = training.run(pick(held, "shift", "full precision", 32, 2, 0), tmp_path / "twin")["rows"]
+    assert row["source, %"] == twin["accuracy, %"] and {"accuracy, %", "frozen, %"} <= set(row)
+    assert "target, %" not in row and row["steps"] == twin["steps"] == 8
+    assert worker.epochs_done(tmp_path / "one") == 4
+    end = lowbit.training.checkpoint.load(tmp_path / "one" / "main" / "checkpoint.pt")["model"]
+    held_codes = [value for name, value in end.items() if name.endswith(".held")]
+    assert held_codes and all((codes >= 0).all() for codes in held_codes)  # in the last quarter all weights are frozen
+
+
 def test_a_detector_grows_on_what_the_source_task_left(planned, project, tmp_path):
     for split, count in (("train", 16), ("val", 4)):
         for name in ("dark", "bright"):
