@@ -1,5 +1,6 @@
 """`lowbit claims`: verdicts follow from the rows and from nothing else."""
 
+import functools
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit_suite import claims
 from lowbit_suite.accepted import again
@@ -426,17 +428,15 @@ OFQ = (
     "|memory|changed level, %|misestimation, %|oscillating qk, %"
 )
 SHIFT = "arm bits epochs steps seed|accuracy, %|test loss|frozen, %|sign frozen, %|flip rate, %|oscillating, %"
-TUNED = {  # tables that are not planned yet: arms of few bits, their width, budget
-    "ofq": (("LSQ", "StatsQ"), 2, 39),
-    "shift": (("DenseShift", "DenseShift, identity surrogate", "one latent"), 3, 18),
-}
+RATES = "arm bits epochs seed lr_factor chosen at_edge|accuracy, %"
 STUDY = {  # the tables of the study and their columns, those that say which row it is first
     "ofq": OFQ,
     "ofq_tuned": OFQ,
-    "ofq_rates": "arm bits chosen at_edge",
+    "ofq_rates": RATES,
     "shift": SHIFT,
     "shift_tuned": SHIFT,
-    "shift_rates": "arm bits chosen at_edge",
+    "shift_rates": RATES,
+    "grid_and_scale": "arm bits epochs steps seed grid scale gradient|accuracy, %|reach|memory",
     "shelf": "arm bits epochs seed|accuracy, %",
     "transfer": "arm epochs seed|target, %",
     "detection": "arm epochs seed|mAP, %",
@@ -444,26 +444,29 @@ STUDY = {  # the tables of the study and their columns, those that say which row
 }
 
 
+@functools.cache
+def planned():
+    return list(plan.trainings(plan.load()))
+
+
 def trained(table):
-    """Arm, bits, epochs and seed of every row that the table will have: as the plan says, where it has the table."""
-    if table not in plan.load():
-        arms, bits, epochs = TUNED[table.partition("_")[0]]
-        every = [("full precision", 32), *((arm, bits) for arm in arms)]
-        return [(arm, width, epochs, seed) for arm, width in every for seed in range(5)]
-    found = [one for one in plan.trainings(plan.load()) if one.table == table]
-    named = [(one, [one.arm, *(phase.arm for phase in one.phases)]) for one in found]
-    return [(arm, one.bits, one.epochs, one.seed) for one, arms in named for arm in arms]
+    """Every training that the table will have, with the name of each of its rows."""
+    found = [one for one in planned() if one.table == table]
+    return [(one, arm) for one in found for arm in (one.arm, *(phase.arm for phase in one.phases))]
 
 
 def study_rows(table):
-    """Rows as the study makes them: full precision is worst by a little, and everything is alive and steady."""
+    """Rows as the study makes them: full precision is worst by a little, and everything is alive and steady.
+
+    Of each arm's learning rates the common one is chosen.
+    """
     keys, *names = STUDY[table].split("|")
     level = {"reach": 50.0, "memory": 0.01}
     made = []
-    for arm, bits, epochs, seed in trained(table):
-        facts = {"arm": arm, "bits": bits, "epochs": epochs, "steps": epochs * 781}
-        facts |= {"seed": seed, "speaker": f"s{seed % 6}", "chosen": True, "at_edge": False}
-        noise = 0.01 * ((7 * seed + len(arm)) % 5)
+    for one, arm in trained(table):
+        facts = {"arm": arm, "bits": one.bits, "epochs": one.epochs, "steps": one.epochs * 781}
+        facts |= {"seed": one.seed, "chosen": one.factor == 1, "at_edge": False} | one.columns
+        noise = 0.01 * ((7 * one.seed + len(arm)) % 5)
         made.append({k: facts[k] for k in keys.split()} | {n: level.get(n, 90 + noise) for n in names})
     return made
 
@@ -473,7 +476,7 @@ def test_every_statement_and_condition_of_the_project_is_answered_by_the_tables_
     (tmp_path / claims.MAIN).mkdir()
     for table in STUDY:
         pd.DataFrame(study_rows(table)).to_csv(tmp_path / claims.MAIN / f"{table}.csv", index=False)
-    unplanned = {"X1", "X2", "X3"}
+    unplanned = {"X1", "X3"}
     asked = [claim for claim in claims.judge(folder=tmp_path) if claim.profile == claims.MAIN]
     for claim in asked:
         for one in claim.statements:
@@ -499,6 +502,70 @@ def test_a_twin_that_has_not_learned_tests_no_claim(tmp_path):
         frame.to_csv(tmp_path / claims.MAIN / f"{table}.csv", index=False)
     found = [claim for claim in claims.judge(folder=tmp_path) if claim.profile == claims.MAIN]
     assert {one.verdict for claim in found for one in (claim, *claim.statements)} == {"not tested"}
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Judges the statements of the project that read a given table, by the study's rows with changes to these."""
+    tree = yaml.safe_load((paths.notebooks() / claims.FILE).read_text())
+    (tmp_path / claims.MAIN).mkdir()
+
+    def ask(table, change=lambda frames: None):
+        common = table.partition("_")[0] if table.endswith("_tuned") else "ofq"
+        frames = {name: pd.DataFrame(study_rows(name)) for name in (common, f"{common}_rates", table)}
+        change(frames)
+        for name, frame in frames.items():
+            frame.to_csv(tmp_path / claims.MAIN / f"{name}.csv", index=False)
+        those = [one for one in tree["claims"] if any(item["table"] == table for item in one["statements"])]
+        file = tmp_path / "claims.yaml"
+        file.write_text(yaml.safe_dump(tree | {"claims": those}))
+        judged = [one for claim in claims.judge(folder=tmp_path, file=file) for one in claim.statements]
+        return [one for one in judged if one.table and one.table.endswith(f"{table}.csv")]
+
+    return ask
+
+
+COMPARED = [  # table, the better side of what is asked of it, what is expected
+    ("ofq_tuned", "arm == 'StatsQ'", "reproduced"),
+    ("shift_tuned", "arm == 'DenseShift'", "reproduced"),
+    ("grid_and_scale", "grid == 'mid-tread'", "reproduced"),
+]
+
+
+@pytest.mark.parametrize(("table", "better", "verdict"), COMPARED)
+def test_statements_on_tuned_rates_and_cells_go_both_ways(asked, table, better, verdict):
+    def by(points):
+        def change(frames):
+            frame = frames[table]
+            frame.loc[frame.query(better).index, "accuracy, %"] += points
+
+        return change
+
+    ahead, behind = asked(table, by(5)), asked(table, by(-5))
+    assert {one.verdict for one in ahead} == {verdict} and {one.verdict for one in behind} == {"not reproduced"}
+    for one, other in zip(ahead, behind, strict=True):
+        assert one.seeds == other.seeds == 5 and one.effect == pytest.approx(-other.effect, abs=0.2)
+
+
+@pytest.mark.parametrize("table", ["ofq", "shift"])
+def test_a_tuned_statement_is_tested_only_with_rates_inside_the_grid(asked, table):
+    arm = "StatsQ" if table == "ofq" else "DenseShift"
+
+    def mark(query, column="at_edge", value=True):
+        def change(frames):
+            frame = frames[f"{table}_rates"]
+            frame.loc[frame.query(query).index, column] = value
+
+        return change
+
+    assert all(one.verdict != "not tested" for one in asked(f"{table}_tuned"))
+    inside = asked(f"{table}_tuned", mark(f"arm == '{arm}' and not chosen"))
+    assert all(one.verdict != "not tested" for one in inside)
+    outside = asked(f"{table}_tuned", mark(f"arm == '{arm}' and chosen"))
+    assert outside and all(one.verdict == "not tested" for one in outside)
+    assert all("the edge of those tried is 1" in one.note for one in outside)
+    waiting = asked(f"{table}_tuned", mark("chosen", "chosen", False))
+    assert waiting and all(one.verdict == "not tested" for one in waiting)
 
 
 def test_the_command_writes_both_files(project, tmp_path):
