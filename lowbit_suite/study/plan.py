@@ -49,8 +49,9 @@ class Arm(BaseModel):
         train: changes to the table's ``train``.
         epochs, seeds: those of the table's that this arm has; None is all.
         phases: see `Phase`; at the longest budget only.
-        first: the network is trained in full precision first, for as many epochs, with these changes to the table's
-            ``train``, and then quantized; None quantizes it as it is initialized.
+        first: changes to ``train`` of the table's ``source``. In a table without one the network is trained in full
+            precision first, for as many epochs, with these changes to the table's ``train``, and then quantized; None
+            quantizes it as it is initialized.
         columns: further columns of its rows.
         rank: arms of a lower rank come first.
     """
@@ -105,6 +106,22 @@ class Tune(BaseModel):
         return value
 
 
+class Correlation(BaseModel):
+    """One more table made of a table's rows: for each seed a rank correlation over the arms.
+
+    Attributes:
+        table: its name.
+        column: the name of the correlation in it.
+        of: the two columns that are ranked.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    table: str
+    column: str
+    of: tuple[str, str]
+
+
 class Table(BaseModel):
     """Arms that are compared with each other.
 
@@ -116,12 +133,14 @@ class Table(BaseModel):
         seeds: every arm runs with each.
         grid: the weight method through whose levels an arm in full precision is tracked, or None.
         source: what is trained first, ``data`` and ``train`` as in a run file; its network goes on with a new head.
+        track_source: a column tells how many weights of low bits were frozen in the last epoch of the source task.
         detector: arguments of `lowbit.models.detector`: the trained classifier becomes the trunk of a detector instead.
         cycle: a place in the run file, ``data.speaker``, and the values that seeds 0, 1, 2, ... have there in turn; a
             column of the table.
         rank: added to that of its arms.
         arms: by name.
         tune: see `Tune`, or None.
+        correlation: see `Correlation`, or None.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -133,11 +152,13 @@ class Table(BaseModel):
     seeds: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)]
     grid: dict[str, Any] | None = None
     source: dict[str, dict[str, Any]] | None = None
+    track_source: bool = False
     detector: dict[str, Any] | None = None
     cycle: dict[str, Annotated[list[Any], MinLen(1)]] = {}
     rank: int = 0
     arms: dict[str, Arm]
     tune: Tune | None = None
+    correlation: Correlation | None = None
 
     @field_validator("epochs")
     @classmethod
@@ -189,7 +210,7 @@ class Training:
         phases: what follows it.
         grid: see `Table`.
         source: the run file's content of what is trained first, or None.
-        detector: see `Table`.
+        detector, track_source: see `Table`.
         columns: further columns of its rows: the arm's, what `Table.cycle` gave this seed, a rate that is not common.
         rank: of the arm.
         common: of tables that a `Tune` adds: the table with the common rate.
@@ -214,6 +235,7 @@ class Training:
     trial: bool = False
     factor: float | None = None
     same: "Training | None" = None
+    track_source: bool = False
 
     @property
     def key(self) -> tuple[str | int | float, ...]:
@@ -287,9 +309,13 @@ def load(path: Path | None = None) -> dict[str, Table]:
         first = error.errors()[0]
         raise LowbitError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     derived = [_derived(name, table, table.tune) for name, table in tables.items() if table.tune is not None]
-    for name in [name for tables_of_one in derived for name in tables_of_one]:
-        if name in tables:
-            raise LowbitError(f"{path.name}: the table {name!r} has a name that 'tune' gives to another; rename it")
+    added = [name for tables_of_one in derived for name in tables_of_one]
+    added += [table.correlation.table for table in tables.values() if table.correlation is not None]
+    for name in added:
+        if name in tables or added.count(name) > 1:
+            raise LowbitError(
+                f"{path.name}: 'tune' or 'correlation' adds a table {name!r} to one of that name; rename it"
+            )
     return {name: table for one in [tables, *derived] for name, table in one.items()}
 
 
@@ -298,7 +324,8 @@ def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:
     plain: dict[str, Any] = {"epochs": None, "seeds": None, "phases": [], "rank": 0}
     data = table.run.get("data")
     validation = data | {"hold_out": tune.hold_out} if isinstance(data, dict) else data  # else it is refused as a run
-    shared: dict[str, Any] = dict(table) | {"claims": tune.claims, "rank": tune.rank, "tune": None, "common": name}
+    shared: dict[str, Any] = dict(table) | {"claims": tune.claims, "rank": tune.rank, "common": name}
+    shared |= {"tune": None, "correlation": None}
     shared["arms"] = {arm: table.arms[arm].model_copy(update=plain) for arm in tune.arms}
     trials = {
         "title": f"Trials that choose learning rates for {name}_tuned, scored on a part of the training split",
@@ -352,11 +379,9 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         columns[place.rpartition(".")[2]] = value = values[seed % len(values)]
         apply_change(run, f"{place}={value}")
     source = None
-    if table.source is not None and arm.first is not None:
-        raise LowbitError(f"{FILE}: {name}: {arm_name}: 'first' needs a table without 'source', which is trained first")
     if table.source is not None:
         source = run | {part: copy.deepcopy(table.source[part]) for part in ("data", "train")}
-        source["train"]["seed"] = seed
+        source["train"] |= {**(arm.first or {}), "seed": seed}
     elif arm.first is not None:
         source = run | {"quant": None, "train": table.run.get("train", {}) | arm.first}
         source["train"] |= {"epochs": epochs, "seed": seed}
@@ -376,6 +401,7 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         table.rank + arm.rank,
         common=table.common if isinstance(table, Derived) else None,
         trial=isinstance(table, Derived) and bool(table.factors),
+        track_source=table.track_source,
     )
     return _checked(made)
 

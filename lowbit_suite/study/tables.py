@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from lowbit import paths
+from lowbit.errors import LowbitError
 from lowbit_suite.study import plan, queue, rates
-from lowbit_suite.study.plan import Derived, Table, Training
+from lowbit_suite.study.plan import Correlation, Derived, Table, Training
 from lowbit_suite.study.queue import Done
 
 
@@ -38,14 +39,45 @@ def write() -> list[Path]:
             chosen = choose(trainings, ended)
         if not chosen:
             continue
-        folder().mkdir(parents=True, exist_ok=True)
-        path = folder() / f"{name}.csv"
-        frame(chosen).to_csv(path, index=False, float_format="%.6g")
-        path.with_suffix(".json").write_text(
-            json.dumps(_card(name, table, trainings, chosen), indent=1) + "\n", encoding="utf-8"
-        )
-        written += [path, path.with_suffix(".json")]
+        card = _card(name, table, trainings, chosen)
+        written += _save(name, frame(chosen), card)
+        if table.correlation is not None:
+            arms = {(training.arm, training.bits) for training in trainings}
+            seeds = correlations(frame(chosen), table.correlation, len(arms))
+            written += _save(table.correlation.table, seeds, card) if len(seeds) else []
     return written
+
+
+def _save(name: str, rows: pd.DataFrame, card: dict) -> list[Path]:
+    folder().mkdir(parents=True, exist_ok=True)
+    path = folder() / f"{name}.csv"
+    rows.to_csv(path, index=False, float_format="%.6g")
+    text = json.dumps({"table": name, "rows": len(rows)} | card, indent=1) + "\n"
+    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    return [path, path.with_suffix(".json")]
+
+
+def correlations(rows: pd.DataFrame, wanted: Correlation, arms: int) -> pd.DataFrame:
+    """For each budget and seed the rank correlation of two columns over the arms; NaN where one of them only has ties.
+
+    Args:
+        rows: of the table.
+        wanted: the columns, and the name of the correlation.
+        arms: how many there are; budgets and seeds with fewer are left out.
+
+    Raises:
+        LowbitError: no such column.
+    """
+    if missing := [name for name in wanted.of if name not in rows]:
+        raise LowbitError(
+            f"{plan.FILE}: {wanted.table}: no row has a column {missing[0]!r}; {', '.join(rows)} are there"
+        )
+    made = []
+    for (epochs, seed), group in rows.groupby(["epochs", "seed"], sort=False):
+        one, other = (group[column].rank() for column in wanted.of)
+        if len(group.dropna(subset=list(wanted.of))) == arms:
+            made.append({"epochs": epochs, "seed": seed, "arms": arms, wanted.column: one.corr(other)})
+    return pd.DataFrame(made)
 
 
 def choose(trainings: list[Training], ended: dict[queue.Key, list[Done]]) -> list[Done]:
@@ -74,8 +106,6 @@ def frame(lines: list[Done]) -> pd.DataFrame:
 def _card(name: str, table: Table, trainings: list[Training], chosen: list[Done]) -> dict:
     needed = [table.common, f"{table.common}_rates"] if isinstance(table, Derived) and not table.factors else []
     return {
-        "table": name,
-        "rows": sum(len(line.line["rows"]) for line in chosen),
         "settings": {
             "profile": "study",
             "dataset": table.run["data"]["name"],

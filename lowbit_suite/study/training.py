@@ -109,7 +109,12 @@ def _model(training: Training, data: Data, folder: Path, amp: str) -> tuple[nn.M
     held, teacher = (source.load_data(), None) if training.moves else (data, source.build_teacher(data))
     model = source.build_model(held)
     settings = dataclasses.replace(_quiet(source.train, amp), out=str(folder / "source"))
-    record = lowbit.train(model, held, settings, teacher, device=_device())
+    low = _low_bit_layers(model, training.bits) if training.track_source else []
+    trackers = [FreezingTracker(model, layers=low)] if low else []
+    record = lowbit.train(model, held, settings, teacher, callbacks=trackers, device=_device())
+    found = {"source, %": 100 * record.final["test_acc"], "source seconds": record.seconds}
+    if trackers:
+        found["source frozen, %"] = 100 * record.history[-1]["frozen_epoch"]
     torch.manual_seed(config.train.seed)
     if training.detector is not None:
         model = detector(model, data.num_classes, **training.detector)
@@ -117,7 +122,7 @@ def _model(training: Training, data: Data, folder: Path, amp: str) -> tuple[nn.M
         replace_head_(model, data.num_classes)
     if source.quant is None and (quant := config.quant_config()) is not None:
         lowbit.quantize_(model, quant)
-    return model, {"source, %": 100 * record.final["test_acc"], "source seconds": record.seconds}
+    return model, found
 
 
 def _device() -> str | None:

@@ -438,6 +438,7 @@ STUDY = {  # the tables of the study and their columns, those that say which row
     "shift_rates": RATES,
     "grid_and_scale": "arm bits epochs steps seed grid scale gradient|accuracy, %|reach|memory",
     "shelf": "arm bits epochs seed|accuracy, %",
+    "freezing_correlation": "arm epochs seed|freezing_target",
     "transfer": "arm epochs seed|target, %",
     "detection": "arm epochs seed|mAP, %",
     "speech": "arm bits epochs speaker seed|accuracy, %",
@@ -451,7 +452,7 @@ def planned():
 
 def trained(table):
     """Every training that the table will have, with the name of each of its rows."""
-    found = [one for one in planned() if one.table == table]
+    found = [one for one in planned() if one.table == table.removesuffix("_correlation")]
     return [(one, arm) for one in found for arm in (one.arm, *(phase.arm for phase in one.phases))]
 
 
@@ -476,7 +477,7 @@ def test_every_statement_and_condition_of_the_project_is_answered_by_the_tables_
     (tmp_path / claims.MAIN).mkdir()
     for table in STUDY:
         pd.DataFrame(study_rows(table)).to_csv(tmp_path / claims.MAIN / f"{table}.csv", index=False)
-    unplanned = {"X1", "X3"}
+    unplanned = {"X1"}
     asked = [claim for claim in claims.judge(folder=tmp_path) if claim.profile == claims.MAIN]
     for claim in asked:
         for one in claim.statements:
@@ -511,7 +512,7 @@ def asked(tmp_path):
     (tmp_path / claims.MAIN).mkdir()
 
     def ask(table, change=lambda frames: None):
-        common = table.partition("_")[0] if table.endswith("_tuned") else "ofq"
+        common = "ofq" if table in ("ofq_tuned", "grid_and_scale") else "shift"
         frames = {name: pd.DataFrame(study_rows(name)) for name in (common, f"{common}_rates", table)}
         change(frames)
         for name, frame in frames.items():
@@ -545,6 +546,25 @@ def test_statements_on_tuned_rates_and_cells_go_both_ways(asked, table, better, 
     assert {one.verdict for one in ahead} == {verdict} and {one.verdict for one in behind} == {"not reproduced"}
     for one, other in zip(ahead, behind, strict=True):
         assert one.seeds == other.seeds == 5 and one.effect == pytest.approx(-other.effect, abs=0.2)
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(-1, "reproduced"), (1, "not reproduced")])
+def test_the_correlation_with_freezing_goes_both_ways_and_leaves_out_seeds_without_one(asked, sign, verdict):
+    def change(frames):
+        frame = frames["freezing_correlation"].drop_duplicates("seed")
+        frames["freezing_correlation"] = frame.assign(
+            freezing_target=[sign * (0.5 + 0.01 * seed) for seed in frame.seed]
+        )
+
+    (one,) = asked("freezing_correlation", change)
+    assert one.verdict == verdict and one.effect == pytest.approx(sign * 0.52) and one.seeds == 5
+
+    def hole(frames):
+        change(frames)
+        frames["freezing_correlation"].loc[0, "freezing_target"] = math.nan
+
+    (one,) = asked("freezing_correlation", hole)
+    assert one.verdict == "not tested" and one.seeds == 4  # five are needed
 
 
 @pytest.mark.parametrize("table", ["ofq", "shift"])

@@ -8,6 +8,7 @@ import pytest
 from lowbit import LowbitError
 from lowbit_suite.study import plan, queue, rates
 
+CORRELATION = {"table": "by_seed", "column": "rank", "of": ["a", "b"]}
 SOURCE = {"data": {"name": "digits"}, "train": {"epochs": 1}}
 
 
@@ -67,10 +68,6 @@ def test_a_phase_is_part_of_the_digest(planned):
         (lambda t: t["shift"]["arms"]["S3"]["quant"]["weight"].update(method="s4"), "study.yaml: shift: S3.*'s4'"),
         (lambda t: t["shift"]["arms"]["S3"].update(bits=[7]), "study.yaml: shift: S3, 7 bits.*bits"),
         (lambda t: t["shift"]["arms"]["S3"].update(first={"lr": -1}), "study.yaml: shift: S3.*lr"),
-        (
-            lambda t: t["shift"].update(source=SOURCE) or t["shift"]["arms"]["S3"].update(first={}),
-            "study.yaml: shift: S3: 'first' needs a table without 'source'",
-        ),
         (lambda t: t["shift"].update(source={"data": {}}), "study.yaml: source: .*it needs 'data' and 'train'"),
         (
             lambda t: t["shift"].update(source=SOURCE | {"quant": {}}),
@@ -135,6 +132,20 @@ def test_an_arm_may_have_further_columns_and_a_first_training_in_full_precision(
     first, then = one.source_config(), one.config()
     assert first.quant is None and (first.train.lr, then.train.lr) == (0.2, 0.01)
     assert (first.train.epochs, first.train.seed, first.data) == (2, 1, then.data)
+    assert {key[1] for key in before if before[key].digest != found[key].digest} == {"S3"}
+
+
+def test_an_arm_may_change_how_the_source_task_is_trained(planned):
+    def change(tree, **first):
+        tree["shift"] |= {"source": SOURCE}
+        tree["shift"]["arms"]["S3"] |= first
+
+    before = {t.key: t for t in plan.trainings(planned(change))}
+    found = {t.key: t for t in plan.trainings(planned(lambda tree: change(tree, first={"lr": 0.2})))}
+    one = found["shift", "S3", 3, 2, 1]
+    assert one.source_config().train.lr == 0.2
+    assert one.source_config().quant == one.config().quant == {"weight": {"method": "s3", "bits": 3}}
+    assert one.source_config().train.epochs == 1 and one.moves
     assert {key[1] for key in before if before[key].digest != found[key].digest} == {"S3"}
 
 

@@ -316,7 +316,7 @@ def test_a_wrong_tune_is_refused_with_its_place(tuned, change, message):
 
 
 def test_a_table_may_not_have_the_name_that_is_added(tuned):
-    with pytest.raises(LowbitError, match=r"study\.yaml: the table 'shift_tuned' has a name that 'tune' gives"):
+    with pytest.raises(LowbitError, match=r"study\.yaml: 'tune' or 'correlation' adds a table 'shift_tuned' to one of"):
         tuned(lambda tree: tree.update(shift_tuned=copy.deepcopy(PLAN["shift"])))
 
 

@@ -111,6 +111,71 @@ def test_a_source_task_goes_before_with_the_same_weights_and_another_head(planne
     assert again == row
 
 
+def test_what_is_frozen_after_the_source_task_is_measured_where_the_plan_asks(planned, tmp_path):
+    def add(tree, **more):
+        tree["transfer"] = copy.deepcopy(TRANSFER) | more
+
+    one = pick(planned(lambda tree: add(tree, track_source=True)), "transfer", "DenseShift", 3, 1, 1)
+    other = pick(planned(add), "transfer", "DenseShift", 3, 1, 1)
+    assert one.digest == other.digest  # a measurement, and no other training
+    (row,), (plain,) = (same(training.run(each, tmp_path / str(i))) for i, each in enumerate((one, other)))
+    frozen = row.pop("source frozen, %")
+    last = (tmp_path / "0" / "source" / "history.jsonl").read_text().splitlines()[-1]
+    assert 0 < frozen < 100 and frozen == 100 * json.loads(last)["frozen_epoch"]
+    assert {name: row[name] for name in plain if "seconds" not in name} == {
+        name: value for name, value in plain.items() if "seconds" not in name
+    }
+    (again,) = training.run(one, tmp_path / "0")["rows"]
+    assert again["source frozen, %"] == frozen
+
+
+def test_correlations_are_of_ranks_over_the_arms_of_whole_seeds():
+    values = {  # frozen and target, of four arms: by hand 1 - 6 * 18 / (4 * 15)
+        0: ((0.2, 61), (0.5, 60), (0.6, 52), (0.9, 55)),
+        1: ((0.2, 61), (0.5, 60), (0.6, 52)),
+        2: ((0.2, 61), (0.5, 62), (0.6, 63), (0.9, 99)),
+        3: ((0.2, 61), (0.5, 61), (0.6, 61), (0.9, 61)),
+        4: ((0.2, 61), (0.5, 60), (0.6, math.nan), (0.9, 55)),
+    }
+    rows = [
+        {"arm": arm, "epochs": 20, "seed": seed, "frozen": frozen, "target": target}
+        for seed, pairs in values.items()
+        for arm, (frozen, target) in enumerate(pairs)
+    ]
+    wanted = plan.Correlation(table="by_seed", column="rank", of=("frozen", "target"))
+    found = tables.correlations(pd.DataFrame(rows), wanted, arms=4)
+    assert found.columns.tolist() == ["epochs", "seed", "arms", "rank"] and found.seed.tolist() == [0, 2, 3]
+    assert found["rank"].tolist() == [pytest.approx(-0.8), pytest.approx(1), pytest.approx(math.nan, nan_ok=True)]
+    with pytest.raises(
+        lowbit.LowbitError, match=r"study\.yaml: by_seed: no row has a column 'froze'; arm, .* are there"
+    ):
+        tables.correlations(pd.DataFrame(rows), wanted.model_copy(update={"of": ("froze", "target")}), arms=4)
+
+
+def test_a_table_of_correlations_is_written_beside_its_rows(planned):
+    def small(tree):
+        del tree["ofq"]
+        tree["shift"] |= {"epochs": [1], "correlation": {"table": "by_seed", "column": "rank", "of": ["x", "y"]}}
+        tree["shift"]["arms"] = {name: tree["shift"]["arms"][name] for name in ("full precision", "DenseShift")}
+
+    def note(one, x):
+        row = {"arm": one.arm, "epochs": one.epochs, "seed": one.seed, "accuracy, %": 1.0, "x": x, "y": -x}
+        queue.note(one, {"rows": [row], "epochs_by_arm": {}}, 1.0)
+
+    *first, last = plan.trainings(planned(small))
+    for place, one in enumerate(first):
+        note(one, place)
+    assert [path.name for path in tables.write()] == ["shift.csv", "shift.json", "by_seed.csv", "by_seed.json"]
+    assert pd.read_csv(tables.folder() / "by_seed.csv").to_dict("list") == {
+        "epochs": [1], "seed": [0], "arms": [3], "rank": [-1.0]
+    }  # fmt: skip
+    note(last, 0)
+    tables.write()
+    assert pd.read_csv(tables.folder() / "by_seed.csv").seed.tolist() == [0, 1]
+    card = json.loads((tables.folder() / "by_seed.json").read_text())
+    assert (card["table"], card["rows"], card["command"]) == ("by_seed", 2, "lowbit study run --table shift")
+
+
 def test_a_network_trained_in_full_precision_first_is_quantized_with_its_head(planned, tmp_path):
     def add(tree):
         arm = {"bits": [3], "quant": {"weight": {"method": "inq"}}, "first": {}, "train": {"lr": 0.01}}
