@@ -59,14 +59,17 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
     tensors, shared = container.collect(model, dtype)
     header = {
         "model": spec,
-        "module": None if spec is not None else type(model).__name__[:200],
         "quantization": _quantization(model),
         "packed": description(model),
+        "card": card or {},
+    }
+    optional = {
+        "module": None if spec is not None else type(model).__name__[:200],
         "dtype": dtype,
         "shared": shared,
         "modules": _shared(model) if spec is not None else {},
-        "card": card or {},
     }
+    header |= {name: value for name, value in optional.items() if value}
     return container.write(path, header, tensors)
 
 
