@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
     if getattr(model, "meta", None) == FUSED:
         raise LowbitError("a fused model cannot be saved; save the packed model, and fuse it again after loading")
     tensors, shared = container.collect(model, dtype)
-    header = {
+    header: dict[str, Any] = {
         "model": spec,
         "quantization": _quantization(model),
         "packed": description(model),
