@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lowbit import container
 from lowbit.container import DTYPES, FORMAT, load_weights_, read
-from lowbit.container import checksum as _checksum  # noqa: F401  (its name here before there was the container)
 from lowbit.errors import CheckpointError, LowbitError, MissingExtraError
 
 if TYPE_CHECKING:

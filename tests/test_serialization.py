@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit import models
+from lowbit.container import checksum
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.models import create
 from lowbit.nn import QuantConfig, quantize_
 from lowbit.quantizers import LSQ, get, names
-from lowbit.serialization import FORMAT, _checksum, load, load_weights_, read, save
+from lowbit.serialization import FORMAT, load, load_weights_, read, save
 
 
 def quantized(weight: str = "statsq"):
@@ -74,7 +75,7 @@ def test_a_newer_format_is_refused(saved):
 
 def test_an_older_format_is_read(saved):
     _, tensors = read(saved)
-    rewrite(saved, format=1, sha256=_checksum(tensors, {"format": 1}))
+    rewrite(saved, format=1, sha256=checksum(tensors, {"format": 1}))
     load(saved)
 
 
@@ -155,7 +156,7 @@ HOSTILE = [
 def forge(path, spec, quantization=None, **other):
     """A file without tensors whose checksum is right: anybody can make one."""
     header = {"format": FORMAT, "model": spec, "quantization": quantization, "packed": None, "card": {}}
-    header["sha256"] = _checksum({}, header)
+    header["sha256"] = checksum({}, header)
     save_file({}, path, metadata={"lowbit": json.dumps(header | other)})
     return path
 

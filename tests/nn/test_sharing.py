@@ -182,12 +182,12 @@ def test_files_that_tie_what_does_not_fit_are_refused(key, wrong, tmp_path):
 
     from safetensors.torch import save_file
 
-    from lowbit.serialization import _checksum
+    from lowbit.container import checksum
 
     path = lowbit.save(vit(), tmp_path / "model.safetensors")
     header, tensors = read(path)
     header[key] = wrong
-    header["sha256"] = _checksum(tensors, header)
+    header["sha256"] = checksum(tensors, header)
     save_file(tensors, path, metadata={"lowbit": json.dumps(header)})
     with pytest.raises(CheckpointError):
         lowbit.load(path)
