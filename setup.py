@@ -62,7 +62,7 @@ native = Extension(
     sources=[str(FOLDER / "csrc" / name) for name in _build.SOURCES],
     depends=[str(path) for path in sorted((FOLDER / "csrc").glob("*.h"))],
     extra_compile_args=list(_build.FLAGS),
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-lm"],
     optional=os.environ.get("LOWBIT_BUILD_KERNELS") != "1",
 )
 setup(

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dispatch.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c")
+SOURCES = ("dispatch.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c", "plan.c")
 # No fused multiply-add: the epilogue rounds after each operation, on every processor. The other two take no liberty
 # with values; they only let loops over floats be vectorized.
 FLAGS = (
     "-O3", "-g0", "-std=gnu11", "-pthread", "-fvisibility=hidden",
-    "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+    "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi",
 )  # fmt: skip
 LIBRARY = "_native.so"
 
@@ -70,7 +70,7 @@ def build(
     inputs = [*map(str, sources()), *([str(program)] if program else ["-fPIC", "-shared"])]
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=output.name)
     os.close(handle)
-    command = [cc, *flags, f"-I{FOLDER / 'csrc'}", *inputs, *extra, "-o", temporary]
+    command = [cc, *flags, f"-I{FOLDER / 'csrc'}", *inputs, *extra, "-lm", "-o", temporary]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         Path(temporary).unlink(missing_ok=True)  # the compiler may have removed it

@@ -95,7 +95,7 @@ def use(name: str) -> Iterator[None]:
     Raises:
         LowbitError: it is unknown or not offered here, or there are no compiled kernels.
     """
-    library = _library()
+    library = loaded()
     before = isa()
     _select(library, name)
     try:
@@ -104,7 +104,12 @@ def use(name: str) -> Iterator[None]:
         _select(library, before)
 
 
-def _library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        LowbitError: there are none.
+    """
     library, why = _load()
     if library is None:
         raise LowbitError(f"there are no compiled kernels: {why}")
@@ -116,7 +121,7 @@ def run(
 ) -> None:
     """One call of ``lb_run``; the arguments are the fields of ``lb_args`` in order."""
     args = _ARGS.pack(*pointers, *numbers, *scales, *levels, *_UNUSED[len(levels) :])
-    _raise(_library().lb_run(args), numbers)
+    _raise(loaded().lb_run(args), numbers)
 
 
 def run_floats(
@@ -129,7 +134,7 @@ def run_floats(
         x, packed, scale, 0, bias, 0, out, 0, 0, 0, 0, bits, rows, 1, 1, k, k, outputs, *(1,) * 8, 0, 0, 0, 0, 0,
         threads, 0, 1.0, 1.0, *levels, *_UNUSED[len(levels) :],
     )  # fmt: skip
-    _raise(_library().lb_run_floats(args), numbers)
+    _raise(loaded().lb_run_floats(args), numbers)
 
 
 def _raise(status: int, numbers: tuple[int, ...]) -> None:

@@ -226,5 +226,6 @@ static int available(void) {
 #endif
 }
 
-const lb_isa_table lb_amx = {"amx", available, 0, absmax, quantize, product, lb_avx2_float_product, 64};
+const lb_isa_table lb_amx = {"amx", available, 0, absmax, quantize, product, lb_avx2_float_product, 64,
+                             &lb_vector512};
 #endif

@@ -6,13 +6,15 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 #define LB_FLOAT_BYTES 32
 #include "floats.h"
+#define LB_VECTOR_256
+#include "vector.h"
 
 enum { SAFE = 64, SMALL = 16, TILE = 4 };
 
@@ -247,8 +249,8 @@ static void quantize(const float *x, int64_t n, float scale, float low, float hi
 
 static int available(void) {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2"); /* asks CPUID leaf 7 and XCR0 */
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* asks CPUID and XCR0 */
 }
 
-const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4};
+const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4, &vector_table};
 #endif

@@ -58,7 +58,7 @@ LB_INLINE __m512i lb_weights(const int bits, const int r, __m512i index, const _
   return _mm512_permutexvar_epi8(index, table[bits == 4 ? 0 : r & 3]);
 }
 
-/* Decodes rows row0 ... row1-1 (multiples of 8) of one block: into `plane` what int8 holds, unless it is NULL; and,
+/* Decodes rows row0 ... row1-1 (row0 a multiple of 8) of one block, and pads up to a multiple of 8: into `plane` what int8 holds, unless it is NULL; and,
  * with `two`, appended to `extra` what is beyond. */
 LB_INLINE void lb_decode_bits(const int bits, const int two, const lb_job *job, int64_t b, int64_t row0, int64_t row1,
                               const lb_tables *t, int8_t *plane, lb_extra *extra) {
@@ -75,7 +75,7 @@ LB_INLINE void lb_decode_bits(const int bits, const int two, const lb_job *job, 
         const __m512i rest = lb_weights(bits, r, index, t->rest);
         _mm512_store_si512(extra->rows + extra->count * LB_ROW, rest);
         extra->index[extra->count] = (int32_t)(row + r);
-        extra->count += _mm512_test_epi8_mask(rest, rest) != 0;
+        extra->count += row + r < row1 && _mm512_test_epi8_mask(rest, rest) != 0;
       }
     }
   }
@@ -138,6 +138,9 @@ LB_INLINE void lb_finish512(const lb_job *job, int64_t row, const int rows, int6
   const float *row_scale = job->row_scale + row;
   const char *add = job->add;
   char *out = job->out;
+  uint8_t *next = job->next ? job->next + n0 : NULL;
+  const int64_t *next_start = job->next ? job->next_start + row : NULL;
+  const __m512i next_zero = _mm512_set1_epi32(job->next_zero);
   __m512i correction = _mm512_setzero_si512(); /* zero is 0, 128 or -128 */
   if (zero) correction = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, job->sums + n0), 7);
   if (zero < 0) correction = _mm512_sub_epi32(_mm512_setzero_si512(), correction);
@@ -159,6 +162,11 @@ LB_INLINE void lb_finish512(const lb_job *job, int64_t row, const int rows, int6
       y = _mm512_add_ps(y, more);
     }
     if (relu) y = _mm512_max_ps(_mm512_setzero_ps(), y); /* this way round NaN stays NaN */
+    if (next) {
+      const __m512i q = _mm512_add_epi32(lb_steps512(y, out_scale, low, high), next_zero);
+      _mm512_mask_cvtepi32_storeu_epi8(next + next_start[r], mask, q);
+    }
+    if (!out) continue;
     if (out_type == LB_FLOAT32) _mm512_mask_storeu_ps((float *)out + at, mask, y);
     else _mm512_mask_cvtepi32_storeu_epi8(out + at, mask, lb_steps512(y, out_scale, low, high));
   }

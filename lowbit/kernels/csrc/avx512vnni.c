@@ -16,6 +16,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")
 #endif
 #include "avx512.h"
+#define LB_VECTOR_512
+#include "vector.h"
 
 enum { TILE = 8 };
 
@@ -25,11 +27,11 @@ LB_INLINE __m512i four(const uint8_t *a) {
   return _mm512_set1_epi32(bytes);
 }
 
-/* R rows by B blocks, one or two. With few sums neighboring rows of weights add into different registers, to keep the
+/* R rows by B blocks, one or two. `spread`: spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few sums neighboring rows of weights add into different registers, to keep the
  * multipliers busy: U of them for each result. `two`: weights beyond int8 have a second table, looked up for all; else
  * extra[] lists them, if there are any. */
-LB_INLINE void tile(const int bits, const int two, const int B, const int R, const lb_job *job, int64_t row,
-                    int64_t block, const lb_tables *t, const lb_extra extra[2]) {
+LB_INLINE void tile(const int bits, const int two, const int B, const int R, const int spread, const lb_job *job,
+                    int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) {
   const int U = R == 1 ? 4 : R == 2 || B == 1 ? 2 : 1;
   const int step = bits * 64;
   const uint8_t *p[2] = {job->packed + block * job->block_bytes};
@@ -42,9 +44,10 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++) acc[0][r][u] = acc[1][r][u] = _mm512_setzero_si512();
   }
-  for (int s = 0; s < job->n_spans; s++) {
-    const int64_t end = job->spans[s].offset + job->spans[s].length;
-    for (int64_t k = job->spans[s].offset; k < end; k += 32) {
+  const int64_t *offset = job->k_offset, *const stop = offset + job->used_k / 4;
+  for (int s = 0; s < (spread ? 1 : job->n_spans); s++) {
+    const int64_t end = spread ? job->used_k : job->spans[s].offset + job->spans[s].length;
+    for (int64_t k = spread ? 0 : job->spans[s].offset; k < end; k += 32, offset += 8) {
       __m512i v[2][4];
 #pragma GCC unroll 2
       for (int h = 0; h < B; h++) {
@@ -55,6 +58,8 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
 #pragma GCC unroll 8
       for (int g = 0; g < 8; g++) {
         __m512i w[2], rest[2];
+        if (spread && offset + g >= stop) break;
+        const int64_t at = spread ? offset[g] : k + 4 * g;
         const int u = g & (U - 1);
 #pragma GCC unroll 2
         for (int h = 0; h < B; h++) {
@@ -68,7 +73,7 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          const __m512i x = four(a[r] + k + 4 * g);
+          const __m512i x = four(a[r] + at);
 #pragma GCC unroll 2
           for (int h = 0; h < B; h++) {
             acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, w[h]);
@@ -99,24 +104,27 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
 }
 
 typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const lb_extra *);
-#define KERNEL(BITS, TWO, B, R) \
-  static __attribute__((noinline)) void tile_##BITS##_##TWO##_##B##_##R( \
+#define KERNEL(BITS, TWO, B, R, SPREAD) \
+  static __attribute__((noinline)) void tile_##BITS##_##TWO##_##B##_##R##_##SPREAD( \
       const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) { \
-    tile(BITS, TWO, B, R, job, row, block, t, extra); \
+    tile(BITS, TWO, B, R, SPREAD, job, row, block, t, extra); \
   }
-#define KERNELS(BITS, TWO, B) \
-  KERNEL(BITS, TWO, B, 1) KERNEL(BITS, TWO, B, 2) KERNEL(BITS, TWO, B, 3) KERNEL(BITS, TWO, B, 4) \
-  KERNEL(BITS, TWO, B, 5) KERNEL(BITS, TWO, B, 6) KERNEL(BITS, TWO, B, 7) KERNEL(BITS, TWO, B, 8)
-#define ENTRIES(BITS, TWO, B) \
-  {tile_##BITS##_##TWO##_##B##_1, tile_##BITS##_##TWO##_##B##_2, tile_##BITS##_##TWO##_##B##_3, \
-   tile_##BITS##_##TWO##_##B##_4, tile_##BITS##_##TWO##_##B##_5, tile_##BITS##_##TWO##_##B##_6, \
-   tile_##BITS##_##TWO##_##B##_7, tile_##BITS##_##TWO##_##B##_8}
-#define TABLE(BITS, TWO) {ENTRIES(BITS, TWO, 1), ENTRIES(BITS, TWO, 2)}
-KERNELS(2, 0, 1) KERNELS(3, 0, 1) KERNELS(4, 0, 1) KERNELS(4, 1, 1) KERNELS(8, 0, 1)
-KERNELS(2, 0, 2) KERNELS(3, 0, 2) KERNELS(4, 0, 2) KERNELS(4, 1, 2) KERNELS(8, 0, 2)
+#define EACH_ROWS(DO, BITS, TWO, B, SPREAD) \
+  DO(BITS, TWO, B, 1, SPREAD) DO(BITS, TWO, B, 2, SPREAD) DO(BITS, TWO, B, 3, SPREAD) DO(BITS, TWO, B, 4, SPREAD) \
+  DO(BITS, TWO, B, 5, SPREAD) DO(BITS, TWO, B, 6, SPREAD) DO(BITS, TWO, B, 7, SPREAD) DO(BITS, TWO, B, 8, SPREAD)
+#define KERNELS(BITS, TWO) \
+  EACH_ROWS(KERNEL, BITS, TWO, 1, 0) EACH_ROWS(KERNEL, BITS, TWO, 2, 0) \
+  EACH_ROWS(KERNEL, BITS, TWO, 1, 1) EACH_ROWS(KERNEL, BITS, TWO, 2, 1)
+KERNELS(2, 0) KERNELS(3, 0) KERNELS(4, 0) KERNELS(4, 1) KERNELS(8, 0)
+#define NAME(BITS, TWO, B, R, SPREAD) tile_##BITS##_##TWO##_##B##_##R##_##SPREAD,
+#define TABLE(BITS, TWO) \
+  {{{EACH_ROWS(NAME, BITS, TWO, 1, 0)}, {EACH_ROWS(NAME, BITS, TWO, 2, 0)}}, \
+   {{EACH_ROWS(NAME, BITS, TWO, 1, 1)}, {EACH_ROWS(NAME, BITS, TWO, 2, 1)}}}
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
-  static tile_fn *const kernels[5][2][TILE] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
+  static tile_fn *const kernels[5][2][2][TILE] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
+  int spread = 0;
+  for (int s = 0; s < job->n_spans; s++) spread |= job->spans[s].length % 32 != 0;
   const lb_tables t = lb_make_tables(job);
   const int two = lb_needs_two(job), kind = job->bits == 8 ? 4 : job->bits - 2;
   lb_extra extra[2] = {{0}, {0}};
@@ -127,7 +135,7 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
     const int dense = two && job->bits == 4 && (row1 - row0 <= TILE || lb_mostly_extra(job, b, &t));
     for (int h = 0; two && !dense && h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
     for (int64_t m = row0; m < row1; m += TILE)
-      kernels[dense ? 3 : kind][blocks - 1][lb_min(TILE, row1 - m) - 1](job, m, b, &t, extra);
+      kernels[dense ? 3 : kind][spread][blocks - 1][lb_min(TILE, row1 - m) - 1](job, m, b, &t, extra);
   }
   return LB_OK;
 }
@@ -176,6 +184,8 @@ int lb_avx512_available(void) {
   return (b & (f | dq | bw | vl)) == (f | dq | bw | vl) && (c & (vbmi | vnni)) == (vbmi | vnni);
 }
 
+const lb_vector_table lb_vector512 = {vector_gelu, vector_norm, vector_softmax, vector_multiply,
+                                      vector_add,  vector_affine, vector_pool};
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product,
-                                    lb_avx2_float_product, 32};
+                                    lb_avx2_float_product, 4, &lb_vector512};
 #endif

@@ -20,7 +20,7 @@ enum { ISAS = sizeof isas / sizeof *isas };
 
 static _Atomic(const lb_isa_table *) chosen;
 
-static const lb_isa_table *isa_in_use(void) {
+const lb_isa_table *lb_isa_in_use(void) {
   const lb_isa_table *isa = atomic_load(&chosen);
   if (!isa) {
     int i = 0;
@@ -33,7 +33,7 @@ static const lb_isa_table *isa_in_use(void) {
 
 int lb_abi(void) { return LB_ABI; }
 
-const char *lb_isa(void) { return isa_in_use()->name; }
+const char *lb_isa(void) { return lb_isa_in_use()->name; }
 
 const char *lb_isas(int all) {
   static _Thread_local char text[128];
@@ -302,7 +302,7 @@ static int run_part(run *r, int64_t threads) {
 
 int lb_run(const lb_args *a) {
   if (!a || !is_sane(a)) return LB_WRONG_ARGS;
-  run r = {.args = a, .isa = isa_in_use()};
+  run r = {.args = a, .isa = lb_isa_in_use()};
   r.out_height = out_size(a->height, a->padding_y, a->kernel_y, a->dilation_y, a->stride_y);
   r.out_width = out_size(a->width, a->padding_x, a->kernel_x, a->dilation_x, a->stride_x);
   if (!a->batch || !r.out_height || !r.out_width) return LB_OK;
@@ -384,7 +384,7 @@ int lb_run_floats(const lb_args *a) {
   if (!a || !((a->bits >= 2 && a->bits <= 4) || a->bits == 8) || a->batch < 0 || a->channels <= 0 || a->outputs <= 0)
     return LB_WRONG_ARGS;
   if (!a->batch) return LB_OK;
-  run r = {.args = a, .isa = isa_in_use(), .rows = a->batch};
+  run r = {.args = a, .isa = lb_isa_in_use(), .rows = a->batch};
   const int64_t k = a->channels, outputs = a->outputs;
   r.job.k = lb_round_up(k, 64);
   r.job.used_k = lb_round_up(k, 4);

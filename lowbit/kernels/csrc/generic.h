@@ -61,6 +61,10 @@ LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const in
   }
   if (job->relu)
     for (int i = 0; i < count; i++) y[i] = y[i] < 0.0f ? 0.0f : y[i];
+  if (job->next)
+    lb_generic_quantize(y, count, job->out_scale, job->out_low, job->out_high, job->next_zero,
+                        job->next + job->next_start[row] + n0);
+  if (!job->out) return;
   if (job->out_type == LB_FLOAT32) {
     memcpy((float *)job->out + row * job->outputs + n0, y, (size_t)count * sizeof(float));
   } else {

@@ -38,8 +38,25 @@ typedef struct {
   float out_scale, out_low, out_high, add_scale;
   int64_t outputs;
   const void *add; /* [rows][outputs] or NULL */
-  void *out; /* [rows][outputs] */
+  void *out; /* [rows][outputs] or NULL */
+  /* Stored activations of the next product, or NULL: of each row at `next_start` from there, q + next_zero, where q is
+   * the output rounded by out_scale. `out` then is float. */
+  uint8_t *next;
+  const int64_t *next_start;
+  int32_t next_zero;
 } lb_job;
+
+/* Operations on rows of floats; vector.h has their definitions. */
+typedef struct {
+  void (*gelu)(const float *x, int64_t n, float *y);
+  void (*norm)(const float *x, int64_t n, float eps, const float *gain, const float *bias, float *y);
+  void (*softmax)(float *x, int64_t n, float scale);
+  void (*multiply)(int64_t rows, int64_t panels, int64_t k, const float *a, int64_t a_row, const float *b, float *c,
+                   int64_t c_row);
+  void (*add)(const float *a, const float *b, int64_t n, int relu, float *y);
+  void (*affine)(const float *x, const float *gain, const float *bias, int64_t n, int relu, float *y);
+  void (*pool)(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y);
+} lb_vector_table;
 
 typedef struct {
   const char *name;
@@ -51,11 +68,14 @@ typedef struct {
   /* The same of rows of used_k floats at `map`; see floats.h. */
   int (*float_product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
   int span; /* all spans are multiples of this many bytes, 4 at least; used_k then is too */
+  const lb_vector_table *vector;
 } lb_isa_table;
 
 extern const lb_isa_table lb_portable;
+const lb_isa_table *lb_isa_in_use(void);
 #if defined(__x86_64__)
 extern const lb_isa_table lb_avx2, lb_avx512vnni, lb_amx;
+extern const lb_vector_table lb_vector512;
 int lb_avx512_available(void);
 int lb_avx2_float_product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
 #endif
@@ -68,7 +88,8 @@ typedef void (*lb_range_fn)(void *arg, int64_t begin, int64_t end);
 void lb_parallel(int64_t threads, int64_t items, int64_t grain, lb_range_fn fn, void *arg);
 
 /* A buffer of this thread, aligned to 64 bytes, kept until more is asked of the slot; NULL: no memory. */
-enum { LB_SLOT_MAP, LB_SLOT_ROWS, LB_SLOT_WINDOWS, LB_SLOT_DECODED, LB_SLOT_EXTRA, LB_SLOT_SUMS, LB_SLOTS };
+enum { LB_SLOT_MAP, LB_SLOT_ROWS, LB_SLOT_WINDOWS, LB_SLOT_DECODED, LB_SLOT_EXTRA, LB_SLOT_SUMS,
+       LB_SLOT_LINE, LB_SLOT_PANELS, LB_SLOT_SCALES, LB_SLOTS };
 void *lb_scratch(int slot, size_t bytes);
 void lb_scratch_trim(void); /* gives back what is unusually large */
 

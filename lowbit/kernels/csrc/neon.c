@@ -8,6 +8,8 @@
 #include <sys/auxv.h>
 #endif
 #include "floats.h"
+#define LB_VECTOR_NEON
+#include "vector.h"
 
 enum { TILE = 4 };
 
@@ -163,7 +165,9 @@ static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64
 static int available(void) { return 1; }
 
 const lb_isa_table lb_neon = {
-    "neon", available, 1, lb_generic_absmax, lb_generic_quantize, product, float_product, 4};
+    "neon", available, 1, lb_generic_absmax, lb_generic_quantize, product, float_product, 4,
+    &vector_table};
 const lb_isa_table lb_neon_plain = {
-    "neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, float_product, 4};
+    "neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, float_product, 4,
+    &vector_table};
 #endif

@@ -1,0 +1,967 @@
+/* Loads, checks and runs plans; see plan.h. */
+#define _GNU_SOURCE
+#include "plan.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "internal.h"
+
+enum { MOST = 1 << 24, LEAST_WORK = 1 << 19, MOST_TAPS = 1 << 16, MOST_K = 1 << 16, TAIL = 128 };
+static const int64_t MOST_BYTES = (int64_t)1 << 34;
+
+/* What one run works in. */
+typedef struct state {
+  struct state *next;
+  uint8_t *arena;
+} state;
+
+/* What is known of an operation before it runs. */
+typedef struct {
+  int64_t *row_start, *k_offset, *next_start; /* of a product; next_start of all that write a map */
+  float *row_scale;
+  lb_span *spans;
+  int n_spans;
+  int64_t rows, k, used_k;
+  int largest;
+  int16_t levels[16];
+} prepared;
+
+struct lb_plan {
+  uint8_t *bytes;
+  const lb_plan_header *header;
+  const lb_plan_tensor *tensors;
+  const lb_plan_op *ops;
+  prepared *prepared;
+  int64_t inputs, outputs;
+  pthread_mutex_t mutex;
+  state *free; /* guarded by mutex */
+  double *times;
+  int timed;
+};
+
+/* ---- tensors ---- */
+
+static int64_t rows_of(const lb_plan_tensor *t) { return t->height * t->width; }
+
+static int64_t values_of(const lb_plan_tensor *t) { return rows_of(t) * t->channels; }
+
+static int64_t bytes_of(const lb_plan_tensor *t) {
+  if (t->kind == LB_TENSOR_FLOATS) return values_of(t) * 4;
+  return (t->height + 2 * t->border_y) * (t->width + 2 * t->border_x) * t->place + TAIL;
+}
+
+/* ---- checks: nothing is used before it went through here ---- */
+
+typedef struct {
+  const lb_plan *plan;
+  int64_t size;
+  uint8_t *written; /* of each tensor */
+  char *why;
+  int64_t why_bytes;
+  int op; /* the operation at hand; -1: none */
+} checker;
+
+static int refuse(const checker *c, const char *text) {
+  if (c->why && c->why_bytes > 0) {
+    if (c->op < 0) snprintf(c->why, (size_t)c->why_bytes, "%s", text);
+    else snprintf(c->why, (size_t)c->why_bytes, "operation %d: %s", c->op, text);
+  }
+  return LB_BAD_PLAN;
+}
+
+static int is_between(int64_t value, int64_t low, int64_t high) { return low <= value && value <= high; }
+
+static int check_tensor(const checker *c, int i) {
+  const lb_plan_tensor *t = c->plan->tensors + i;
+  const int is_map = t->kind == LB_TENSOR_MAP;
+  if (t->kind != LB_TENSOR_FLOATS && !is_map) return refuse(c, "a tensor of unknown kind");
+  if (!is_between(t->height, 1, MOST) || !is_between(t->width, 1, MOST) || !is_between(t->channels, 1, MOST) ||
+      rows_of(t) > MOST || values_of(t) > (int64_t)MOST * 64)
+    return refuse(c, "a tensor of impossible size");
+  if (is_map && (!is_between(t->border_y, 0, 64) || !is_between(t->border_x, 0, 64) ||
+                 !is_between(t->place, lb_round_up(t->channels, 4), MOST) ||
+                 (t->height + 2 * t->border_y) * (t->width + 2 * t->border_x) > (int64_t)MOST * 4))
+    return refuse(c, "a map of impossible size");
+  if (is_map && (t->low >= t->high || !(is_between(t->low, -128, 0) && is_between(t->high, 1, 127)) ) &&
+      !(is_map && is_between(t->low, 0, 254) && is_between(t->high, t->low + 1, 255)))
+    return refuse(c, "a map whose range does not fit a byte");
+  const int outside = i == c->plan->header->input || i == c->plan->header->output;
+  if (outside) return t->offset != -1 || is_map ? refuse(c, "input and output are floats outside the arena") : LB_OK;
+  if (t->offset < 0 || t->offset % 64 || bytes_of(t) > c->plan->header->arena_bytes ||
+      t->offset > c->plan->header->arena_bytes - bytes_of(t))
+    return refuse(c, "a tensor outside the arena");
+  return LB_OK;
+}
+
+/* The tensor of that number and kind, or NULL. */
+static const lb_plan_tensor *tensor_at(const checker *c, int32_t i, int kind) {
+  if (i < 0 || i >= c->plan->header->tensors) return NULL;
+  return c->plan->tensors[i].kind == kind ? c->plan->tensors + i : NULL;
+}
+
+static const lb_plan_tensor *read_at(const checker *c, int32_t i, int kind) {
+  const lb_plan_tensor *t = tensor_at(c, i, kind);
+  return t && c->written[i] ? t : NULL;
+}
+
+static int has_data(const checker *c, const lb_plan_op *op, int i, int64_t bytes) {
+  const lb_plan_data d = op->data[i];
+  return d.bytes == bytes && d.bytes <= c->size && d.offset >= 0 && d.offset % 64 == 0 &&
+         d.offset <= c->size - d.bytes;
+}
+
+static int has_data_or_none(const checker *c, const lb_plan_op *op, int i, int64_t bytes) {
+  return op->data[i].bytes == 0 || has_data(c, op, i, bytes);
+}
+
+/* Rows of floats that `op` reads from its first input, from `offset` on. */
+static int view_fits(const lb_plan_op *op, const lb_plan_tensor *t, int64_t offset, int64_t rows, int64_t channels) {
+  return rows <= MOST && channels <= MOST && offset + (rows - 1) * op->n[LB_N_STEP] + channels <= values_of(t);
+}
+
+/* Outputs of `rows` by `channels`: floats, a map or both. Marks them as written. */
+static int check_outputs(checker *c, const lb_plan_op *op, int64_t rows, int64_t channels) {
+  if (op->out[0] < 0 && op->out[1] < 0) return refuse(c, "no output");
+  for (int i = 0; i < 2; i++) {
+    if (op->out[i] == -1) continue;
+    const lb_plan_tensor *t = tensor_at(c, op->out[i], i ? LB_TENSOR_MAP : LB_TENSOR_FLOATS);
+    if (!t || rows_of(t) != rows || t->channels != channels) return refuse(c, "an output of another shape");
+    if (op->out[i] == c->plan->header->input) return refuse(c, "the input is written");
+    c->written[op->out[i]] = 1;
+  }
+  return LB_OK;
+}
+
+static int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
+  const int64_t room = size + 2 * padding - (kernel - 1) * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+static int64_t out_height(const lb_plan_op *op, const lb_plan_tensor *t) {
+  return out_size(t->height, op->n[LB_N_PADDING_Y], op->n[LB_N_KERNEL_Y], op->n[LB_N_DILATION_Y],
+                  op->n[LB_N_STRIDE_Y]);
+}
+
+static int64_t out_width(const lb_plan_op *op, const lb_plan_tensor *t) {
+  return out_size(t->width, op->n[LB_N_PADDING_X], op->n[LB_N_KERNEL_X], op->n[LB_N_DILATION_X],
+                  op->n[LB_N_STRIDE_X]);
+}
+
+static int is_window(const lb_plan_op *op) {
+  for (int i = LB_N_KERNEL_Y; i <= LB_N_DILATION_X; i++) {
+    const int least = i != LB_N_PADDING_Y && i != LB_N_PADDING_X;
+    if (!is_between(op->n[i], least, MOST)) return 0;
+  }
+  return op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] <= MOST_TAPS;
+}
+
+static int check_quantize(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *map = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  const int64_t dynamic = op->n[LB_N_DYNAMIC], planar = op->n[LB_N_PLANAR];
+  if (!x || !map || !is_between(dynamic, 0, 2) || !is_between(planar, 0, 1)) return refuse(c, "wrong tensors");
+  const int64_t rows = rows_of(map);
+  if (planar ? values_of(x) != rows * map->channels || dynamic == LB_DYNAMIC_ROW
+             : !view_fits(op, x, op->n[LB_N_OFFSET], rows, map->channels))
+    return refuse(c, "an input of another shape");
+  if (!has_data_or_none(c, op, 0, 4) && !has_data(c, op, 0, 4 * map->channels))
+    return refuse(c, "an offset of another size");
+  if (dynamic) {
+    const lb_plan_tensor *scales = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+    if (!scales || values_of(scales) != (dynamic == LB_DYNAMIC_ROW ? rows : 1) || op->out[0] == c->plan->header->input)
+      return refuse(c, "scales of another shape");
+    if (map->high <= 0) return refuse(c, "a range without positive numbers");
+    c->written[op->out[0]] = 1;
+  } else if (op->out[0] != -1) {
+    return refuse(c, "scales that do not exist");
+  }
+  c->written[op->out[1]] = 1;
+  return LB_OK;
+}
+
+static int check_product(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_MAP);
+  const int64_t bits = op->n[LB_N_BITS];
+  if (!x || !is_window(op) || !((bits >= 2 && bits <= 4) || bits == 8) || !is_between(op->n[LB_N_RELU], 0, 1))
+    return refuse(c, "wrong tensors or numbers");
+  if (op->n[LB_N_PADDING_Y] > x->border_y || op->n[LB_N_PADDING_X] > x->border_x)
+    return refuse(c, "a padding larger than the border");
+  const int64_t height = out_height(op, x), width = out_width(op, x), outputs = op->data[1].bytes / 4;
+  if (!height || !width || height * width > MOST) return refuse(c, "a kernel larger than its input");
+  if (!is_between(outputs, 1, MOST) || op->data[1].bytes % 4) return refuse(c, "an impossible number of outputs");
+  const int64_t used_k = op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * lb_round_up(x->channels, 4);
+  if (used_k > MOST_K) return refuse(c, "sums of more than 65536 products");
+  const int64_t packed = (outputs + 15) / 16 * (lb_round_up(used_k, 64) * 2 * bits);
+  if (!has_data(c, op, 0, packed) || !has_data(c, op, 1, 4 * outputs) || !has_data(c, op, 2, 4 * outputs) ||
+      !has_data_or_none(c, op, 3, 4 * outputs) || !has_data(c, op, 4, 32))
+    return refuse(c, "weights of another size");
+  const int16_t *levels = (const int16_t *)(c->plan->bytes + op->data[4].offset);
+  for (int i = 0; i < 16; i++)
+    if (!is_between(levels[i], -128, 128)) return refuse(c, "a level outside -128 ... 128");
+  if (op->in[1] != -1) {
+    const lb_plan_tensor *add = read_at(c, op->in[1], LB_TENSOR_FLOATS);
+    if (!add || rows_of(add) != height * width || add->channels != outputs) return refuse(c, "a summand of another shape");
+  }
+  if (op->in[2] != -1) {
+    const lb_plan_tensor *scales = read_at(c, op->in[2], LB_TENSOR_FLOATS);
+    if (!scales || (values_of(scales) != 1 && values_of(scales) != height * width))
+      return refuse(c, "scales of another shape");
+  }
+  if (op->in[1] != -1 && op->in[1] == op->out[0]) return refuse(c, "a summand that is written");
+  return check_outputs(c, op, height * width, outputs);
+}
+
+static int check_copy(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!y || op->data[0].bytes % 32 || op->data[1].bytes % 4 || !has_data(c, op, 0, op->data[0].bytes) ||
+      !has_data_or_none(c, op, 1, op->data[1].bytes))
+    return refuse(c, "wrong tensors or pieces");
+  const int64_t *piece = (const int64_t *)(c->plan->bytes + op->data[0].offset);
+  for (int64_t i = 0; i < op->data[0].bytes / 32; i++, piece += 4) { /* to, source, from, length */
+    if (!is_between(piece[1], 0, 4) || !is_between(piece[3], 1, values_of(y))) return refuse(c, "an impossible piece");
+    int64_t there = op->data[1].bytes / 4;
+    if (piece[1] < 4) {
+      const lb_plan_tensor *x = read_at(c, op->in[piece[1]], LB_TENSOR_FLOATS);
+      if (!x || op->in[piece[1]] == op->out[0]) return refuse(c, "a piece of nothing");
+      there = values_of(x);
+    }
+    if (piece[3] > there || !is_between(piece[0], 0, values_of(y) - piece[3]) || !is_between(piece[2], 0, there - piece[3]))
+      return refuse(c, "a piece outside its tensor");
+  }
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
+static int check_add(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *a = read_at(c, op->in[0], LB_TENSOR_FLOATS);
+  const lb_plan_tensor *b = op->in[1] == -1 ? NULL : read_at(c, op->in[1], LB_TENSOR_FLOATS);
+  if (!a || (op->in[1] != -1 && !b) || !is_between(op->n[LB_N_RELU], 0, 1)) return refuse(c, "wrong tensors");
+  if (b ? values_of(b) != values_of(a) : !has_data(c, op, 0, 4 * values_of(a)))
+    return refuse(c, "summands of different shapes");
+  if (op->out[1] != -1) return refuse(c, "a map");
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!y || values_of(y) != values_of(a)) return refuse(c, "an output of another shape");
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
+static int check_affine(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!x || !y || op->out[1] != -1 || !is_between(op->n[LB_N_RELU], 0, 1)) return refuse(c, "wrong tensors");
+  if (!view_fits(op, x, op->n[LB_N_OFFSET], rows_of(y), y->channels)) return refuse(c, "an input of another shape");
+  if (!has_data_or_none(c, op, 0, 4 * y->channels) || !has_data_or_none(c, op, 1, 4 * y->channels))
+    return refuse(c, "numbers of another size");
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
+static int check_pool(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!x || !y || op->out[1] != -1 || !is_window(op) || !is_between(op->n[LB_N_LARGEST], 0, 1) ||
+      op->n[LB_N_DILATION_Y] != 1 || op->n[LB_N_DILATION_X] != 1)
+    return refuse(c, "wrong tensors or numbers");
+  if (op->n[LB_N_PADDING_Y] * 2 > op->n[LB_N_KERNEL_Y] || op->n[LB_N_PADDING_X] * 2 > op->n[LB_N_KERNEL_X])
+    return refuse(c, "a padding of more than half the window");
+  const int64_t rows = out_height(op, x) * out_width(op, x);
+  if (!rows || rows != rows_of(y) || x->channels != y->channels) return refuse(c, "an output of another shape");
+  return check_outputs(c, op, rows, y->channels);
+}
+
+/* LayerNorm and GELU: rows to rows. */
+static int check_rows(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS);
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  if (!x || !y || !view_fits(op, x, op->n[LB_N_OFFSET], rows_of(y), y->channels))
+    return refuse(c, "an input of another shape");
+  if (op->kind == LB_OP_NORM &&
+      (!has_data_or_none(c, op, 0, 4 * y->channels) || !has_data_or_none(c, op, 1, 4 * y->channels)))
+    return refuse(c, "numbers of another size");
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
+static int check_attention(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS);
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE];
+  if (!x || !y || !is_between(heads, 1, MOST) || !is_between(size, 1, MOST) || heads * size != y->channels)
+    return refuse(c, "wrong tensors or numbers");
+  const int64_t rows = rows_of(y);
+  if (!view_fits(op, x, op->n[LB_N_OFFSET], rows, y->channels) ||
+      !view_fits(op, x, op->n[LB_N_K_OFFSET], rows, y->channels) ||
+      !view_fits(op, x, op->n[LB_N_V_OFFSET], rows, y->channels))
+    return refuse(c, "an input of another shape");
+  return check_outputs(c, op, rows, y->channels);
+}
+
+static int check_op(checker *c, const lb_plan_op *op) {
+  for (int i = 0; i < 16; i++)
+    if (!is_between(op->n[i], 0, (int64_t)1 << 31)) return refuse(c, "an impossible number");
+  for (int i = 0; i < 6; i++) {
+    const int32_t t = i < 4 ? op->in[i] : op->out[i - 4];
+    if (t < -1 || t >= c->plan->header->tensors) return refuse(c, "a tensor that does not exist");
+  }
+  switch (op->kind) {
+    case LB_OP_QUANTIZE: return check_quantize(c, op);
+    case LB_OP_PRODUCT: return check_product(c, op);
+    case LB_OP_COPY: return check_copy(c, op);
+    case LB_OP_ADD: return check_add(c, op);
+    case LB_OP_AFFINE: return check_affine(c, op);
+    case LB_OP_POOL: return check_pool(c, op);
+    case LB_OP_NORM:
+    case LB_OP_GELU: return check_rows(c, op);
+    case LB_OP_ATTENTION: return check_attention(c, op);
+    default: return refuse(c, "of unknown kind");
+  }
+}
+
+static int check(lb_plan *plan, int64_t size, char *why, int64_t why_bytes) {
+  checker c = {.plan = plan, .size = size, .why = why, .why_bytes = why_bytes, .op = -1};
+  const lb_plan_header *h = plan->header;
+  if (size < (int64_t)sizeof *h || memcmp(h->magic, LB_PLAN_MAGIC, sizeof h->magic))
+    return refuse(&c, "not a plan");
+  if (h->version != LB_PLAN_VERSION) return refuse(&c, "a plan of another version");
+  if (h->file_bytes != size) return refuse(&c, "a file that is cut short, or has more behind its end");
+  if (!is_between(h->tensors, 1, MOST_TAPS) || !is_between(h->ops, 1, MOST_TAPS) ||
+      size - (int64_t)sizeof *h < h->tensors * (int64_t)sizeof(lb_plan_tensor) + h->ops * (int64_t)sizeof(lb_plan_op))
+    return refuse(&c, "impossible numbers of tensors or operations");
+  if (!is_between(h->arena_bytes, 0, MOST_BYTES) || !is_between(h->input, 0, h->tensors - 1) ||
+      !is_between(h->output, 0, h->tensors - 1) || h->input == h->output)
+    return refuse(&c, "impossible input, output or arena");
+  plan->tensors = (const lb_plan_tensor *)(h + 1);
+  plan->ops = (const lb_plan_op *)(plan->tensors + h->tensors);
+  for (int i = 0; i < h->tensors; i++)
+    if (check_tensor(&c, i)) return LB_BAD_PLAN;
+  c.written = calloc((size_t)h->tensors, 1);
+  if (!c.written) return LB_NO_MEMORY;
+  c.written[h->input] = 1;
+  int status = LB_OK;
+  for (int i = 0; i < h->ops && !status; i++) {
+    c.op = i;
+    status = check_op(&c, plan->ops + i);
+  }
+  c.op = -1;
+  if (!status && !c.written[h->output]) status = refuse(&c, "the output is never written");
+  free(c.written);
+  return status;
+}
+
+/* ---- what is known beforehand ---- */
+
+static const void *data_of(const lb_plan *plan, const lb_plan_op *op, int i) {
+  return op->data[i].bytes ? plan->bytes + op->data[i].offset : NULL;
+}
+
+/* Where each row of a map starts. */
+static int64_t *starts_of(const lb_plan_tensor *map) {
+  int64_t *start = malloc((size_t)rows_of(map) * sizeof *start);
+  if (!start) return NULL;
+  for (int64_t y = 0, row = 0; y < map->height; y++)
+    for (int64_t x = 0; x < map->width; x++, row++)
+      start[row] = ((y + map->border_y) * (map->width + 2 * map->border_x) + x + map->border_x) * map->place;
+  return start;
+}
+
+static int prepare_product(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
+  const lb_plan_tensor *x = plan->tensors + op->in[0];
+  const int64_t *n = op->n, height = out_height(op, x), width = out_width(op, x);
+  const int64_t line = (x->width + 2 * x->border_x) * x->place, channels = lb_round_up(x->channels, 4);
+  const int joined = n[LB_N_DILATION_X] == 1 && x->place == channels;
+  const int64_t taps = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X];
+  p->rows = height * width;
+  p->used_k = taps * channels;
+  p->k = lb_round_up(p->used_k, 64);
+  p->row_start = malloc((size_t)p->rows * sizeof *p->row_start);
+  p->row_scale = malloc((size_t)p->rows * sizeof *p->row_scale);
+  p->k_offset = malloc((size_t)p->k / 4 * sizeof *p->k_offset);
+  p->spans = malloc((size_t)taps * sizeof *p->spans);
+  if (!p->row_start || !p->row_scale || !p->k_offset || !p->spans) return LB_NO_MEMORY;
+  for (int64_t y = 0, row = 0; y < height; y++)
+    for (int64_t z = 0; z < width; z++, row++) {
+      p->row_start[row] = (y * n[LB_N_STRIDE_Y] + x->border_y - n[LB_N_PADDING_Y]) * line +
+                          (z * n[LB_N_STRIDE_X] + x->border_x - n[LB_N_PADDING_X]) * x->place;
+      p->row_scale[row] = (float)op->f[0];
+    }
+  for (int64_t y = 0; y < n[LB_N_KERNEL_Y]; y++)
+    for (int64_t z = 0; z < (joined ? 1 : n[LB_N_KERNEL_X]); z++) {
+      lb_span *span = p->spans + p->n_spans++;
+      span->offset = y * n[LB_N_DILATION_Y] * line + z * n[LB_N_DILATION_X] * x->place;
+      span->length = channels * (joined ? n[LB_N_KERNEL_X] : 1);
+    }
+  int64_t *offset = p->k_offset;
+  for (int s = 0; s < p->n_spans; s++)
+    for (int64_t i = 0; i < p->spans[s].length; i += 4) *offset++ = p->spans[s].offset + i;
+  memcpy(p->levels, data_of(plan, op, 4), sizeof p->levels);
+  for (int i = 0; i < 16; i++) p->largest = (int)lb_max(p->largest, abs(p->levels[i]));
+  if (n[LB_N_BITS] == 8) p->largest = 128;
+  return LB_OK;
+}
+
+static int prepare(lb_plan *plan) {
+  const lb_plan_header *h = plan->header;
+  plan->prepared = calloc((size_t)h->ops, sizeof *plan->prepared);
+  plan->times = calloc((size_t)h->ops, sizeof *plan->times);
+  if (!plan->prepared || !plan->times) return LB_NO_MEMORY;
+  for (int i = 0; i < h->ops; i++) {
+    const lb_plan_op *op = plan->ops + i;
+    if (op->kind == LB_OP_PRODUCT && prepare_product(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
+    if (op->out[1] >= 0 && !(plan->prepared[i].next_start = starts_of(plan->tensors + op->out[1]))) return LB_NO_MEMORY;
+  }
+  return LB_OK;
+}
+
+int lb_plan_load(const void *bytes, int64_t size, lb_plan **out, char *why, int64_t why_bytes) {
+  *out = NULL;
+  if (size < (int64_t)sizeof(lb_plan_header) || size > MOST_BYTES) {
+    const checker c = {.why = why, .why_bytes = why_bytes, .op = -1};
+    return refuse(&c, "not a plan");
+  }
+  lb_plan *plan = calloc(1, sizeof *plan);
+  if (!plan) return LB_NO_MEMORY;
+  pthread_mutex_init(&plan->mutex, NULL);
+  plan->bytes = aligned_alloc(64, (size_t)lb_round_up(size, 64) + 64);
+  int status = plan->bytes ? LB_OK : LB_NO_MEMORY;
+  if (!status) {
+    memcpy(plan->bytes, bytes, (size_t)size);
+    memset(plan->bytes + size, 0, (size_t)(lb_round_up(size, 64) + 64 - size));
+    plan->header = (const lb_plan_header *)plan->bytes;
+    status = check(plan, size, why, why_bytes);
+  }
+  if (!status) status = prepare(plan);
+  if (status) {
+    plan->header = plan->prepared ? plan->header : NULL;
+    lb_plan_free(plan);
+    return status;
+  }
+  plan->inputs = values_of(plan->tensors + plan->header->input);
+  plan->outputs = values_of(plan->tensors + plan->header->output);
+  *out = plan;
+  return LB_OK;
+}
+
+void lb_plan_free(lb_plan *plan) {
+  if (!plan) return;
+  for (state *s = plan->free, *next; s; s = next) {
+    next = s->next;
+    free(s->arena);
+    free(s);
+  }
+  for (int i = 0; plan->prepared && i < plan->header->ops; i++) {
+    prepared *p = plan->prepared + i;
+    free(p->row_start), free(p->k_offset), free(p->next_start), free(p->row_scale), free(p->spans);
+  }
+  pthread_mutex_destroy(&plan->mutex);
+  free(plan->prepared);
+  free(plan->times);
+  free(plan->bytes);
+  free(plan);
+}
+
+int64_t lb_plan_inputs(const lb_plan *plan) { return plan->inputs; }
+int64_t lb_plan_outputs(const lb_plan *plan) { return plan->outputs; }
+int64_t lb_plan_arena(const lb_plan *plan) { return plan->header->arena_bytes; }
+
+const double *lb_plan_times(lb_plan *plan, int on) {
+  plan->timed = on;
+  return plan->times;
+}
+
+/* ---- one operation ---- */
+
+typedef struct {
+  const lb_plan *plan;
+  const lb_isa_table *isa;
+  const lb_plan_op *op;
+  const prepared *ready;
+  uint8_t *arena;
+  const float *x;
+  float *y;
+  int64_t threads;
+  /* of the operation at hand */
+  lb_job job;
+  const float *in;
+  float *out;
+  uint8_t *map;
+  const lb_plan_tensor *map_tensor;
+  float *panels; /* of attention: keys and values */
+  int64_t splits, blocks;
+  atomic_int status;
+} run;
+
+static void *memory_of(const run *r, int32_t i) {
+  if (i < 0) return NULL;
+  if (i == r->plan->header->input) return (void *)r->x;
+  if (i == r->plan->header->output) return r->y;
+  return r->arena + r->plan->tensors[i].offset;
+}
+
+/* What is added to q in a map; see lb_job. */
+static int zero_of(const run *r, const lb_plan_tensor *map) {
+  return r->isa->signed_bytes ? (map->high <= 127 ? 0 : -128) : (map->low >= 0 ? 0 : 128);
+}
+
+static void parallel(const run *r, int64_t items, int64_t work_of_one, lb_range_fn fn, void *arg) {
+  const int64_t threads = lb_max(1, lb_min(r->threads, items * work_of_one / (LEAST_WORK / 8)));
+  const int64_t grain = threads == 1 ? items : lb_max(1, items / (threads * 4));
+  lb_parallel(threads, items, lb_max(1, grain), fn, arg);
+}
+
+/* Border and pad channels of a map that is about to be written: the arena held something else there. */
+static void clear_border(const lb_plan_tensor *t, uint8_t *map, int zero) {
+  const int64_t line = (t->width + 2 * t->border_x) * t->place, side = t->border_x * t->place;
+  const int pads = (int)(lb_round_up(t->channels, 4) - t->channels);
+  const int byte = pads ? 0 : (uint8_t)zero; /* with pads: all zero first, then the channels of the border */
+  memset(map, byte, (size_t)(t->border_y * line + side));
+  uint8_t *at = map + t->border_y * line + side;
+  for (int64_t y = 1; side && y < t->height; y++) memset(at + y * line - 2 * side, byte, (size_t)(2 * side));
+  memset(at + (t->height - 1) * line + t->width * t->place, byte, (size_t)(side + t->border_y * line + TAIL));
+  if (!pads) return;
+  for (int64_t y = 0; y < t->height + 2 * t->border_y; y++)
+    for (int64_t x = 0; x < t->width + 2 * t->border_x; x++) {
+      uint8_t *place = map + y * line + x * t->place;
+      const int inside = is_between(y - t->border_y, 0, t->height - 1) && is_between(x - t->border_x, 0, t->width - 1);
+      if (inside) memset(place + t->channels, 0, (size_t)pads);
+      else memset(place, (uint8_t)zero, (size_t)t->channels);
+    }
+}
+
+static void begin_map(run *r) {
+  if (r->op->out[1] < 0) return;
+  r->map_tensor = r->plan->tensors + r->op->out[1];
+  r->map = memory_of(r, r->op->out[1]);
+  clear_border(r->map_tensor, r->map, zero_of(r, r->map_tensor));
+}
+
+/* Rounds n floats of a row into the map, from channel `first` on. */
+static void store_row(const run *r, int64_t row, int64_t first, const float *values, int64_t n, float scale) {
+  const lb_plan_tensor *t = r->map_tensor;
+  r->isa->quantize(values, n, scale, (float)t->low, (float)t->high, zero_of(r, t),
+                   r->map + r->ready->next_start[row] + first);
+}
+
+static float scale_from_absmax(uint32_t bits, int high) {
+  float largest;
+  memcpy(&largest, &bits, 4);
+  const float scale = largest / (float)high;
+  return scale < 1.17549435e-38f ? 1.17549435e-38f : scale; /* NaN stays NaN */
+}
+
+/* ---- quantize ---- */
+
+static const float *row_with_offset(const run *r, const float *x, int64_t n, float *room) {
+  const float *before = data_of(r->plan, r->op, 0);
+  if (!before) return x;
+  const int one = r->op->data[0].bytes == 4;
+  for (int64_t i = 0; i < n; i++) room[i] = x[i] + before[one ? 0 : i];
+  return room;
+}
+
+static void quantize_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t n = r->map_tensor->channels, dynamic = op->n[LB_N_DYNAMIC];
+  float *room = lb_scratch(LB_SLOT_LINE, (size_t)n * sizeof *room);
+  if (!room) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  for (int64_t row = begin; row < end; row++) {
+    const float *x = row_with_offset(r, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], n, room);
+    float scale = dynamic == LB_DYNAMIC_ITEM ? r->out[0] : (float)op->f[0];
+    if (dynamic == LB_DYNAMIC_ROW) r->out[row] = scale = scale_from_absmax(r->isa->absmax(x, n), r->map_tensor->high);
+    store_row(r, row, 0, x, n, scale);
+  }
+}
+
+/* Lines of planes [channels][height][width]: bytes of each plane, then side by side. */
+static void quantize_lines(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_tensor *t = r->map_tensor;
+  const int64_t width = t->width, plane = rows_of(t), channels = t->channels;
+  const float scale = r->op->n[LB_N_DYNAMIC] ? r->out[0] : (float)r->op->f[0];
+  const float *before = data_of(r->plan, r->op, 0);
+  const int one = r->op->data[0].bytes == 4, zero = zero_of(r, t);
+  float *room = lb_scratch(LB_SLOT_LINE, (size_t)(width * 5));
+  if (!room) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  uint8_t *bytes = (uint8_t *)(room + width);
+  for (int64_t y = begin; y < end; y++) {
+    uint8_t *to = r->map + r->ready->next_start[y * width];
+    for (int64_t c = 0; c < channels; c++) {
+      const float *x = r->in + c * plane + y * width;
+      if (before) {
+        for (int64_t i = 0; i < width; i++) room[i] = x[i] + before[one ? 0 : c];
+        x = room;
+      }
+      r->isa->quantize(x, width, scale, (float)t->low, (float)t->high, zero, bytes);
+      if (t->place == 4) for (int64_t i = 0; i < width; i++) to[4 * i + c] = bytes[i];
+      else for (int64_t i = 0; i < width; i++) to[i * t->place + c] = bytes[i];
+    }
+  }
+}
+
+static void run_quantize(run *r) {
+  const lb_plan_op *op = r->op;
+  const int64_t rows = rows_of(r->map_tensor), n = r->map_tensor->channels;
+  if (op->n[LB_N_DYNAMIC] == LB_DYNAMIC_ITEM) {
+    uint32_t most = 0;
+    float *room = lb_scratch(LB_SLOT_LINE, (size_t)lb_max(n, rows) * sizeof *room);
+    if (!room) {
+      atomic_store(&r->status, LB_NO_MEMORY);
+      return;
+    }
+    const int64_t lines = op->n[LB_N_PLANAR] ? n : rows, length = op->n[LB_N_PLANAR] ? rows : n;
+    for (int64_t i = 0; i < lines; i++) {
+      const float *x = op->n[LB_N_PLANAR] ? r->in + i * rows : r->in + op->n[LB_N_OFFSET] + i * op->n[LB_N_STEP];
+      if (op->n[LB_N_PLANAR] && data_of(r->plan, op, 0)) {
+        const float *before = data_of(r->plan, op, 0);
+        for (int64_t j = 0; j < rows; j++) room[j] = x[j] + before[op->data[0].bytes == 4 ? 0 : i];
+        x = room;
+      } else if (!op->n[LB_N_PLANAR]) {
+        x = row_with_offset(r, x, n, room);
+      }
+      const uint32_t bits = r->isa->absmax(x, length);
+      most = bits > most ? bits : most;
+    }
+    r->out[0] = scale_from_absmax(most, r->map_tensor->high);
+  }
+  if (op->n[LB_N_PLANAR]) parallel(r, r->map_tensor->height, r->map_tensor->width * n * 4, quantize_lines, r);
+  else parallel(r, rows, n * 4, quantize_rows, r);
+}
+
+/* ---- product ---- */
+
+static void multiply(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  for (int64_t i = begin; i < end; i++) {
+    /* splits > 0: parts of the rows, all blocks; else pairs of blocks, all rows */
+    int64_t row0 = 0, row1 = r->ready->rows, block0 = 0, block1 = r->blocks;
+    if (r->splits > 0) {
+      row0 = lb_min(r->ready->rows, lb_round_up(r->ready->rows * i / r->splits, 16));
+      if (i + 1 < r->splits) row1 = lb_min(row1, lb_round_up(r->ready->rows * (i + 1) / r->splits, 16));
+    } else {
+      block0 = -2 * r->splits * i;
+      block1 = lb_min(r->blocks, block0 - 2 * r->splits);
+    }
+    if (row0 == row1 || block0 == block1) continue;
+    const int status = r->isa->product(&r->job, row0, row1, block0, block1);
+    if (status) atomic_store(&r->status, status);
+  }
+}
+
+/* Copies of the windows, for instruction sets that want larger pieces than this product has. */
+static int copy_windows(run *r, lb_span *whole, int64_t **starts) {
+  const prepared *p = r->ready;
+  const int64_t rows = p->rows, k = p->k;
+  uint8_t *windows = lb_scratch(LB_SLOT_WINDOWS, (size_t)(rows * k + TAIL));
+  int64_t *table = lb_scratch(LB_SLOT_ROWS, (size_t)(rows + k / 4) * sizeof *table);
+  if (!windows || !table) return LB_NO_MEMORY;
+  for (int64_t row = 0; row < rows; row++) {
+    uint8_t *at = windows + row * k;
+    for (int s = 0; s < p->n_spans; s++) {
+      memcpy(at, r->job.map + p->row_start[row] + p->spans[s].offset, (size_t)p->spans[s].length);
+      at += p->spans[s].length;
+    }
+    memset(at, 0, (size_t)(k - p->used_k));
+    table[row] = row * k;
+  }
+  for (int64_t i = 0; i < k / 4; i++) table[rows + i] = 4 * i;
+  *whole = (lb_span){0, k};
+  *starts = table;
+  r->job.map = windows, r->job.row_start = table, r->job.k_offset = table + rows;
+  r->job.spans = whole, r->job.n_spans = 1, r->job.used_k = k;
+  return LB_OK;
+}
+
+static void run_product(run *r) {
+  const lb_plan_op *op = r->op;
+  const prepared *p = r->ready;
+  const lb_plan *plan = r->plan;
+  const lb_plan_tensor *x = plan->tensors + op->in[0];
+  const int64_t outputs = op->data[1].bytes / 4;
+  lb_job *job = &r->job;
+  *job = (lb_job){
+      .packed = data_of(plan, op, 0), .k = p->k, .block_bytes = p->k * 2 * op->n[LB_N_BITS],
+      .bits = (int)op->n[LB_N_BITS], .largest = p->largest,
+      .map = memory_of(r, op->in[0]), .row_start = p->row_start, .spans = p->spans, .n_spans = p->n_spans,
+      .used_k = p->used_k, .k_offset = p->k_offset, .zero = zero_of(r, x), .row_scale = p->row_scale,
+      .scale = data_of(plan, op, 1), .sums = data_of(plan, op, 2), .bias = data_of(plan, op, 3),
+      .relu = (int)op->n[LB_N_RELU], .out_type = LB_FLOAT32, .add_type = LB_FLOAT32, .outputs = outputs,
+      .add = memory_of(r, op->in[1]), .out = r->out, .out_scale = (float)op->f[1],
+  };
+  memcpy(job->levels, p->levels, sizeof job->levels);
+  if (r->map_tensor) {
+    job->next = r->map, job->next_start = p->next_start, job->next_zero = zero_of(r, r->map_tensor);
+    job->out_low = (float)r->map_tensor->low, job->out_high = (float)r->map_tensor->high;
+  }
+  if (op->in[2] >= 0) {
+    const float *scales = memory_of(r, op->in[2]);
+    if (values_of(plan->tensors + op->in[2]) == p->rows) {
+      job->row_scale = scales;
+    } else {
+      float *all = lb_scratch(LB_SLOT_SCALES, (size_t)p->rows * sizeof *all);
+      if (!all) {
+        atomic_store(&r->status, LB_NO_MEMORY);
+        return;
+      }
+      for (int64_t i = 0; i < p->rows; i++) all[i] = scales[0];
+      job->row_scale = all;
+    }
+  }
+  lb_span whole;
+  int64_t *starts;
+  int apart = 0;
+  for (int s = 0; s < p->n_spans; s++) apart |= p->spans[s].length % r->isa->span != 0;
+  if (apart && copy_windows(r, &whole, &starts)) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  r->blocks = (outputs + 15) / 16;
+  const int64_t pairs = (r->blocks + 1) / 2, work = p->rows * r->blocks * 16 * p->used_k;
+  const int64_t threads = lb_max(1, lb_min(r->threads, work / LEAST_WORK));
+  if (threads == 1) {
+    const int status = r->isa->product(job, 0, p->rows, 0, r->blocks);
+    if (status) atomic_store(&r->status, status);
+  } else if (p->rows >= 64 * threads || pairs < threads) {
+    r->splits = threads * (p->rows >= 256 * threads ? 2 : 1);
+    lb_parallel(threads, r->splits, 1, multiply, r);
+  } else {
+    const int64_t each = lb_max(1, pairs / (threads * 4));
+    r->splits = -each;
+    lb_parallel(threads, (pairs + each - 1) / each, 1, multiply, r);
+  }
+}
+
+/* ---- rows ---- */
+
+/* A row's result goes to the floats, to the map, or both. */
+static void norm_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t n = (r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0])->channels;
+  const float *gain = op->kind == LB_OP_NORM ? data_of(r->plan, op, 0) : NULL;
+  const float *bias = op->kind == LB_OP_NORM ? data_of(r->plan, op, 1) : NULL;
+  float *room = lb_scratch(LB_SLOT_LINE, (size_t)n * sizeof *room);
+  if (!room) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  for (int64_t row = begin; row < end; row++) {
+    const float *x = r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP];
+    float *y = r->out ? r->out + row * n : room;
+    if (op->kind == LB_OP_NORM) r->isa->vector->norm(x, n, (float)op->f[0], gain, bias, y);
+    else r->isa->vector->gelu(x, n, y);
+    if (r->map) store_row(r, row, 0, y, n, (float)op->f[1]);
+  }
+}
+
+static void affine_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t n = r->plan->tensors[op->out[0]].channels;
+  const float *gain = data_of(r->plan, op, 0), *bias = data_of(r->plan, op, 1);
+  for (int64_t row = begin; row < end; row++)
+    r->isa->vector->affine(r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], gain, bias, n, (int)op->n[LB_N_RELU],
+                           r->out + row * n);
+}
+
+static void run_copy(run *r) {
+  const lb_plan_op *op = r->op;
+  const int64_t *piece = data_of(r->plan, op, 0);
+  for (int64_t i = 0; i < op->data[0].bytes / 32; i++, piece += 4) {
+    const float *from = piece[1] < 4 ? memory_of(r, op->in[piece[1]]) : data_of(r->plan, op, 1);
+    memcpy(r->out + piece[0], from + piece[2], (size_t)piece[3] * sizeof(float));
+  }
+}
+
+static void pool_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const lb_plan_tensor *x = r->plan->tensors + op->in[0];
+  const int64_t *n = op->n, width = out_width(op, x), channels = x->channels;
+  const float **rows = lb_scratch(LB_SLOT_LINE, (size_t)(n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X]) * sizeof *rows);
+  if (!rows) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t y0 = row / width * n[LB_N_STRIDE_Y] - n[LB_N_PADDING_Y];
+    const int64_t x0 = row % width * n[LB_N_STRIDE_X] - n[LB_N_PADDING_X];
+    int64_t count = 0;
+    for (int64_t y = lb_max(0, y0); y < lb_min(x->height, y0 + n[LB_N_KERNEL_Y]); y++)
+      for (int64_t z = lb_max(0, x0); z < lb_min(x->width, x0 + n[LB_N_KERNEL_X]); z++)
+        rows[count++] = r->in + (y * x->width + z) * channels;
+    const float divisor = (float)(n[LB_N_DIVISOR] ? n[LB_N_DIVISOR] : count);
+    if (count) r->isa->vector->pool(rows, count, channels, divisor, (int)n[LB_N_LARGEST], r->out + row * channels);
+  }
+}
+
+/* ---- attention ----
+ * Of each head: keys as panels [tokens / 16][size][16], values as panels [size / 16][tokens][16], zeros behind. */
+
+enum { QUERIES = 16 };
+
+static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
+
+static void fill_panels(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t tokens = r->blocks, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
+  const int64_t keys = panels_of(tokens) * size * 16, values = panels_of(size) * tokens * 16;
+  for (int64_t head = begin; head < end; head++) {
+    float *k = r->panels + head * (keys + values), *v = k + keys;
+    const float *from_k = r->in + op->n[LB_N_K_OFFSET] + head * size;
+    const float *from_v = r->in + op->n[LB_N_V_OFFSET] + head * size;
+    memset(k, 0, (size_t)(keys + values) * sizeof *k);
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t i = 0; i < size; i++) k[(t / 16 * size + i) * 16 + t % 16] = from_k[t * step + i];
+      for (int64_t i = 0; i < size; i += 16)
+        memcpy(v + (i / 16 * tokens + t) * 16, from_v + t * step + i, (size_t)lb_min(16, size - i) * sizeof *v);
+    }
+  }
+}
+
+static void attend(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const lb_vector_table *vector = r->isa->vector;
+  const int64_t tokens = r->blocks, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
+  const int64_t keys = panels_of(tokens) * size * 16, values = panels_of(size) * tokens * 16;
+  const int64_t parts = (tokens + QUERIES - 1) / QUERIES, channels = op->n[LB_N_HEADS] * size;
+  const int64_t row_room = panels_of(tokens) * 16 + 16, out_room = panels_of(size) * 16;
+  float *logits = lb_scratch(LB_SLOT_LINE, (size_t)(QUERIES * (row_room + out_room)) * sizeof *logits);
+  if (!logits) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  float *result = logits + QUERIES * row_room;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t head = i / parts, first = i % parts * QUERIES, rows = lb_min(QUERIES, tokens - first);
+    const float *k = r->panels + head * (keys + values), *v = k + keys;
+    const float *q = r->in + op->n[LB_N_OFFSET] + first * step + head * size;
+    vector->multiply(rows, panels_of(tokens), size, q, step, k, logits, row_room);
+    for (int64_t t = 0; t < rows; t++) vector->softmax(logits + t * row_room, tokens, (float)op->f[0]);
+    vector->multiply(rows, panels_of(size), tokens, logits, row_room, v, result, out_room);
+    for (int64_t t = 0; t < rows; t++) {
+      const float *from = result + t * out_room;
+      if (r->out) memcpy(r->out + (first + t) * channels + head * size, from, (size_t)size * sizeof *from);
+      if (r->map) store_row(r, first + t, head * size, from, size, (float)op->f[1]);
+    }
+  }
+}
+
+static void run_attention(run *r) {
+  const lb_plan_op *op = r->op;
+  const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE];
+  const int64_t tokens = rows_of(r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0]);
+  r->blocks = tokens;
+  const int64_t floats = heads * (panels_of(tokens) * size * 16 + panels_of(size) * tokens * 16);
+  r->panels = lb_scratch(LB_SLOT_PANELS, (size_t)floats * sizeof(float));
+  if (!r->panels) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  parallel(r, heads, tokens * size * 8, fill_panels, r);
+  parallel(r, heads * ((tokens + QUERIES - 1) / QUERIES), QUERIES * tokens * size * 2, attend, r);
+}
+
+/* ---- the whole ---- */
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int64_t threads) {
+  run r = {.plan = plan, .isa = lb_isa_in_use(), .arena = arena, .x = x, .y = y, .threads = threads};
+  const int timed = plan->timed;
+  for (int i = 0; i < plan->header->ops; i++) {
+    const lb_plan_op *op = plan->ops + i;
+    const double start = timed ? now() : 0;
+    r.op = op, r.ready = plan->prepared + i;
+    r.in = memory_of(&r, op->in[0]), r.out = memory_of(&r, op->out[0]);
+    r.map = NULL, r.map_tensor = NULL;
+    begin_map(&r);
+    const lb_plan_tensor *out = op->out[0] < 0 ? NULL : plan->tensors + op->out[0];
+    const lb_plan_tensor *rows = r.map_tensor ? r.map_tensor : out;
+    switch (op->kind) {
+      case LB_OP_QUANTIZE: run_quantize(&r); break;
+      case LB_OP_PRODUCT: run_product(&r); break;
+      case LB_OP_COPY: run_copy(&r); break;
+      case LB_OP_ADD:
+        r.isa->vector->add(r.in, op->in[1] < 0 ? data_of(plan, op, 0) : memory_of(&r, op->in[1]), values_of(out),
+                           (int)op->n[LB_N_RELU], r.out);
+        break;
+      case LB_OP_AFFINE: parallel(&r, rows_of(rows), rows->channels, affine_rows, &r); break;
+      case LB_OP_POOL:
+        parallel(&r, rows_of(rows), op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * rows->channels, pool_rows, &r);
+        break;
+      case LB_OP_NORM:
+      case LB_OP_GELU: parallel(&r, rows_of(rows), rows->channels * 8, norm_rows, &r); break;
+      default: run_attention(&r); break;
+    }
+    if (timed) plan->times[i] = now() - start;
+    if (atomic_load(&r.status)) return atomic_load(&r.status);
+  }
+  return LB_OK;
+}
+
+static state *take_state(lb_plan *plan) {
+  pthread_mutex_lock(&plan->mutex);
+  state *s = plan->free;
+  if (s) plan->free = s->next;
+  pthread_mutex_unlock(&plan->mutex);
+  if (s) return s;
+  s = calloc(1, sizeof *s);
+  const size_t bytes = (size_t)lb_round_up(plan->header->arena_bytes, 64) + 64;
+  if (s && !(s->arena = aligned_alloc(64, bytes))) {
+    free(s);
+    return NULL;
+  }
+  if (s) memset(s->arena, 0, bytes);
+  return s;
+}
+
+static void give_state(lb_plan *plan, state *s) {
+  pthread_mutex_lock(&plan->mutex);
+  s->next = plan->free;
+  plan->free = s;
+  pthread_mutex_unlock(&plan->mutex);
+}
+
+typedef struct {
+  lb_plan *plan;
+  const float *x;
+  float *y;
+  int64_t threads; /* of one item */
+  atomic_int status;
+} items;
+
+static void run_items(void *argument, int64_t begin, int64_t end) {
+  items *a = argument;
+  state *s = take_state(a->plan);
+  if (!s) {
+    atomic_store(&a->status, LB_NO_MEMORY);
+    return;
+  }
+  for (int64_t i = begin; i < end; i++) {
+    const int status = run_item(a->plan, s->arena, a->x + i * a->plan->inputs, a->y + i * a->plan->outputs, a->threads);
+    if (status) atomic_store(&a->status, status);
+  }
+  give_state(a->plan, s);
+}
+
+/* Several items: each thread takes whole ones. A single one: its operations are shared. */
+int lb_plan_run(lb_plan *plan, int64_t batch, const float *x, float *y, int64_t threads) {
+  if (!plan || batch < 0 || (batch && (!x || !y))) return LB_WRONG_ARGS;
+  threads = lb_max(1, threads);
+  items a = {.plan = plan, .x = x, .y = y, .threads = batch == 1 ? threads : 1};
+  if (batch == 1) lb_parallel(1, 1, 1, run_items, &a);
+  else lb_parallel(threads, batch, 1, run_items, &a);
+  return atomic_load(&a.status);
+}

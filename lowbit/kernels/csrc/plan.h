@@ -1,0 +1,85 @@
+/* Plans: whole networks as a list of operations, made by lowbit.plan in Python, run here in one call.
+ *
+ *   lb_plan *plan;
+ *   if (lb_plan_load(bytes, size, &plan, why, sizeof why)) ...   // `bytes` is copied
+ *   lb_plan_run(plan, batch, x, y, threads);                     // any number of times, from any threads
+ *   lb_plan_free(plan);
+ *
+ * x is [batch][inputs] and y [batch][outputs], float32. A file is checked before anything of it is used: whatever is in
+ * it, no call reads or writes outside its own memory.
+ *
+ * The file, little-endian: lb_plan_header, tensors, operations, data. Each value of one item of the batch is a tensor:
+ *
+ * - floats [height][width][channels], or
+ * - a map of stored activations, bytes: lines and places with a border of places around them, `place` bytes from one to
+ *   the next. It holds integers q of the range low ... high; the border holds q = 0.
+ *
+ * All tensors but the input and the output lie in one arena at the offsets given. */
+#ifndef LOWBIT_PLAN_H
+#define LOWBIT_PLAN_H
+#include "lowbit.h"
+
+#define LB_PLAN_MAGIC "lowbit plan\n"
+#define LB_PLAN_VERSION 1
+enum { LB_BAD_PLAN = 5 };
+
+enum { LB_TENSOR_FLOATS = 0, LB_TENSOR_MAP = 1 };
+
+enum {
+  LB_OP_QUANTIZE = 0, /* floats -> map */
+  LB_OP_PRODUCT,      /* map x packed weights -> floats and/or map */
+  LB_OP_COPY,         /* pieces of up to 4 float tensors and a constant -> floats */
+  LB_OP_ADD,          /* floats + floats or a constant -> floats */
+  LB_OP_AFFINE,       /* floats * gain + bias by channel -> floats */
+  LB_OP_POOL,         /* floats -> floats */
+  LB_OP_NORM,         /* LayerNorm: floats -> floats and/or map */
+  LB_OP_GELU,         /* floats -> floats and/or map */
+  LB_OP_ATTENTION,    /* softmax(q k^T * scale) v of floats -> floats and/or map */
+  LB_OPS
+};
+
+/* Indices of lb_plan_op.n. Rows of floats are read as views: row r at `offset` + r * `step` of the tensor. */
+enum { LB_N_OFFSET = 0, LB_N_STEP = 1 };
+enum { LB_N_PLANAR = 2, LB_N_DYNAMIC = 3 };                              /* quantize */
+enum { LB_DYNAMIC_NO = 0, LB_DYNAMIC_ROW = 1, LB_DYNAMIC_ITEM = 2 };     /* where the scale comes from */
+enum { LB_N_BITS = 2, LB_N_KERNEL_Y, LB_N_KERNEL_X, LB_N_STRIDE_Y, LB_N_STRIDE_X, LB_N_PADDING_Y, LB_N_PADDING_X,
+       LB_N_DILATION_Y, LB_N_DILATION_X, LB_N_RELU };                    /* product; relu also of add and affine */
+enum { LB_N_LARGEST = 2, LB_N_DIVISOR = 11 };                            /* pool, with the window of product */
+enum { LB_N_HEADS = 2, LB_N_SIZE = 3, LB_N_K_OFFSET = 4, LB_N_V_OFFSET = 5 }; /* attention */
+
+typedef struct {
+  char magic[12];
+  uint32_t version;
+  int64_t file_bytes, arena_bytes, data_offset;
+  int32_t tensors, ops, input, output;
+} lb_plan_header;
+
+typedef struct {
+  int32_t kind, border_y, border_x, low, high, reserved;
+  int64_t height, width, channels, place; /* place: of a map; floats have channels */
+  int64_t offset;                         /* in the arena; -1: the input or the output */
+} lb_plan_tensor;
+
+typedef struct {
+  int64_t offset, bytes; /* from the start of the file */
+} lb_plan_data;
+
+typedef struct {
+  int32_t kind, reserved, in[4], out[2]; /* tensors; -1: none. out: floats, map (of quantize: scales, map) */
+  int64_t n[16];
+  double f[4];          /* 0: scale of the input or of logits, eps; 1: scale by which the output map is rounded */
+  lb_plan_data data[5]; /* product: packed, scale, sums, bias, levels; others: see plan.c */
+} lb_plan_op;
+
+typedef struct lb_plan lb_plan;
+
+LB_PUBLIC int lb_plan_load(const void *bytes, int64_t size, lb_plan **plan, char *why, int64_t why_bytes);
+LB_PUBLIC int lb_plan_run(lb_plan *plan, int64_t batch, const float *x, float *y, int64_t threads);
+LB_PUBLIC void lb_plan_free(lb_plan *plan);
+LB_PUBLIC int64_t lb_plan_inputs(const lb_plan *plan);  /* floats of one item */
+LB_PUBLIC int64_t lb_plan_outputs(const lb_plan *plan); /* floats of one item */
+LB_PUBLIC int64_t lb_plan_arena(const lb_plan *plan);   /* bytes that a run works in, for each thread of a batch */
+/* Seconds that each operation took in the last run with LB_PLAN_TIMES; NULL: none yet. */
+LB_PUBLIC const double *lb_plan_times(lb_plan *plan, int on);
+
+#endif

@@ -1,0 +1,275 @@
+/* Operations on rows of floats; compiled anew for each instruction set that includes this file after naming its target.
+ *
+ * Each is defined here to the bit, so that every instruction set gives the same numbers: 16 lanes side by side, sums by
+ * lane in ascending order and then lane i with i + 8, i + 4, i + 2, i + 1, and a fused multiply-add wherever fma() is
+ * written. The compiler splits 16 lanes into the registers there are. */
+#ifndef LOWBIT_VECTOR_H
+#define LOWBIT_VECTOR_H
+#include <math.h>
+#include <string.h>
+
+#include "internal.h"
+
+typedef float lb_v16 __attribute__((vector_size(64)));
+typedef int32_t lb_i16 __attribute__((vector_size(64)));
+
+#if defined(LB_VECTOR_512)
+LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) { return (lb_v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) { return (lb_v16)_mm512_max_ps((__m512)b, (__m512)a); }
+#elif defined(LB_VECTOR_256)
+typedef union {
+  lb_v16 all;
+  __m256 half[2];
+} lb_halves;
+LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
+  const lb_halves x = {a}, y = {b}, z = {c};
+  lb_halves r;
+  r.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+  r.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+  return r.all;
+}
+LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) {
+  const lb_halves x = {a}, y = {b};
+  lb_halves r;
+  r.half[0] = _mm256_max_ps(y.half[0], x.half[0]);
+  r.half[1] = _mm256_max_ps(y.half[1], x.half[1]);
+  return r.all;
+}
+#elif defined(LB_VECTOR_NEON)
+typedef union {
+  lb_v16 all;
+  float32x4_t part[4];
+} lb_parts;
+LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
+  const lb_parts x = {a}, y = {b};
+  lb_parts r = {c};
+  for (int i = 0; i < 4; i++) r.part[i] = vfmaq_f32(r.part[i], x.part[i], y.part[i]);
+  return r.all;
+}
+#else
+LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
+  for (int i = 0; i < 16; i++) c[i] = fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#endif
+#if !defined(LB_VECTOR_512) && !defined(LB_VECTOR_256)
+/* The larger; b where a is NaN is not wanted: NaN of a stays. */
+LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) {
+  const lb_i16 take_b = a < b;
+  return (lb_v16)(((lb_i16)b & take_b) | ((lb_i16)a & ~take_b));
+}
+#endif
+
+LB_INLINE lb_v16 all16(float x) { return x - (lb_v16){0}; }
+
+LB_INLINE lb_v16 load16(const float *x) {
+  lb_v16 v;
+  memcpy(&v, x, 64);
+  return v;
+}
+
+LB_INLINE void store16(float *y, lb_v16 v) { memcpy(y, &v, 64); }
+
+/* The first n of 16, 0 < n <= 16; the others are `rest`. */
+LB_INLINE lb_v16 load_some(const float *x, int64_t n, float rest) {
+  if (n >= 16) return load16(x);
+  float v[16];
+  for (int i = 0; i < 16; i++) v[i] = i < n ? x[i] : rest;
+  return load16(v);
+}
+
+LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) {
+  if (n >= 16) {
+    store16(y, v);
+    return;
+  }
+  float values[16];
+  store16(values, v);
+  for (int i = 0; i < n; i++) y[i] = values[i];
+}
+
+LB_INLINE float sum16(lb_v16 v) {
+  float s[16];
+  store16(s, v);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; i++) s[i] += s[i + step];
+  return s[0];
+}
+
+LB_INLINE float largest16(lb_v16 v) {
+  float s[16];
+  store16(s, v);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; i++) s[i] = s[i] < s[i + step] ? s[i + step] : s[i];
+  return s[0];
+}
+
+/* e^x for x <= 0, at least e^-87; off by less than 1.5 in the last place. e^x = 2^n * e^r, |r| <= ln 2 / 2, and
+ * e^r = 1 + r + r^2 P(r), where P has the least largest error (Lawson's iteration on Chebyshev nodes). */
+LB_INLINE lb_v16 exp16(lb_v16 x) {
+  const lb_v16 magic = all16(12582912.0f);
+  x = max16(x, all16(-87.0f));
+  const lb_v16 n = fma16(x, all16(1.44269504f), magic) - magic;
+  lb_v16 r = fma16(n, all16(-0.693359375f), x);
+  r = fma16(n, all16(2.12194440e-4f), r);
+  lb_v16 p = all16(0.00019790299f);
+  p = fma16(p, r, all16(0.00139447034f));
+  p = fma16(p, r, all16(0.00833349768f));
+  p = fma16(p, r, all16(0.0416662954f));
+  p = fma16(p, r, all16(0.166666657f));
+  p = fma16(p, r, all16(0.5f));
+  const lb_v16 y = fma16(p, r * r, r) + 1.0f;
+  const lb_i16 power = (lb_i16)(n + magic) << 23; /* n stands in the lowest bits of n + magic */
+  return (lb_v16)((lb_i16)y + power);
+}
+
+/* x * Phi(x), as PyTorch's GELU without approximation; Phi is off by less than 2e-7. For |x| < 5.3
+ * Phi(x) = 1/2 + x P(x^2) / Q(x^2), fitted like the above; beyond it is 0 or 1. */
+LB_INLINE lb_v16 gelu16(lb_v16 x) {
+  const lb_v16 limit = all16(5.3f), t = x * x;
+  lb_v16 p = all16(2.40503193e-08f), q = all16(1.23716939e-06f);
+  p = fma16(p, t, all16(6.37906851e-06f));
+  q = fma16(q, t, all16(7.13524132e-05f));
+  p = fma16(p, t, all16(0.000160334661f));
+  q = fma16(q, t, all16(0.00183657231f));
+  p = fma16(p, t, all16(0.00462799426f));
+  q = fma16(q, t, all16(0.0281388294f));
+  p = fma16(p, t, all16(0.0329357907f));
+  q = fma16(q, t, all16(0.249224022f));
+  p = fma16(p, t, all16(0.398942262f));
+  q = fma16(q, t, all16(1.0f));
+  const lb_v16 y = x * (x * p / q + 0.5f);
+  const lb_i16 above = x >= limit, below = x <= -limit;
+  return (lb_v16)(((lb_i16)y & ~above & ~below) | ((lb_i16)x & above));
+}
+
+static void vector_gelu(const float *x, int64_t n, float *y) {
+  for (int64_t i = 0; i < n; i += 16) store_some(y + i, n - i, gelu16(load_some(x + i, n - i, 0)));
+}
+
+/* (x - mean) / sqrt(variance + eps) * gain + bias over n values; gain and bias may be NULL. */
+static void vector_norm(const float *x, int64_t n, float eps, const float *gain, const float *bias, float *y) {
+  lb_v16 sum = {0}, square = {0};
+  for (int64_t i = 0; i < n; i += 16) sum += load_some(x + i, n - i, 0);
+  const float mean = sum16(sum) / (float)n;
+  for (int64_t i = 0; i < n; i += 16) {
+    const lb_v16 d = load_some(x + i, n - i, mean) - mean;
+    square = fma16(d, d, square);
+  }
+  const float scale = 1.0f / sqrtf(sum16(square) / (float)n + eps);
+  for (int64_t i = 0; i < n; i += 16) {
+    lb_v16 v = (load_some(x + i, n - i, 0) - mean) * scale;
+    if (gain) v *= load_some(gain + i, n - i, 0);
+    if (bias) v += load_some(bias + i, n - i, 0);
+    store_some(y + i, n - i, v);
+  }
+}
+
+/* softmax(scale * x) of n values in place; x has room for 16 more, which become 0. */
+static void vector_softmax(float *x, int64_t n, float scale) {
+  lb_v16 most = all16(-INFINITY), sum = {0};
+  for (int64_t i = n; i < n + 16; i++) x[i] = -INFINITY;
+  for (int64_t i = 0; i < n; i += 16) {
+    const lb_v16 v = load16(x + i) * scale;
+    store16(x + i, v);
+    most = max16(most, v);
+  }
+  const float largest = largest16(most);
+  for (int64_t i = 0; i < n; i += 16) {
+    const lb_v16 v = load16(x + i), e = exp16(v - largest);
+    const lb_i16 there = v > -INFINITY;
+    const lb_v16 kept = (lb_v16)((lb_i16)e & there);
+    store16(x + i, kept);
+    sum += kept;
+  }
+  const lb_v16 share = all16(1.0f / sum16(sum));
+  for (int64_t i = 0; i < n; i += 16) store16(x + i, load16(x + i) * share);
+  for (int64_t i = n; i < n + 16; i++) x[i] = 0;
+}
+
+/* c[m][16 p + lane] = sum over k of a[m][k] * b[p][k][lane], k ascending. */
+LB_INLINE void multiply_tile(const int R, const int P, const float *a, int64_t a_row, const float *b, int64_t k,
+                             float *c, int64_t c_row) {
+  lb_v16 sum[8][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++) sum[r][p] = all16(0);
+  for (int64_t i = 0; i < k; i++) {
+    lb_v16 w[2];
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++) w[p] = load16(b + (p * k + i) * 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const lb_v16 x = all16(a[r * a_row + i]);
+#pragma GCC unroll 2
+      for (int p = 0; p < P; p++) sum[r][p] = fma16(x, w[p], sum[r][p]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int p = 0; p < P; p++) store16(c + r * c_row + 16 * p, sum[r][p]);
+}
+
+#if defined(LB_VECTOR_512)
+enum { LB_MULTIPLY_ROWS = 8, LB_MULTIPLY_PANELS = 2 };
+#elif defined(LB_VECTOR_256)
+enum { LB_MULTIPLY_ROWS = 4, LB_MULTIPLY_PANELS = 1 };
+#else
+enum { LB_MULTIPLY_ROWS = 4, LB_MULTIPLY_PANELS = 1 };
+#endif
+
+static void vector_multiply(int64_t rows, int64_t panels, int64_t k, const float *a, int64_t a_row, const float *b,
+                            float *c, int64_t c_row) {
+  enum { R = LB_MULTIPLY_ROWS, P = LB_MULTIPLY_PANELS };
+  for (int64_t p = 0; p < panels; p += P) {
+    const float *w = b + p * k * 16;
+    int64_t m = 0;
+    if (p + P <= panels) {
+      for (; m + R <= rows; m += R) multiply_tile(R, P, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
+      for (; m < rows; m++) multiply_tile(1, P, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
+    } else {
+      for (; m + R <= rows; m += R) multiply_tile(R, 1, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
+      for (; m < rows; m++) multiply_tile(1, 1, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
+    }
+  }
+}
+
+/* y = a + b, then ReLU if asked. */
+static void vector_add(const float *a, const float *b, int64_t n, int relu, float *y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    lb_v16 v = load_some(a + i, n - i, 0) + load_some(b + i, n - i, 0);
+    if (relu) v = max16(v, all16(0));
+    store_some(y + i, n - i, v);
+  }
+}
+
+/* y = x * gain + bias, each rounded, then ReLU if asked. */
+static void vector_affine(const float *x, const float *gain, const float *bias, int64_t n, int relu, float *y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    lb_v16 v = load_some(x + i, n - i, 0);
+    if (gain) v *= load_some(gain + i, n - i, 0);
+    if (bias) v += load_some(bias + i, n - i, 0);
+    if (relu) v = max16(v, all16(0));
+    store_some(y + i, n - i, v);
+  }
+}
+
+/* Of n channels each: the largest, or the sum divided by `divisor`, over `count` rows, whose starts are given. */
+static void vector_pool(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    lb_v16 v = load_some(rows[0] + i, n - i, 0);
+    for (int64_t r = 1; r < count; r++) {
+      const lb_v16 x = load_some(rows[r] + i, n - i, 0);
+      if (!largest) v += x;
+      else v = max16(v, x);
+    }
+    store_some(y + i, n - i, largest ? v : v / divisor);
+  }
+}
+
+static const lb_vector_table vector_table = {vector_gelu, vector_norm, vector_softmax, vector_multiply,
+                                             vector_add,  vector_affine, vector_pool};
+
+#endif
