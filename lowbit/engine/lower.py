@@ -31,7 +31,7 @@ from lowbit.nn.packed import PackedConv2d, PackedLinear
 
 SKEW = 512  # from so many bytes on, rows of a linear layer are 64 bytes apart, out of each other's cache sets
 _SHIFT = 40  # bits of an element's number that say where in its tensor it is
-CLOSE = 0.05
+CLOSE = 0.25
 """How far the plan's output for the example may be from the model's, as a share of its norm, where float operations
 differ in their last bits, so that single activations are rounded to the neighboring step."""
 
@@ -133,12 +133,13 @@ class _Request:
     low: int
     high: int
     before: bytes
+    tight: bool
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Requests with the same key are served by one map."""
         view = (id(self.source), self.offset, self.step, self.planar, self.size)
-        return (*view, self.scale, self.dynamic, self.low, self.high, self.before)
+        return (*view, self.scale, self.dynamic, self.low, self.high, self.before, self.tight)
 
 
 class _Lowering:
@@ -254,9 +255,20 @@ class _Lowering:
         return found
 
     def ask(
-        self, op: Op, ids: Tensor, border: tuple[int, int], scale: Tensor | None, low: int, high: int, before: Tensor | None
+        self,
+        op: Op,
+        ids: Tensor,
+        border: tuple[int, int],
+        scale: Tensor | None,
+        low: int,
+        high: int,
+        before: Tensor | None,
+        tight: bool,
     ) -> None:
-        """Let ``op`` read the elements ``[height, width, channels]`` from a map as its first input."""
+        """Let ``op`` read the elements ``[height, width, channels]`` from a map as its first input.
+
+        ``tight``: without pads between the places, though the number of channels is not a multiple of 4.
+        """
         height, width, channels = ids.shape
         rows = ids.reshape(-1, channels)
         planes = ids.permute(2, 0, 1).flatten()
@@ -276,7 +288,7 @@ class _Lowering:
         step_size = None if scale is None else float(scale)
         size = (height, width, channels)
         self.requests.append(
-            _Request(op, source, offset, step, planar, size, border, step_size, dynamic, low, high, kept)
+            _Request(op, source, offset, step, planar, size, border, step_size, dynamic, low, high, kept, tight)
         )
 
     # ---- the end ----
@@ -307,7 +319,7 @@ class _Lowering:
         first = group[0]
         height, width, channels = first.size
         border = (max(r.border[0] for r in group), max(r.border[1] for r in group))
-        place = -(-channels // 4) * 4
+        place = channels if first.tight else -(-channels // 4) * 4
         if border == (0, 0) and place >= SKEW and place % SKEW == 0:
             place += 64
         made = Stored(height, width, channels, file_format.MAP, border, place, first.low, first.high)
@@ -467,11 +479,9 @@ def _product(
     before: Tensor | None = None,
 ) -> Stored:
     channels, outputs = ids.shape[2], len(scale)
-    taps = kernel[0] * kernel[1]
-    if taps > 1 and packed.shape[1] * 8 // (16 * bits) != -(-(taps * (-(-channels // 4) * 4)) // 64) * 64:
-        codes = weight_codes(packed, bits, (outputs, channels, *kernel)).permute(0, 2, 3, 1)
-        codes = F.pad(codes, (0, -channels % 4)).reshape(outputs, -1)
-        packed = pack_codes(codes.long() % 256 if bits == 8 else codes, bits)
+    # 8-bit weights have a zero for pads, so the taps of a line of the kernel may follow each other without any.
+    tight = bits == 8 and kernel[1] > 1 and channels % 4 != 0 and dilation[1] == 1
+    packed = _repack(packed, bits, (outputs, channels, kernel[0], kernel[1]), tight)
     size = [
         (ids.shape[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
@@ -485,12 +495,24 @@ def _product(
     op = Op("product", [None, None, None], made, n=dict(enumerate(numbers, 2)), data=data, name=name)
     if x_scale is not None:
         op.f[0] = float(x_scale)
-    lowering.ask(op, ids, (padding[0], padding[1]), x_scale, low, high, before)
+    lowering.ask(op, ids, (padding[0], padding[1]), x_scale, low, high, before, tight)
     if add is not None:
         order = add.ids[0].permute(1, 2, 0) if name == "convolution" else add.ids
         op.inputs[1] = lowering.dense(order, (made.height, made.width, outputs))
     lowering.add(op)
     return made
+
+
+def _repack(packed: Tensor, bits: int, shape: tuple[int, int, int, int], tight: bool) -> Tensor:
+    """Packed bytes for taps of a multiple of 4 channels, or without pads between the taps of a line."""
+    outputs, channels, height, width = shape
+    if height * width == 1 or (channels % 64 == 0 and not tight):
+        return packed
+    codes = weight_codes(packed, bits, shape).permute(0, 2, 3, 1)
+    if tight:
+        codes = codes.reshape(outputs, height, -1)
+    codes = F.pad(codes, (0, -codes.shape[-1] % 4)).reshape(outputs, -1)
+    return pack_codes(codes.long() % 256 if bits == 8 else codes, bits)
 
 
 def _conv2d(lowering: _Lowering, **kwargs: Any) -> _Value:
@@ -578,9 +600,9 @@ def _add(lowering: _Lowering, a: Any, b: Any, relu: bool = False) -> Any:
 def _memory_order(ids: Tensor) -> list[int]:
     """The dims from the slowest to the fastest in memory, by the elements' numbers."""
     steps = []
-    for dim, size in enumerate(ids.shape):
-        at = ids.select(dim, 1) - ids.select(dim, 0) if size > 1 else None
-        steps.append((-int(at.flatten()[0]) if at is not None else -(1 << 62), dim))
+    for dim, size in enumerate(ids.shape):  # at the end, since a class token is put before the others
+        step = ids.select(dim, -1) - ids.select(dim, -2) if size > 1 else None
+        steps.append((-(1 << 62) if step is None else -abs(int(step.flatten()[-1])), dim))
     return [dim for _, dim in sorted(steps)]
 
 

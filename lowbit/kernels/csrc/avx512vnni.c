@@ -158,11 +158,11 @@ static uint32_t absmax(const float *x, int64_t n) {
 }
 
 static void quantize(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out) {
-  const __m512 s = _mm512_set1_ps(scale), l = _mm512_set1_ps(low), h = _mm512_set1_ps(high);
+  const __m512 s = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(lb_inverse(scale)), l = _mm512_set1_ps(low), h = _mm512_set1_ps(high);
   const __m512i z = _mm512_set1_epi32(zero);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
-    const __m512i q = lb_steps512(_mm512_maskz_loadu_ps(mask, x + i), s, l, h);
+    const __m512i q = lb_steps512_of(_mm512_maskz_loadu_ps(mask, x + i), s, inverse, l, h);
     _mm512_mask_cvtepi32_storeu_epi8(out + i, mask, _mm512_add_epi32(q, z));
   }
 }
@@ -184,8 +184,6 @@ int lb_avx512_available(void) {
   return (b & (f | dq | bw | vl)) == (f | dq | bw | vl) && (c & (vbmi | vnni)) == (vbmi | vnni);
 }
 
-const lb_vector_table lb_vector512 = {vector_gelu, vector_norm, vector_softmax, vector_multiply,
-                                      vector_add,  vector_affine, vector_pool};
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product,
                                     lb_avx2_float_product, 4, &lb_vector512};
 #endif

@@ -1,6 +1,7 @@
 /* What the files of the native kernels share. */
 #ifndef LOWBIT_INTERNAL_H
 #define LOWBIT_INTERNAL_H
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -51,8 +52,9 @@ typedef struct {
   void (*gelu)(const float *x, int64_t n, float *y);
   void (*norm)(const float *x, int64_t n, float eps, const float *gain, const float *bias, float *y);
   void (*softmax)(float *x, int64_t n, float scale);
-  void (*multiply)(int64_t rows, int64_t panels, int64_t k, const float *a, int64_t a_row, const float *b, float *c,
-                   int64_t c_row);
+  void (*multiply)(int64_t rows, int64_t panels, int64_t k, const float *a, int64_t a_row, const float *b,
+                   int64_t b_panel, int64_t b_row, float *c, int64_t c_row);
+  void (*transpose)(const float *x, int64_t step, int64_t rows, int64_t n, float *panels);
   void (*add)(const float *a, const float *b, int64_t n, int relu, float *y);
   void (*affine)(const float *x, const float *gain, const float *bias, int64_t n, int relu, float *y);
   void (*pool)(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y);
@@ -96,6 +98,9 @@ void lb_scratch_trim(void); /* gives back what is unusually large */
 LB_INLINE int64_t lb_min(int64_t a, int64_t b) { return a < b ? a : b; }
 LB_INLINE int64_t lb_max(int64_t a, int64_t b) { return a > b ? a : b; }
 LB_INLINE int64_t lb_round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+/* 1 / scale to multiply by in place of a division; NaN where it is not exact enough for that. See lb_steps512_of. */
+LB_INLINE float lb_inverse(float scale) { return scale > 1e-30f && scale < 1e30f ? 1.0f / scale : NAN; }
 
 /* Of eight rows of 3-bit codes, where row r's top bit lies; see packing.py. */
 static const int lb_top_bit[8] = {2, 0, 1, 3, 6, 4, 5, 7};

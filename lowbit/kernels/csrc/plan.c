@@ -84,7 +84,7 @@ static int check_tensor(const checker *c, int i) {
       rows_of(t) > MOST || values_of(t) > (int64_t)MOST * 64)
     return refuse(c, "a tensor of impossible size");
   if (is_map && (!is_between(t->border_y, 0, 64) || !is_between(t->border_x, 0, 64) ||
-                 !is_between(t->place, lb_round_up(t->channels, 4), MOST) ||
+                 !is_between(t->place, t->channels, MOST) ||
                  (t->height + 2 * t->border_y) * (t->width + 2 * t->border_x) > (int64_t)MOST * 4))
     return refuse(c, "a map of impossible size");
   if (is_map && (t->low >= t->high || !(is_between(t->low, -128, 0) && is_between(t->high, 1, 127)) ) &&
@@ -152,6 +152,14 @@ static int64_t out_width(const lb_plan_op *op, const lb_plan_tensor *t) {
                   op->n[LB_N_STRIDE_X]);
 }
 
+/* Bytes of each tap, and of each line of taps. Without pads between places the taps of a line follow each other. */
+static int is_tight(const lb_plan_tensor *map) { return map->place < lb_round_up(map->channels, 4); }
+
+static int64_t line_k(const lb_plan_op *op, const lb_plan_tensor *map) {
+  if (is_tight(map)) return lb_round_up(op->n[LB_N_KERNEL_X] * map->channels, 4);
+  return op->n[LB_N_KERNEL_X] * lb_round_up(map->channels, 4);
+}
+
 static int is_window(const lb_plan_op *op) {
   for (int i = LB_N_KERNEL_Y; i <= LB_N_DILATION_X; i++) {
     const int least = i != LB_N_PADDING_Y && i != LB_N_PADDING_X;
@@ -193,7 +201,9 @@ static int check_product(checker *c, const lb_plan_op *op) {
   const int64_t height = out_height(op, x), width = out_width(op, x), outputs = op->data[1].bytes / 4;
   if (!height || !width || height * width > MOST) return refuse(c, "a kernel larger than its input");
   if (!is_between(outputs, 1, MOST) || op->data[1].bytes % 4) return refuse(c, "an impossible number of outputs");
-  const int64_t used_k = op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * lb_round_up(x->channels, 4);
+  if (is_tight(x) && (x->place != x->channels || bits != 8 || op->n[LB_N_DILATION_X] != 1))
+    return refuse(c, "a map without pads that are needed");
+  const int64_t used_k = op->n[LB_N_KERNEL_Y] * line_k(op, x);
   if (used_k > MOST_K) return refuse(c, "sums of more than 65536 products");
   const int64_t packed = (outputs + 15) / 16 * (lb_round_up(used_k, 64) * 2 * bits);
   if (!has_data(c, op, 0, packed) || !has_data(c, op, 1, 4 * outputs) || !has_data(c, op, 2, 4 * outputs) ||
@@ -368,10 +378,10 @@ static int prepare_product(const lb_plan *plan, const lb_plan_op *op, prepared *
   const lb_plan_tensor *x = plan->tensors + op->in[0];
   const int64_t *n = op->n, height = out_height(op, x), width = out_width(op, x);
   const int64_t line = (x->width + 2 * x->border_x) * x->place, channels = lb_round_up(x->channels, 4);
-  const int joined = n[LB_N_DILATION_X] == 1 && x->place == channels;
+  const int joined = is_tight(x) || (n[LB_N_DILATION_X] == 1 && x->place == channels);
   const int64_t taps = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X];
   p->rows = height * width;
-  p->used_k = taps * channels;
+  p->used_k = n[LB_N_KERNEL_Y] * line_k(op, x);
   p->k = lb_round_up(p->used_k, 64);
   p->row_start = malloc((size_t)p->rows * sizeof *p->row_start);
   p->row_scale = malloc((size_t)p->rows * sizeof *p->row_scale);
@@ -388,7 +398,7 @@ static int prepare_product(const lb_plan *plan, const lb_plan_op *op, prepared *
     for (int64_t z = 0; z < (joined ? 1 : n[LB_N_KERNEL_X]); z++) {
       lb_span *span = p->spans + p->n_spans++;
       span->offset = y * n[LB_N_DILATION_Y] * line + z * n[LB_N_DILATION_X] * x->place;
-      span->length = channels * (joined ? n[LB_N_KERNEL_X] : 1);
+      span->length = joined ? line_k(op, x) : channels;
     }
   int64_t *offset = p->k_offset;
   for (int s = 0; s < p->n_spans; s++)
@@ -511,7 +521,7 @@ static void parallel(const run *r, int64_t items, int64_t work_of_one, lb_range_
 /* Border and pad channels of a map that is about to be written: the arena held something else there. */
 static void clear_border(const lb_plan_tensor *t, uint8_t *map, int zero) {
   const int64_t line = (t->width + 2 * t->border_x) * t->place, side = t->border_x * t->place;
-  const int pads = (int)(lb_round_up(t->channels, 4) - t->channels);
+  const int pads = is_tight(t) ? 0 : (int)(lb_round_up(t->channels, 4) - t->channels);
   const int byte = pads ? 0 : (uint8_t)zero; /* with pads: all zero first, then the channels of the border */
   memset(map, byte, (size_t)(t->border_y * line + side));
   uint8_t *at = map + t->border_y * line + side;
@@ -583,7 +593,8 @@ static void quantize_lines(void *argument, int64_t begin, int64_t end) {
   const float scale = r->op->n[LB_N_DYNAMIC] ? r->out[0] : (float)r->op->f[0];
   const float *before = data_of(r->plan, r->op, 0);
   const int one = r->op->data[0].bytes == 4, zero = zero_of(r, t);
-  float *room = lb_scratch(LB_SLOT_LINE, (size_t)(width * 5));
+  const int together = channels == 3 && t->place == 3;
+  float *room = lb_scratch(LB_SLOT_LINE, (size_t)(width * 7));
   if (!room) {
     atomic_store(&r->status, LB_NO_MEMORY);
     return;
@@ -598,8 +609,16 @@ static void quantize_lines(void *argument, int64_t begin, int64_t end) {
         x = room;
       }
       r->isa->quantize(x, width, scale, (float)t->low, (float)t->high, zero, bytes);
-      if (t->place == 4) for (int64_t i = 0; i < width; i++) to[4 * i + c] = bytes[i];
-      else for (int64_t i = 0; i < width; i++) to[i * t->place + c] = bytes[i];
+      for (int64_t i = 0; !together && i < width; i++) to[i * t->place + c] = bytes[i];
+      bytes += together ? width : 0;
+    }
+    if (together) {
+      bytes -= 3 * width;
+      for (int64_t i = 0; i < width; i++) {
+        to[3 * i] = bytes[i];
+        to[3 * i + 1] = bytes[width + i];
+        to[3 * i + 2] = bytes[2 * width + i];
+      }
     }
   }
 }
@@ -807,21 +826,31 @@ enum { QUERIES = 16 };
 
 static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
 
+/* Values of whole vectors are read where they lie. */
+static int values_in_place(const lb_plan_op *op) { return op->n[LB_N_SIZE] % 16 == 0; }
+
+static int64_t panel_floats(const lb_plan_op *op, int64_t tokens, int64_t *keys) {
+  const int64_t size = op->n[LB_N_SIZE];
+  *keys = panels_of(tokens) * size * 16;
+  return *keys + (values_in_place(op) ? 0 : panels_of(size) * tokens * 16);
+}
+
 static void fill_panels(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
   const int64_t tokens = r->blocks, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
-  const int64_t keys = panels_of(tokens) * size * 16, values = panels_of(size) * tokens * 16;
+  int64_t keys;
+  const int64_t floats = panel_floats(op, tokens, &keys);
   for (int64_t head = begin; head < end; head++) {
-    float *k = r->panels + head * (keys + values), *v = k + keys;
+    float *k = r->panels + head * floats, *v = k + keys;
     const float *from_k = r->in + op->n[LB_N_K_OFFSET] + head * size;
     const float *from_v = r->in + op->n[LB_N_V_OFFSET] + head * size;
-    memset(k, 0, (size_t)(keys + values) * sizeof *k);
-    for (int64_t t = 0; t < tokens; t++) {
-      for (int64_t i = 0; i < size; i++) k[(t / 16 * size + i) * 16 + t % 16] = from_k[t * step + i];
+    r->isa->vector->transpose(from_k, step, tokens, size, k);
+    if (values_in_place(op)) continue;
+    memset(v, 0, (size_t)(floats - keys) * sizeof *v);
+    for (int64_t t = 0; t < tokens; t++)
       for (int64_t i = 0; i < size; i += 16)
         memcpy(v + (i / 16 * tokens + t) * 16, from_v + t * step + i, (size_t)lb_min(16, size - i) * sizeof *v);
-    }
   }
 }
 
@@ -830,7 +859,8 @@ static void attend(void *argument, int64_t begin, int64_t end) {
   const lb_plan_op *op = r->op;
   const lb_vector_table *vector = r->isa->vector;
   const int64_t tokens = r->blocks, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
-  const int64_t keys = panels_of(tokens) * size * 16, values = panels_of(size) * tokens * 16;
+  int64_t keys;
+  const int64_t floats = panel_floats(op, tokens, &keys);
   const int64_t parts = (tokens + QUERIES - 1) / QUERIES, channels = op->n[LB_N_HEADS] * size;
   const int64_t row_room = panels_of(tokens) * 16 + 16, out_room = panels_of(size) * 16;
   float *logits = lb_scratch(LB_SLOT_LINE, (size_t)(QUERIES * (row_room + out_room)) * sizeof *logits);
@@ -841,11 +871,13 @@ static void attend(void *argument, int64_t begin, int64_t end) {
   float *result = logits + QUERIES * row_room;
   for (int64_t i = begin; i < end; i++) {
     const int64_t head = i / parts, first = i % parts * QUERIES, rows = lb_min(QUERIES, tokens - first);
-    const float *k = r->panels + head * (keys + values), *v = k + keys;
+    const float *k = r->panels + head * floats, *v = r->in + op->n[LB_N_V_OFFSET] + head * size;
     const float *q = r->in + op->n[LB_N_OFFSET] + first * step + head * size;
-    vector->multiply(rows, panels_of(tokens), size, q, step, k, logits, row_room);
+    const int in_place = values_in_place(op);
+    vector->multiply(rows, panels_of(tokens), size, q, step, k, size * 16, 16, logits, row_room);
     for (int64_t t = 0; t < rows; t++) vector->softmax(logits + t * row_room, tokens, (float)op->f[0]);
-    vector->multiply(rows, panels_of(size), tokens, logits, row_room, v, result, out_room);
+    vector->multiply(rows, panels_of(size), tokens, logits, row_room, in_place ? v : k + keys,
+                     in_place ? 16 : tokens * 16, in_place ? step : 16, result, out_room);
     for (int64_t t = 0; t < rows; t++) {
       const float *from = result + t * out_room;
       if (r->out) memcpy(r->out + (first + t) * channels + head * size, from, (size_t)size * sizeof *from);
@@ -857,9 +889,10 @@ static void attend(void *argument, int64_t begin, int64_t end) {
 static void run_attention(run *r) {
   const lb_plan_op *op = r->op;
   const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE];
+  int64_t keys;
   const int64_t tokens = rows_of(r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0]);
   r->blocks = tokens;
-  const int64_t floats = heads * (panels_of(tokens) * size * 16 + panels_of(size) * tokens * 16);
+  const int64_t floats = heads * panel_floats(op, tokens, &keys);
   r->panels = lb_scratch(LB_SLOT_PANELS, (size_t)floats * sizeof(float));
   if (!r->panels) {
     atomic_store(&r->status, LB_NO_MEMORY);

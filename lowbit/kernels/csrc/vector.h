@@ -88,6 +88,11 @@ LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) {
   for (int i = 0; i < n; i++) y[i] = values[i];
 }
 
+/* Folds 16 lanes into one: lane i with i + 8, i + 4, i + 2, i + 1. */
+#if defined(LB_VECTOR_512)
+LB_INLINE float sum16(lb_v16 v) { return _mm512_reduce_add_ps((__m512)v); }
+LB_INLINE float largest16(lb_v16 v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 LB_INLINE float sum16(lb_v16 v) {
   float s[16];
   store16(s, v);
@@ -103,6 +108,7 @@ LB_INLINE float largest16(lb_v16 v) {
     for (int i = 0; i < step; i++) s[i] = s[i] < s[i + step] ? s[i + step] : s[i];
   return s[0];
 }
+#endif
 
 /* e^x for x <= 0, at least e^-87; off by less than 1.5 in the last place. e^x = 2^n * e^r, |r| <= ln 2 / 2, and
  * e^r = 1 + r + r^2 P(r), where P has the least largest error (Lawson's iteration on Chebyshev nodes). */
@@ -187,9 +193,25 @@ static void vector_softmax(float *x, int64_t n, float scale) {
   for (int64_t i = n; i < n + 16; i++) x[i] = 0;
 }
 
-/* c[m][16 p + lane] = sum over k of a[m][k] * b[p][k][lane], k ascending. */
-LB_INLINE void multiply_tile(const int R, const int P, const float *a, int64_t a_row, const float *b, int64_t k,
-                             float *c, int64_t c_row) {
+/* panels[p][i][lane] = x[16 p + lane][i]; lanes beyond the rows are 0. */
+static void vector_transpose(const float *x, int64_t step, int64_t rows, int64_t n, float *panels) {
+  for (int64_t first = 0; first < rows; first += 16, panels += 16 * n)
+    for (int64_t i = 0; i < n; i += 16) {
+      const int64_t count = n - i < 16 ? n - i : 16;
+      float part[16][16];
+      for (int lane = 0; lane < 16; lane++) {
+        const int there = first + lane < rows;
+        for (int64_t j = 0; j < count; j++) part[lane][j] = there ? x[(first + lane) * step + i + j] : 0;
+      }
+      for (int64_t j = 0; j < count; j++)
+        for (int lane = 0; lane < 16; lane++) panels[(i + j) * 16 + lane] = part[lane][j];
+    }
+}
+
+/* c[m][16 p + lane] = sum over k of a[m][k] * b[p][k][lane], k ascending; b_panel and b_row say how far apart the
+ * panels and their rows of 16 are. */
+LB_INLINE void multiply_tile(const int R, const int P, const float *a, int64_t a_row, const float *b, int64_t b_panel,
+                             int64_t b_row, int64_t k, float *c, int64_t c_row) {
   lb_v16 sum[8][2];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -198,7 +220,7 @@ LB_INLINE void multiply_tile(const int R, const int P, const float *a, int64_t a
   for (int64_t i = 0; i < k; i++) {
     lb_v16 w[2];
 #pragma GCC unroll 2
-    for (int p = 0; p < P; p++) w[p] = load16(b + (p * k + i) * 16);
+    for (int p = 0; p < P; p++) w[p] = load16(b + p * b_panel + i * b_row);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const lb_v16 x = all16(a[r * a_row + i]);
@@ -214,26 +236,30 @@ LB_INLINE void multiply_tile(const int R, const int P, const float *a, int64_t a
 
 #if defined(LB_VECTOR_512)
 enum { LB_MULTIPLY_ROWS = 8, LB_MULTIPLY_PANELS = 2 };
-#elif defined(LB_VECTOR_256)
-enum { LB_MULTIPLY_ROWS = 4, LB_MULTIPLY_PANELS = 1 };
 #else
 enum { LB_MULTIPLY_ROWS = 4, LB_MULTIPLY_PANELS = 1 };
 #endif
 
 static void vector_multiply(int64_t rows, int64_t panels, int64_t k, const float *a, int64_t a_row, const float *b,
-                            float *c, int64_t c_row) {
+                            int64_t b_panel, int64_t b_row, float *c, int64_t c_row) {
   enum { R = LB_MULTIPLY_ROWS, P = LB_MULTIPLY_PANELS };
+#define ROWS(COUNT, PANELS) \
+  for (; m + COUNT <= rows; m += COUNT) \
+    multiply_tile(COUNT, PANELS, a + m * a_row, a_row, w, b_panel, b_row, k, c + m * c_row + 16 * p, c_row)
   for (int64_t p = 0; p < panels; p += P) {
-    const float *w = b + p * k * 16;
+    const float *w = b + p * b_panel;
     int64_t m = 0;
     if (p + P <= panels) {
-      for (; m + R <= rows; m += R) multiply_tile(R, P, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
-      for (; m < rows; m++) multiply_tile(1, P, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
+      ROWS(R, P);
+      ROWS(2, P);
+      ROWS(1, P);
     } else {
-      for (; m + R <= rows; m += R) multiply_tile(R, 1, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
-      for (; m < rows; m++) multiply_tile(1, 1, a + m * a_row, a_row, w, k, c + m * c_row + 16 * p, c_row);
+      ROWS(R, 1);
+      ROWS(2, 1);
+      ROWS(1, 1);
     }
   }
+#undef ROWS
 }
 
 /* y = a + b, then ReLU if asked. */
@@ -256,20 +282,30 @@ static void vector_affine(const float *x, const float *gain, const float *bias, 
   }
 }
 
-/* Of n channels each: the largest, or the sum divided by `divisor`, over `count` rows, whose starts are given. */
-static void vector_pool(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    lb_v16 v = load_some(rows[0] + i, n - i, 0);
-    for (int64_t r = 1; r < count; r++) {
-      const lb_v16 x = load_some(rows[r] + i, n - i, 0);
-      if (!largest) v += x;
-      else v = max16(v, x);
-    }
-    store_some(y + i, n - i, largest ? v : v / divisor);
+LB_INLINE void pool_part(const float *const *rows, int64_t count, int64_t i, int64_t n, float divisor, int largest,
+                         float *y) {
+  lb_v16 v = load_some(rows[0] + i, n, 0);
+  for (int64_t r = 1; r < count; r++) {
+    const lb_v16 x = load_some(rows[r] + i, n, 0);
+    v = largest ? max16(v, x) : v + x;
   }
+  store_some(y + i, n, largest ? v : v / divisor);
 }
 
-static const lb_vector_table vector_table = {vector_gelu, vector_norm, vector_softmax, vector_multiply,
-                                             vector_add,  vector_affine, vector_pool};
+/* Of n channels each: the largest, or the sum divided by `divisor`, over `count` rows, whose starts are given. */
+static void vector_pool(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y) {
+  int64_t i = 0;
+  if (largest)
+    for (; i + 16 <= n; i += 16) pool_part(rows, count, i, 16, divisor, 1, y);
+  for (; i + 16 <= n; i += 16) pool_part(rows, count, i, 16, divisor, 0, y);
+  if (i < n) pool_part(rows, count, i, n - i, divisor, largest, y);
+}
+
+#if defined(LB_VECTOR_512)
+const lb_vector_table lb_vector512
+#else
+static const lb_vector_table vector_table
+#endif
+    = {vector_gelu, vector_norm, vector_softmax, vector_multiply, vector_transpose, vector_add, vector_affine, vector_pool};
 
 #endif
