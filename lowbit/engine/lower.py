@@ -743,6 +743,20 @@ def _attention(
     return _Value(ids.transpose(0, 1)[None])
 
 
+def _log_mel(lowering: _Lowering, front: Any, x: _Value) -> _Value:
+    """`lowbit.models.speech.LogMel`."""
+    samples = x.ids.numel()
+    source = lowering.stored[int(x.ids.flatten()[0]) >> _SHIFT]
+    if x.ndim != 2 or not isinstance(source, Stored) or not torch.equal(x.ids, lowering.value(source, x.shape).ids):
+        raise LowbitError("log-mel features of anything but the whole input are not an operation of plans")
+    made = Stored(front.bands.shape[1], 1 + samples // front.hop, 1)
+    angles = 2 * np.pi * np.arange(front.n_fft) / front.n_fft
+    data = {0: front.window.numpy(), 1: front.bands.numpy(), 2: np.cos(angles).astype(np.float32)}
+    lowering.add(Op("mel", [source], made, n={2: front.n_fft, 3: front.hop}, f={0: front.top_db}, data=data))
+    lowering.exact = False
+    return _Value(lowering.value(made, (1, made.height, made.width)).ids[None])
+
+
 def _getattr(lowering: _Lowering, x: _Value, name: str) -> Any:
     return getattr(x, name)
 
@@ -799,6 +813,8 @@ def lower_module(lowering: _Lowering, name: str, module: nn.Module, args: Any, k
         return _avg_pool2d(lowering, x, *window, module.count_include_pad, module.divisor_override)
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return _adaptive_avg_pool2d(lowering, x, module.output_size)
+    if type(module).__name__ == "LogMel" and type(module).__module__ == "lowbit.models.speech":
+        return _log_mel(lowering, module, x)
     if isinstance(module, nn.Flatten):
         return _Value(x.ids.flatten(module.start_dim, module.end_dim))
     try:

@@ -47,6 +47,13 @@ typedef struct {
   int32_t next_zero;
 } lb_job;
 
+/* Log-mel features; see vector_mel. */
+typedef struct {
+  int64_t n_fft, hop, length, bands;
+  const float *window, *filters, *cosine; /* [length], [n_fft / 2 + 1][bands], [n_fft] */
+  const int64_t *range;                   /* of each band: the first frequency and the one behind the last */
+} lb_mel;
+
 /* Operations on rows of floats; vector.h has their definitions. */
 typedef struct {
   void (*gelu)(const float *x, int64_t n, float *y);
@@ -58,6 +65,8 @@ typedef struct {
   void (*add)(const float *a, const float *b, int64_t n, int relu, float *y);
   void (*affine)(const float *x, const float *gain, const float *bias, int64_t n, int relu, float *y);
   void (*pool)(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y);
+  void (*mel)(const lb_mel *m, const float *const x[16], float *room, float *out);
+  void (*standardize)(float *x, int64_t n, float room);
 } lb_vector_table;
 
 typedef struct {

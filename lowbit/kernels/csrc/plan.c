@@ -306,6 +306,20 @@ static int check_attention(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows, y->channels);
 }
 
+/* data: window, filters, cosines */
+static int check_mel(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  const int64_t n_fft = op->n[LB_N_FFT], hop = op->n[LB_N_HOP], length = op->data[0].bytes / 4;
+  if (!x || !y || op->out[1] != -1 || y->channels != 1) return refuse(c, "wrong tensors");
+  if (!is_between(n_fft, 4, 1 << 14) || n_fft & (n_fft - 1) || !is_between(hop, 1, MOST) || !is_between(length, 1, n_fft))
+    return refuse(c, "impossible windows");
+  if (values_of(x) <= n_fft / 2 || y->width != 1 + values_of(x) / hop) return refuse(c, "another number of frames");
+  if (!has_data(c, op, 0, 4 * length) || y->height > MOST_TAPS || !has_data(c, op, 1, 4 * (n_fft / 2 + 1) * y->height) ||
+      !has_data(c, op, 2, 4 * n_fft))
+    return refuse(c, "numbers of another size");
+  return check_outputs(c, op, rows_of(y), 1);
+}
+
 static int check_op(checker *c, const lb_plan_op *op) {
   for (int i = 0; i < 16; i++)
     if (!is_between(op->n[i], 0, (int64_t)1 << 31)) return refuse(c, "an impossible number");
@@ -322,6 +336,7 @@ static int check_op(checker *c, const lb_plan_op *op) {
     case LB_OP_POOL: return check_pool(c, op);
     case LB_OP_NORM:
     case LB_OP_GELU: return check_rows(c, op);
+    case LB_OP_MEL: return check_mel(c, op);
     case LB_OP_ATTENTION: return check_attention(c, op);
     default: return refuse(c, "of unknown kind");
   }
@@ -409,6 +424,21 @@ static int prepare_product(const lb_plan *plan, const lb_plan_op *op, prepared *
   return LB_OK;
 }
 
+/* Which frequencies each band has: the other filters are 0. */
+static int prepare_mel(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
+  const int64_t bands = plan->tensors[op->out[0]].height, frequencies = op->n[LB_N_FFT] / 2 + 1;
+  const float *filters = data_of(plan, op, 1);
+  p->row_start = calloc((size_t)(2 * bands), sizeof *p->row_start);
+  if (!p->row_start) return LB_NO_MEMORY;
+  for (int64_t band = 0; band < bands; band++)
+    for (int64_t k = 0; k < frequencies; k++)
+      if (filters[k * bands + band] != 0) {
+        if (!p->row_start[2 * band + 1]) p->row_start[2 * band] = k;
+        p->row_start[2 * band + 1] = k + 1;
+      }
+  return LB_OK;
+}
+
 static int prepare(lb_plan *plan) {
   const lb_plan_header *h = plan->header;
   plan->prepared = calloc((size_t)h->ops, sizeof *plan->prepared);
@@ -417,6 +447,7 @@ static int prepare(lb_plan *plan) {
   for (int i = 0; i < h->ops; i++) {
     const lb_plan_op *op = plan->ops + i;
     if (op->kind == LB_OP_PRODUCT && prepare_product(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
+    if (op->kind == LB_OP_MEL && prepare_mel(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->out[1] >= 0 && !(plan->prepared[i].next_start = starts_of(plan->tensors + op->out[1]))) return LB_NO_MEMORY;
   }
   return LB_OK;
@@ -819,6 +850,54 @@ static void pool_rows(void *argument, int64_t begin, int64_t end) {
   }
 }
 
+/* ---- log-mel features ---- */
+
+static void mel_frames(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const lb_plan_tensor *y = r->plan->tensors + op->out[0];
+  const int64_t n_fft = op->n[LB_N_FFT], bands = y->height, frames = y->width;
+  const lb_mel mel = {.n_fft = n_fft, .hop = op->n[LB_N_HOP], .length = op->data[0].bytes / 4, .bands = bands,
+                      .window = data_of(r->plan, op, 0), .filters = data_of(r->plan, op, 1),
+                      .cosine = data_of(r->plan, op, 2), .range = r->ready->row_start};
+  float *room = lb_scratch(LB_SLOT_LINE, (size_t)((2 * n_fft + bands + 4) * 16) * sizeof *room);
+  if (!room) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  float *decibels = room + (2 * n_fft + 4) * 16;
+  for (int64_t group = begin; group < end; group++) {
+    const float *window[16];
+    for (int lane = 0; lane < 16; lane++) {
+      const int64_t frame = lb_min(group * 16 + lane, frames - 1);
+      window[lane] = r->panels + frame * mel.hop + (n_fft - mel.length) / 2;
+    }
+    r->isa->vector->mel(&mel, window, room, decibels);
+    for (int64_t band = 0; band < bands; band++)
+      memcpy(r->out + band * frames + group * 16, decibels + 16 * band,
+             (size_t)lb_min(16, frames - group * 16) * sizeof *room);
+  }
+}
+
+/* The sound is mirrored at both ends by half a window. */
+static void run_mel(run *r) {
+  const lb_plan_op *op = r->op;
+  const lb_plan_tensor *y = r->plan->tensors + op->out[0];
+  const int64_t samples = values_of(r->plan->tensors + op->in[0]), half = op->n[LB_N_FFT] / 2;
+  r->panels = lb_scratch(LB_SLOT_PANELS, (size_t)(samples + 2 * half) * sizeof(float));
+  if (!r->panels) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  memcpy(r->panels + half, r->in, (size_t)samples * sizeof(float));
+  for (int64_t i = 1; i <= half; i++) {
+    r->panels[half - i] = r->in[i];
+    r->panels[half + samples - 1 + i] = r->in[samples - 1 - i];
+  }
+  parallel(r, (y->width + 15) / 16, op->n[LB_N_FFT] * 400, mel_frames, r);
+  r->isa->vector->standardize(r->out, values_of(y), (float)op->f[0]);
+}
+
 /* ---- attention ----
  * Of each head: keys as panels [tokens / 16][size][16], values as panels [size / 16][tokens][16], zeros behind. */
 
@@ -936,6 +1015,7 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
         break;
       case LB_OP_NORM:
       case LB_OP_GELU: parallel(&r, rows_of(rows), rows->channels * 8, norm_rows, &r); break;
+      case LB_OP_MEL: run_mel(&r); break;
       default: run_attention(&r); break;
     }
     if (timed) plan->times[i] = now() - start;

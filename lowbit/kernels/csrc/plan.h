@@ -34,6 +34,7 @@ enum {
   LB_OP_POOL,         /* floats -> floats */
   LB_OP_NORM,         /* LayerNorm: floats -> floats and/or map */
   LB_OP_GELU,         /* floats -> floats and/or map */
+  LB_OP_MEL,          /* log-mel features of sound: floats -> floats */
   LB_OP_ATTENTION,    /* softmax(q k^T * scale) v of floats -> floats and/or map */
   LB_OPS
 };
@@ -45,6 +46,7 @@ enum { LB_DYNAMIC_NO = 0, LB_DYNAMIC_ROW = 1, LB_DYNAMIC_ITEM = 2 };     /* wher
 enum { LB_N_BITS = 2, LB_N_KERNEL_Y, LB_N_KERNEL_X, LB_N_STRIDE_Y, LB_N_STRIDE_X, LB_N_PADDING_Y, LB_N_PADDING_X,
        LB_N_DILATION_Y, LB_N_DILATION_X, LB_N_RELU };                    /* product; relu also of add and affine */
 enum { LB_N_LARGEST = 2, LB_N_DIVISOR = 11 };                            /* pool, with the window of product */
+enum { LB_N_FFT = 2, LB_N_HOP = 3 };                                      /* mel */
 enum { LB_N_HEADS = 2, LB_N_SIZE = 3, LB_N_K_OFFSET = 4, LB_N_V_OFFSET = 5 }; /* attention */
 
 typedef struct {

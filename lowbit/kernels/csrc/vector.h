@@ -301,11 +301,103 @@ static void vector_pool(const float *const *rows, int64_t count, int64_t n, floa
   if (i < n) pool_part(rows, count, i, n - i, divisor, largest, y);
 }
 
+/* ---- spectrograms: 16 frames side by side ---- */
+
+/* 10 log10(x) of positive normal numbers: x = 2^e (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), and
+ * ln(1 + f) = f - f^2 / 2 + f^3 P(f), fitted like exp16's. */
+LB_INLINE lb_v16 decibels16(lb_v16 x) {
+  const int32_t half = 0x3f3504f3; /* the bits of sqrt(1/2) */
+  const lb_i16 bits = (lb_i16)x - half, e = bits >> 23;
+  const lb_v16 f = (lb_v16)((bits & 0x7fffff) + half) - 1.0f;
+  lb_v16 p = all16(-0.0763449743f);
+  p = fma16(p, f, all16(0.12761578f));
+  p = fma16(p, f, all16(-0.131601825f));
+  p = fma16(p, f, all16(0.142017573f));
+  p = fma16(p, f, all16(-0.166233569f));
+  p = fma16(p, f, all16(0.200012267f));
+  p = fma16(p, f, all16(-0.250008196f));
+  p = fma16(p, f, all16(0.333333313f));
+  p = fma16(p, f, all16(-0.5f));
+  const lb_v16 ln = fma16(f * f, p, f);
+  return fma16(__builtin_convertvector(e, lb_v16), all16(3.01029996f), ln * 4.34294482f);
+}
+
+/* The Fourier transform of n complex numbers, n a power of two, in place; cosine[j * turn] is that of j / n of a circle
+ * and the table has n * turn numbers. The input is in bit-reversed order. */
+static void fourier16(lb_v16 *re, lb_v16 *im, int64_t n, const float *cosine, int64_t turn) {
+  const int64_t circle = n * turn, quarter = circle / 4;
+  for (int64_t half = 1; half < n; half *= 2)
+    for (int64_t k = 0; k < half; k++) {
+      const int64_t angle = k * (circle / (2 * half));
+      const lb_v16 c = all16(cosine[angle]), s = all16(-cosine[(angle + circle - quarter) % circle]);
+      for (int64_t a = k; a < n; a += 2 * half) {
+        const int64_t b = a + half;
+        const lb_v16 r = fma16(re[b], c, -(im[b] * s)), i = fma16(re[b], s, im[b] * c);
+        re[b] = re[a] - r, im[b] = im[a] - i;
+        re[a] = re[a] + r, im[a] = im[a] + i;
+      }
+    }
+}
+
+/* Decibels in each band of 16 frames, [bands][16]: `x` is where each frame's window starts. `room` has 4 n_fft + 64
+ * floats for each lane. Real numbers in pairs are transformed as complex ones. */
+static void vector_mel(const lb_mel *m, const float *const x[16], float *room, float *out) {
+  const int64_t n = m->n_fft / 2, circle = m->n_fft, quarter = circle / 4, before = (m->n_fft - m->length) / 2;
+  lb_v16 *re = (lb_v16 *)room, *im = re + n, *power = im + n;
+  for (int64_t i = 0, reversed = 0; i < n; i++) {
+    float pair[2][16];
+    for (int part = 0; part < 2; part++) {
+      const int64_t t = 2 * i + part - before;
+      const int inside = t >= 0 && t < m->length;
+      for (int lane = 0; lane < 16; lane++) pair[part][lane] = inside ? x[lane][t] * m->window[t] : 0;
+    }
+    re[reversed] = load16(pair[0]), im[reversed] = load16(pair[1]);
+    int64_t bit = n / 2; /* adds 1 from the highest bit on */
+    for (; bit && reversed & bit; bit /= 2) reversed ^= bit;
+    reversed |= bit;
+  }
+  fourier16(re, im, n, m->cosine, 2);
+  for (int64_t k = 0; k <= n; k++) {
+    const int64_t a = k % n, b = (n - k) % n;
+    const lb_v16 even_re = (re[a] + re[b]) * 0.5f, even_im = (im[a] - im[b]) * 0.5f;
+    const lb_v16 odd_re = (im[a] + im[b]) * 0.5f, odd_im = (re[b] - re[a]) * 0.5f;
+    const lb_v16 c = all16(m->cosine[k]), s = all16(m->cosine[(k + circle - quarter) % circle]);
+    const lb_v16 sum_re = fma16(c, odd_re, fma16(s, odd_im, even_re));
+    const lb_v16 sum_im = fma16(c, odd_im, fma16(-s, odd_re, even_im));
+    power[k] = fma16(sum_re, sum_re, sum_im * sum_im);
+  }
+  for (int64_t band = 0; band < m->bands; band++) {
+    lb_v16 sum = all16(0);
+    for (int64_t k = m->range[2 * band]; k < m->range[2 * band + 1]; k++)
+      sum = fma16(power[k], all16(m->filters[k * m->bands + band]), sum);
+    store16(out + 16 * band, decibels16(max16(sum, all16(1e-10f))));
+  }
+}
+
+/* Clips n numbers at `room` below the largest, and brings them to mean 0 and (unbiased) deviation 1. */
+static void vector_standardize(float *x, int64_t n, float room) {
+  lb_v16 most = all16(-INFINITY), sum = all16(0), square = all16(0);
+  for (int64_t i = 0; i < n; i += 16) most = max16(most, load_some(x + i, n - i, -INFINITY));
+  const lb_v16 least = all16(largest16(most) - room);
+  for (int64_t i = 0; i < n; i += 16) {
+    store_some(x + i, n - i, max16(load_some(x + i, n - i, 0), least));
+    sum += load_some(x + i, n - i, 0);
+  }
+  const float mean = sum16(sum) / (float)n;
+  for (int64_t i = 0; i < n; i += 16) {
+    const lb_v16 d = load_some(x + i, n - i, mean) - mean;
+    square = fma16(d, d, square);
+  }
+  const float deviation = sqrtf(sum16(square) / (float)(n > 1 ? n - 1 : 1)) + 1e-5f;
+  for (int64_t i = 0; i < n; i += 16) store_some(x + i, n - i, (load_some(x + i, n - i, 0) - mean) / deviation);
+}
+
 #if defined(LB_VECTOR_512)
 const lb_vector_table lb_vector512
 #else
 static const lb_vector_table vector_table
 #endif
-    = {vector_gelu, vector_norm, vector_softmax, vector_multiply, vector_transpose, vector_add, vector_affine, vector_pool};
+    = {vector_gelu, vector_norm, vector_softmax, vector_multiply, vector_transpose,
+       vector_add, vector_affine, vector_pool, vector_mel, vector_standardize};
 
 #endif
