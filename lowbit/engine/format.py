@@ -9,7 +9,9 @@ MAGIC = b"lowbit plan\n"
 VERSION = 1
 ALIGNED = 64
 FLOATS, MAP = 0, 1
-KINDS = ("quantize", "product", "copy", "add", "affine", "pool", "norm", "gelu", "mel", "attention")
+KINDS = tuple(
+    "quantize product copy add affine pool norm gelu mel attention depthwise round matmul softmax".split()
+)
 """Operations by their number in the file."""
 TAIL = 128  # bytes behind a map that products may read
 

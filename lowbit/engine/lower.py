@@ -25,9 +25,10 @@ from lowbit.engine.format import Tensor as Stored
 from lowbit.engine.runtime import Plan
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import pack as pack_codes
-from lowbit.kernels.packing import weight_codes
+from lowbit.kernels.packing import integer_levels, weight_codes
 from lowbit.nn.fuse import FUSED, as_floats, fuse, plain_attention
-from lowbit.nn.packed import PackedConv2d, PackedLinear
+from lowbit.nn.packed import PackedConv2d, PackedLinear, is_stored
+from lowbit.quantizers.base import ActivationQuantizer
 
 SKEW = 512  # from so many bytes on, rows of a linear layer are 64 bytes apart, out of each other's cache sets
 _SHIFT = 40  # bits of an element's number that say where in its tensor it is
@@ -300,6 +301,7 @@ class _Lowering:
         out = self.dense(y.ids, (1, 1, y.ids.numel())) if y.ids.numel() else None
         if out is None or out is self.x:
             raise LowbitError("the model returns nothing that it computed")
+        self._merge_affine(out)
         maps: dict[tuple[Any, ...], Stored] = {}
         groups: dict[tuple[Any, ...], list[_Request]] = {}
         for request in self.requests:
@@ -314,6 +316,33 @@ class _Lowering:
                 op.floats = None
         return file_format.write(self.ops, self.x, out)
 
+    def _merge_affine(self, out: Stored) -> None:
+        """Let depthwise convolutions take in a BatchNorm and a ReLU that alone read them, as `fuse` does for others."""
+        for op in list(self.ops):
+            if op.kind != "affine" or op not in self.ops:
+                continue
+            source = op.inputs[0]
+            before = None if source is None else self.made.get(source)
+            if before is None or source is out or op.floats is None:
+                continue
+            readers = sum(source in other.inputs for other in self.ops) + sum(r.source is source for r in self.requests)
+            whole = not op.n[0] and op.n[1] == source.channels and op.floats.channels == source.channels
+            if before.kind == "affine" and whole and readers == 1 and not before.n[11] and not op.data:
+                before.n[11], before.f[2] = op.n[11], op.f[2]
+            elif before.kind == "depthwise" and whole and readers == 1 and not before.n[11]:
+                if op.data and (4 in before.data or len(op.data) < 2):
+                    continue
+                before.n[11], before.f[2] = op.n[11], op.f[2]
+                if op.data:
+                    before.data[4] = np.stack([op.data[0], op.data[1]])
+            else:
+                continue
+            made = op.floats
+            made.height, made.width = source.height, source.width
+            before.floats = made
+            self.made[made] = before
+            self.ops.remove(op)
+
     def _serve(self, group: list[_Request]) -> Stored:
         """The map for requests that agree; written by the operation before, or by one of its own."""
         first = group[0]
@@ -327,7 +356,7 @@ class _Lowering:
         whole = first.offset == 0 and first.step == channels and not first.planar
         if (
             before is not None
-            and before.kind in ("product", "norm", "gelu", "attention")
+            and before.kind in ("product", "norm", "gelu", "attention", "depthwise")
             and before.map is None
             and whole
             and not first.dynamic
@@ -396,7 +425,7 @@ class _Interpreter(fx.Interpreter):
 
     def lower(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A function or a method, by its name for methods."""
-        handler = FUNCTIONS.get(target)
+        handler = FUNCTIONS.get(target) or FUNCTIONS.get(getattr(target, "__name__", ""))
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if handler is not None:
             return handler(self.lowering, *args, **kwargs)
@@ -615,20 +644,33 @@ def _ordered(lowering: _Lowering, made: Stored, like: Tensor, order: list[int]) 
 
 
 def _relu(lowering: _Lowering, x: _Value, inplace: bool = False) -> _Value:
-    return _affine(lowering, x, None, None, relu=True)
+    return _affine(lowering, x, None, None, relu=True, order=_memory_order(x.ids))
+
+
+def _hardtanh(lowering: _Lowering, x: _Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Value:
+    if min_val != 0 or max_val <= 0:
+        raise LowbitError(f"hardtanh from {min_val} is not an operation of plans; ReLU6, from 0, is")
+    return _affine(lowering, x, None, None, relu=True, order=_memory_order(x.ids), most=max_val)
 
 
 def _affine(
-    lowering: _Lowering, x: _Value, gain: np.ndarray | None, bias: np.ndarray | None, relu: bool = False, dim: int = -1
+    lowering: _Lowering,
+    x: _Value,
+    gain: np.ndarray | None,
+    bias: np.ndarray | None,
+    relu: bool = False,
+    dim: int = -1,
+    order: list[int] | None = None,
+    most: float = 0.0,
 ) -> _Value:
-    """``x·gain + bias`` by channel."""
-    order = _memory_order(x.ids) if gain is None and bias is None else [*(d for d in range(x.ndim) if d != dim % x.ndim), dim % x.ndim]
+    """``x·gain + bias`` by channel; ``order``: the dims as they lie in memory, the channels last; ``most``: of ReLU6."""
+    order = order or [*(d for d in range(x.ndim) if d != dim % x.ndim), dim % x.ndim]
     ids = x.ids.permute(order)
     rows = ids.reshape(-1, ids.shape[-1])
     source, offset, step = lowering.rows_of(rows)
     made = Stored(1, len(rows), rows.shape[1])
     data = {i: array for i, array in enumerate((gain, bias)) if array is not None}
-    lowering.add(Op("affine", [source], made, n={0: offset, 1: step, 11: int(relu)}, data=data))
+    lowering.add(Op("affine", [source], made, n={0: offset, 1: step, 11: int(relu)}, f={2: most}, data=data))
     return _ordered(lowering, made, x.ids, order)
 
 
@@ -724,8 +766,10 @@ def _attention(
     scale: float | None = None,
     **others: Any,
 ) -> _Value:
-    if attn_mask is not None or dropout_p or is_causal or any(others.values()):
-        raise LowbitError("attention with a mask is not an operation of plans")
+    if dropout_p or is_causal or any(others.values()):
+        raise LowbitError("causal attention is not an operation of plans")
+    if attn_mask is not None or len(q.ids) != 1 or not q.shape == k.shape == v.shape:
+        return _masked_attention(lowering, q, k, v, attn_mask, scale)
     if not q.shape == k.shape == v.shape or q.ndim != 4 or len(q.ids) != 1:
         raise LowbitError(f"attention of {list(q.shape)}, {list(k.shape)}, {list(v.shape)} is not an operation of plans")
     _, heads, tokens, size = q.shape
@@ -757,6 +801,132 @@ def _log_mel(lowering: _Lowering, front: Any, x: _Value) -> _Value:
     return _Value(lowering.value(made, (1, made.height, made.width)).ids[None])
 
 
+def _depthwise(lowering: _Lowering, layer: nn.Conv2d, x: _Value) -> _Value:
+    """A depthwise convolution that `pack` left with codes, on the integers of its quantized input."""
+    form = layer.input_quantizer.integer() if hasattr(layer, "input_quantizer") else None
+    levels, divisor = integer_levels(layer.get_buffer("levels"))
+    if form is None or form.scale.numel() != 1 or form.after is not None or max(map(abs, levels)) > 127:
+        raise LowbitError("a depthwise convolution without an input of one step, or with larger weights than 127")
+    padding = layer.padding if isinstance(layer.padding, tuple) else None
+    if layer.groups != layer.in_channels or layer.out_channels != layer.in_channels or padding is None:
+        raise LowbitError("a convolution of groups, other than of one channel each")
+    ids = _image(x.ids)
+    channels = layer.in_channels
+    weights = torch.tensor(levels)[layer.get_buffer("codes").long()].reshape(channels, -1)
+    scale = layer.get_buffer("row_scale").reshape(-1).expand(channels) / divisor
+    size = [
+        (ids.shape[i] + 2 * padding[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
+        for i in range(2)
+    ]
+    made = Stored(size[0], size[1], channels)
+    numbers = [*layer.kernel_size, *layer.stride, *padding, *layer.dilation, 0]
+    data = {0: weights.t().to(torch.int8).numpy(), 1: scale.numpy(), 2: weights.sum(1).to(torch.int32).numpy()}
+    if layer.bias is not None:
+        data[3] = layer.bias.detach().numpy()
+    op = Op("depthwise", [None, None, None], made, n=dict(enumerate(numbers, 3)), data=data, name="convolution")
+    op.f[0] = float(form.scale)
+    lowering.ask(op, ids, (padding[0], padding[1]), form.scale, form.low, form.high, form.before, tight=False)
+    lowering.add(op)
+    lowering.exact = False
+    return _back(lowering, made)
+
+
+def _rounded(lowering: _Lowering, quantizer: ActivationQuantizer, x: _Value) -> _Value:
+    """An activation quantizer of its own: one factor of attention."""
+    form = quantizer.integer()
+    if form is None:
+        raise LowbitError(f"{type(quantizer).__name__} has no integer form, so it is not an operation of plans")
+    order = _memory_order(x.ids)
+    ids = x.ids.permute(order)
+    channels = ids.shape[-1]
+    source = lowering.dense(ids, (1, ids.numel() // channels, channels))
+    made = Stored(1, ids.numel() // channels, channels)
+    data = {}
+    for i, part in enumerate((form.scale, form.scale, form.before, form.after)):
+        if part is not None:
+            whole = part.float() if part.numel() == 1 else part.float().broadcast_to(x.ids.shape).permute(order)
+            data[i] = _least(whole.reshape(-1, channels) if part.numel() > 1 else whole.reshape(1, 1))
+    lowering.add(Op("round", [source], made, n={2: form.low + 256, 3: form.high}, data=data))
+    lowering.exact = False
+    return _ordered(lowering, made, x.ids, order)
+
+
+def _least(rows: Tensor) -> np.ndarray:
+    """Rows of numbers, or one row where all are equal."""
+    return (rows[:1] if torch.equal(rows, rows[:1].expand_as(rows)) else rows).contiguous().numpy()
+
+
+def _scaled(lowering: _Lowering, x: Any, y: Any) -> _Value:
+    """A product with constants."""
+    if not isinstance(x, _Value):
+        x, y = y, x
+    if isinstance(y, int | float):
+        y = torch.tensor(float(y))
+    constant = None if isinstance(y, _Value) else y.detach().float()
+    if constant is None and (array := lowering.constant(y.ids)) is not None:
+        constant = torch.from_numpy(array).reshape(y.ids.shape)
+    if constant is None:
+        raise LowbitError("a product of two tensors, element by element, is not an operation of plans")
+    if constant.numel() == 1:
+        order = _memory_order(x.ids)
+        channels = x.ids.permute(order).shape[-1]
+        gain = np.full(channels, float(constant), np.float32)
+        return _affine(lowering, x, gain, None, order=order)
+    shape = [1] * (x.ndim - constant.ndim) + list(constant.shape)
+    dims = [d for d, n in enumerate(shape) if n > 1]
+    if len(dims) != 1 or shape[dims[0]] != x.shape[dims[0]]:
+        raise LowbitError("a product with constants that differ along more than one dim is not an operation of plans")
+    return _affine(lowering, x, constant.reshape(-1).numpy(), None, dim=dims[0])
+
+
+def _softmax(lowering: _Lowering, x: _Value, dim: int = -1, **others: Any) -> _Value:
+    if dim % x.ndim != x.ndim - 1 or any(others.values()):
+        raise LowbitError("a softmax over another than the last dim is not an operation of plans")
+    return _rows(lowering, "softmax", x)
+
+
+def _matmul(lowering: _Lowering, a: _Value, b: _Value) -> _Value:
+    a, b = lowering.of(a), lowering.of(b)
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (_Value(x.ids.expand(*outer, *x.shape[-2:])) for x in (a, b))
+    outer, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    left, right = a.ids.reshape(-1, m, k), b.ids.reshape(-1, k, n)
+    first, second = _strided(lowering, left), _strided(lowering, right)
+    if first is None or first[2][2] != 1:
+        first = (lowering.copy(left.flatten(), (1, len(left) * m, k)), 0, (m * k, k, 1))
+    if second is None:
+        second = (lowering.copy(right.flatten(), (1, len(left) * k, n)), 0, (k * n, n, 1))
+    made = Stored(1, len(left) * m, n)
+    numbers = {0: first[1], 1: first[2][1], 2: len(left), 3: m, 4: k, 5: n, 6: first[2][0]}
+    numbers |= {7: second[1], 8: second[2][0], 9: second[2][1], 10: second[2][2]}
+    lowering.add(Op("matmul", [first[0], second[0]], made, n=numbers))
+    lowering.exact = False
+    return lowering.value(made, (*outer, m, n))
+
+
+def _strided(lowering: _Lowering, ids: Tensor) -> tuple[Stored, int, tuple[int, ...]] | None:
+    """The tensor, offset and steps of ids, if they lie at equal distances along each dim."""
+    first = int(ids.flatten()[0])
+    stored = lowering.stored[first >> _SHIFT]
+    expected = torch.tensor(first)
+    steps = []
+    for dim, size in enumerate(ids.shape):
+        step = int(ids.select(dim, 1).flatten()[0]) - first if size > 1 else 1
+        steps.append(step)
+        expected = expected[..., None] + step * torch.arange(size)
+    if isinstance(stored, np.ndarray) or min(steps) < 0 or not torch.equal(ids, expected):
+        return None
+    return stored, first & ((1 << _SHIFT) - 1), tuple(steps)
+
+
+def _masked_attention(lowering: _Lowering, q: _Value, k: _Value, v: _Value, mask: Any, scale: float | None) -> _Value:
+    """Attention in its parts, with constants that are added to the logits."""
+    scaled = _scaled(lowering, q, q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = _matmul(lowering, scaled, _Value(k.ids.transpose(-2, -1)))
+    logits = logits if mask is None else _add(lowering, logits, mask)
+    return _matmul(lowering, _softmax(lowering, logits), v)
+
+
 def _getattr(lowering: _Lowering, x: _Value, name: str) -> Any:
     return getattr(x, name)
 
@@ -772,14 +942,23 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
     plain_attention: _attention,
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _scaled),
+    operator.truediv: lambda lowering, x, y: _scaled(lowering, x, 1 / y),
+    **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"), _matmul),
+    **dict.fromkeys((torch.softmax, F.softmax, "softmax"), _softmax),
     F.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),
+    F.hardtanh: _hardtanh,
+    F.relu6: lambda lowering, x, inplace=False: _hardtanh(lowering, x, 0.0, 6.0),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((F.dropout, F.dropout2d), lambda lowering, x, *args, **kwargs: x),
+    # timm's functions around the mask of its attention, which is not there in inference
+    "resolve_self_attn_mask": lambda lowering, tokens, attention, mask=None, causal=False: mask,
+    "maybe_add_mask": lambda lowering, x, mask=None: x if mask is None else _add(lowering, x, mask),
     **{name: partial(lambda f, lowering, *args, **kwargs: f(*args, **kwargs), f) for name, f in _FACTS.items()},
 }
 """How functions, and methods by their names, are lowered; rearrangements are `_VIEWS`."""
@@ -790,6 +969,10 @@ def lower_module(lowering: _Lowering, name: str, module: nn.Module, args: Any, k
     x = args[0] if args else None
     if isinstance(module, PackedLinear | PackedConv2d):
         return _packed_layer(lowering, module, *args)
+    if isinstance(module, ActivationQuantizer):
+        return _rounded(lowering, module, x)
+    if isinstance(module, nn.Conv2d) and is_stored(module):
+        return _depthwise(lowering, module, x)
     if isinstance(module, nn.LayerNorm):
         shape = module.normalized_shape
         return _layer_norm(lowering, x, shape, module.weight, module.bias, module.eps)

@@ -54,6 +54,13 @@ typedef struct {
   const int64_t *range;                   /* of each band: the first frequency and the one behind the last */
 } lb_mel;
 
+/* See vector_round. gain, before and after may be NULL; *_all: n numbers, not one. */
+typedef struct {
+  const float *scale, *gain, *before, *after;
+  int scale_all, gain_all, before_all, after_all;
+  float low, high;
+} lb_rounding;
+
 /* Operations on rows of floats; vector.h has their definitions. */
 typedef struct {
   void (*gelu)(const float *x, int64_t n, float *y);
@@ -63,10 +70,13 @@ typedef struct {
                    int64_t b_panel, int64_t b_row, float *c, int64_t c_row);
   void (*transpose)(const float *x, int64_t step, int64_t rows, int64_t n, float *panels);
   void (*add)(const float *a, const float *b, int64_t n, int relu, float *y);
-  void (*affine)(const float *x, const float *gain, const float *bias, int64_t n, int relu, float *y);
+  void (*affine)(const float *x, const float *gain, const float *bias, int64_t n, int relu, float most, float *y);
   void (*pool)(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y);
   void (*mel)(const lb_mel *m, const float *const x[16], float *room, float *out);
   void (*standardize)(float *x, int64_t n, float room);
+  void (*round)(const float *x, int64_t n, const lb_rounding *r, float *y);
+  void (*depthwise)(const uint8_t *map, const int64_t *tap, int64_t taps, const int8_t *weights, int64_t n,
+                    int is_signed, int32_t *sums);
 } lb_vector_table;
 
 typedef struct {

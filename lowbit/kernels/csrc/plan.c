@@ -320,6 +320,59 @@ static int check_mel(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows_of(y), 1);
 }
 
+/* data: weights [taps][channels], scale, sums, bias, and gain and bias of a BatchNorm [2][channels] */
+static int check_depthwise(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_MAP);
+  if (!x || !is_window(op) || !is_between(op->n[LB_N_RELU], 0, 1)) return refuse(c, "wrong tensors or numbers");
+  if (op->n[LB_N_PADDING_Y] > x->border_y || op->n[LB_N_PADDING_X] > x->border_x)
+    return refuse(c, "a padding larger than the border");
+  const int64_t height = out_height(op, x), width = out_width(op, x), n = x->channels;
+  if (!height || !width || height * width > MOST) return refuse(c, "a kernel larger than its input");
+  if (!has_data(c, op, 0, op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * n) || !has_data(c, op, 1, 4 * n) ||
+      !has_data(c, op, 2, 4 * n) || !has_data_or_none(c, op, 3, 4 * n) || !has_data_or_none(c, op, 4, 8 * n))
+    return refuse(c, "weights of another size");
+  if (op->in[2] != -1) {
+    const lb_plan_tensor *scales = read_at(c, op->in[2], LB_TENSOR_FLOATS);
+    if (!scales || values_of(scales) != 1) return refuse(c, "scales of another shape");
+  }
+  return check_outputs(c, op, height * width, n);
+}
+
+/* data: scale, gain, before, after; of 1 number, of each channel, or of each number */
+static int check_round(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!x || !y || op->out[1] != -1 || values_of(x) != values_of(y)) return refuse(c, "wrong tensors");
+  if (!is_between(op->n[LB_N_LOW], 0, 256) || !is_between(op->n[LB_N_HIGH], 0, 255)) return refuse(c, "an impossible range");
+  for (int i = 0; i < 4; i++) {
+    const int fits = has_data(c, op, i, 4) || has_data(c, op, i, 4 * y->channels) || has_data(c, op, i, 4 * values_of(y));
+    if (!fits && !(i && op->data[i].bytes == 0)) return refuse(c, "numbers of another size");
+  }
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
+static int check_matmul(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *a = read_at(c, op->in[0], LB_TENSOR_FLOATS), *b = read_at(c, op->in[1], LB_TENSOR_FLOATS);
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  const int64_t *n = op->n;
+  if (!a || !b || !y || op->out[1] != -1 || op->out[0] == op->in[0] || op->out[0] == op->in[1])
+    return refuse(c, "wrong tensors");
+  for (int i = LB_N_COUNT; i <= LB_N_N; i++)
+    if (!is_between(n[i], 1, MOST)) return refuse(c, "impossible matrices");
+  if (n[LB_N_COUNT] * n[LB_N_M] != rows_of(y) || n[LB_N_N] != y->channels) return refuse(c, "an output of another shape");
+  const int64_t last_a = n[LB_N_OFFSET] + (n[LB_N_COUNT] - 1) * n[LB_N_A_COUNT] + (n[LB_N_M] - 1) * n[LB_N_STEP] + n[LB_N_K] - 1;
+  const int64_t last_b = n[LB_N_B_OFFSET] + (n[LB_N_COUNT] - 1) * n[LB_N_B_COUNT] + (n[LB_N_K] - 1) * n[LB_N_B_K] +
+                         (n[LB_N_N] - 1) * n[LB_N_B_N];
+  if (last_a >= values_of(a) || last_b >= values_of(b)) return refuse(c, "an input of another shape");
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
+static int check_softmax(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!x || !y || op->out[1] != -1 || !view_fits(op, x, op->n[LB_N_OFFSET], rows_of(y), y->channels))
+    return refuse(c, "an input of another shape");
+  return check_outputs(c, op, rows_of(y), y->channels);
+}
+
 static int check_op(checker *c, const lb_plan_op *op) {
   for (int i = 0; i < 16; i++)
     if (!is_between(op->n[i], 0, (int64_t)1 << 31)) return refuse(c, "an impossible number");
@@ -338,6 +391,10 @@ static int check_op(checker *c, const lb_plan_op *op) {
     case LB_OP_GELU: return check_rows(c, op);
     case LB_OP_MEL: return check_mel(c, op);
     case LB_OP_ATTENTION: return check_attention(c, op);
+    case LB_OP_DEPTHWISE: return check_depthwise(c, op);
+    case LB_OP_ROUND: return check_round(c, op);
+    case LB_OP_MATMUL: return check_matmul(c, op);
+    case LB_OP_SOFTMAX: return check_softmax(c, op);
     default: return refuse(c, "of unknown kind");
   }
 }
@@ -424,6 +481,17 @@ static int prepare_product(const lb_plan *plan, const lb_plan_op *op, prepared *
   return LB_OK;
 }
 
+static int prepare_depthwise(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
+  const lb_plan_tensor *x = plan->tensors + op->in[0];
+  const int64_t *n = op->n, line = (x->width + 2 * x->border_x) * x->place;
+  p->k_offset = malloc((size_t)(n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X]) * sizeof *p->k_offset);
+  if (!p->k_offset) return LB_NO_MEMORY;
+  for (int64_t y = 0, tap = 0; y < n[LB_N_KERNEL_Y]; y++)
+    for (int64_t z = 0; z < n[LB_N_KERNEL_X]; z++)
+      p->k_offset[tap++] = y * n[LB_N_DILATION_Y] * line + z * n[LB_N_DILATION_X] * x->place;
+  return LB_OK;
+}
+
 /* Which frequencies each band has: the other filters are 0. */
 static int prepare_mel(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
   const int64_t bands = plan->tensors[op->out[0]].height, frequencies = op->n[LB_N_FFT] / 2 + 1;
@@ -447,6 +515,7 @@ static int prepare(lb_plan *plan) {
   for (int i = 0; i < h->ops; i++) {
     const lb_plan_op *op = plan->ops + i;
     if (op->kind == LB_OP_PRODUCT && prepare_product(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
+    if (op->kind == LB_OP_DEPTHWISE && prepare_depthwise(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->kind == LB_OP_MEL && prepare_mel(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->out[1] >= 0 && !(plan->prepared[i].next_start = starts_of(plan->tensors + op->out[1]))) return LB_NO_MEMORY;
   }
@@ -606,6 +675,16 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end) {
   float *room = lb_scratch(LB_SLOT_LINE, (size_t)n * sizeof *room);
   if (!room) {
     atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  const int whole = r->map_tensor->place == n && op->n[LB_N_STEP] == n && dynamic != LB_DYNAMIC_ROW && !op->data[0].bytes;
+  if (whole) { /* lines of places that follow each other, here as in the map */
+    const int64_t width = r->map_tensor->width;
+    for (int64_t row = begin, next; row < end; row = next) {
+      next = lb_min(end, row - row % width + width);
+      store_row(r, row, 0, r->in + op->n[LB_N_OFFSET] + row * n, (next - row) * n,
+                dynamic == LB_DYNAMIC_ITEM ? r->out[0] : (float)op->f[0]);
+    }
     return;
   }
   for (int64_t row = begin; row < end; row++) {
@@ -809,6 +888,9 @@ static void norm_rows(void *argument, int64_t begin, int64_t end) {
   }
 }
 
+/* What ReLU clips at. */
+static float most_of(const lb_plan_op *op) { return op->f[2] > 0 ? (float)op->f[2] : INFINITY; }
+
 static void affine_rows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
@@ -816,7 +898,7 @@ static void affine_rows(void *argument, int64_t begin, int64_t end) {
   const float *gain = data_of(r->plan, op, 0), *bias = data_of(r->plan, op, 1);
   for (int64_t row = begin; row < end; row++)
     r->isa->vector->affine(r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], gain, bias, n, (int)op->n[LB_N_RELU],
-                           r->out + row * n);
+                           most_of(op), r->out + row * n);
 }
 
 static void run_copy(run *r) {
@@ -847,6 +929,98 @@ static void pool_rows(void *argument, int64_t begin, int64_t end) {
         rows[count++] = r->in + (y * x->width + z) * channels;
     const float divisor = (float)(n[LB_N_DIVISOR] ? n[LB_N_DIVISOR] : count);
     if (count) r->isa->vector->pool(rows, count, channels, divisor, (int)n[LB_N_LARGEST], r->out + row * channels);
+  }
+}
+
+static void depthwise_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const lb_plan_tensor *x = r->plan->tensors + op->in[0];
+  const int64_t *n = op->n, channels = x->channels, width = out_width(op, x), taps = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X];
+  const int64_t line = (x->width + 2 * x->border_x) * x->place;
+  const uint8_t *map = memory_of(r, op->in[0]);
+  const float *scale = data_of(r->plan, op, 1), *bias = data_of(r->plan, op, 3), *norm = data_of(r->plan, op, 4);
+  const float x_scale = op->in[2] < 0 ? (float)op->f[0] : *(const float *)memory_of(r, op->in[2]);
+  const int32_t *all = data_of(r->plan, op, 2), zero = zero_of(r, x);
+  int32_t *sums = lb_scratch(LB_SLOT_LINE, (size_t)channels * 2 * sizeof *sums);
+  if (!sums) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  float *room = (float *)(sums + channels);
+  for (int64_t row = begin; row < end; row++) {
+    const uint8_t *start = map + (row / width * n[LB_N_STRIDE_Y] + x->border_y - n[LB_N_PADDING_Y]) * line +
+                           (row % width * n[LB_N_STRIDE_X] + x->border_x - n[LB_N_PADDING_X]) * x->place;
+    float *y = r->out ? r->out + row * channels : room;
+    r->isa->vector->depthwise(start, r->ready->k_offset, taps, data_of(r->plan, op, 0), channels, r->isa->signed_bytes, sums);
+    for (int64_t c = 0; c < channels; c++)
+      y[c] = (float)(int32_t)((uint32_t)sums[c] - (uint32_t)zero * (uint32_t)all[c]) * x_scale * scale[c];
+    if (bias) r->isa->vector->affine(y, NULL, bias, channels, 0, INFINITY, y);
+    if (norm || n[LB_N_RELU]) r->isa->vector->affine(y, norm, norm ? norm + channels : NULL, channels, (int)n[LB_N_RELU], most_of(op), y);
+    if (r->map) store_row(r, row, 0, y, channels, (float)op->f[1]);
+  }
+}
+
+static void round_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t n = r->plan->tensors[op->out[0]].channels;
+  for (int64_t row = begin; row < end; row++) {
+    const float *part[4];
+    int all[4];
+    for (int i = 0; i < 4; i++) {
+      part[i] = data_of(r->plan, op, i);
+      all[i] = op->data[i].bytes > 4;
+      if (part[i] && op->data[i].bytes > 4 * n) part[i] += row * n;
+    }
+    const lb_rounding rounding = {.scale = part[0], .gain = part[1], .before = part[2], .after = part[3],
+                                  .scale_all = all[0], .gain_all = all[1], .before_all = all[2], .after_all = all[3],
+                                  .low = (float)(op->n[LB_N_LOW] - 256), .high = (float)op->n[LB_N_HIGH]};
+    r->isa->vector->round(r->in + row * n, n, &rounding, r->out + row * n);
+  }
+}
+
+static void matmul(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const int64_t *n = r->op->n, panels = (n[LB_N_N] + 15) / 16, k = n[LB_N_K], parts = (n[LB_N_M] + 15) / 16;
+  float *panel = lb_scratch(LB_SLOT_LINE, (size_t)(panels * 16 * (k + 16)) * sizeof *panel);
+  if (!panel) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  float *result = panel + panels * 16 * k; /* [16 rows][panels * 16] */
+  for (int64_t i = begin, ready = -1; i < end; i++) {
+    const int64_t matrix = i / parts, first = i % parts * 16, rows = lb_min(16, n[LB_N_M] - first);
+    const float *a = r->in + n[LB_N_OFFSET] + matrix * n[LB_N_A_COUNT] + first * n[LB_N_STEP];
+    const float *b = (const float *)memory_of(r, r->op->in[1]) + n[LB_N_B_OFFSET] + matrix * n[LB_N_B_COUNT];
+    if (ready != matrix && n[LB_N_B_K] == 1) r->isa->vector->transpose(b, n[LB_N_B_N], n[LB_N_N], k, panel);
+    else if (ready != matrix)
+      for (int64_t p = 0; p < panels; p++)
+        for (int64_t j = 0; j < k; j++)
+          for (int64_t lane = 0; lane < 16; lane++) {
+            const int64_t column = 16 * p + lane;
+            panel[(p * k + j) * 16 + lane] = column < n[LB_N_N] ? b[j * n[LB_N_B_K] + column * n[LB_N_B_N]] : 0;
+          }
+    ready = matrix;
+    r->isa->vector->multiply(rows, panels, k, a, n[LB_N_STEP], panel, k * 16, 16, result, panels * 16);
+    for (int64_t m = 0; m < rows; m++)
+      memcpy(r->out + (matrix * n[LB_N_M] + first + m) * n[LB_N_N], result + m * panels * 16, (size_t)n[LB_N_N] * sizeof *result);
+  }
+}
+
+static void softmax_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t n = r->plan->tensors[op->out[0]].channels;
+  float *room = lb_scratch(LB_SLOT_LINE, (size_t)(n + 32) * sizeof *room);
+  if (!room) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  for (int64_t row = begin; row < end; row++) {
+    memcpy(room, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], (size_t)n * sizeof *room);
+    r->isa->vector->softmax(room, n, 1.0f);
+    memcpy(r->out + row * n, room, (size_t)n * sizeof *room);
   }
 }
 
@@ -1016,6 +1190,14 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
       case LB_OP_NORM:
       case LB_OP_GELU: parallel(&r, rows_of(rows), rows->channels * 8, norm_rows, &r); break;
       case LB_OP_MEL: run_mel(&r); break;
+      case LB_OP_DEPTHWISE:
+        parallel(&r, rows_of(rows), op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * rows->channels, depthwise_rows, &r);
+        break;
+      case LB_OP_ROUND: parallel(&r, rows_of(rows), rows->channels * 4, round_rows, &r); break;
+      case LB_OP_SOFTMAX: parallel(&r, rows_of(rows), rows->channels * 16, softmax_rows, &r); break;
+      case LB_OP_MATMUL:
+        parallel(&r, op->n[LB_N_COUNT] * ((op->n[LB_N_M] + 15) / 16), 16 * op->n[LB_N_K] * op->n[LB_N_N], matmul, &r);
+        break;
       default: run_attention(&r); break;
     }
     if (timed) plan->times[i] = now() - start;

@@ -36,6 +36,10 @@ enum {
   LB_OP_GELU,         /* floats -> floats and/or map */
   LB_OP_MEL,          /* log-mel features of sound: floats -> floats */
   LB_OP_ATTENTION,    /* softmax(q k^T * scale) v of floats -> floats and/or map */
+  LB_OP_DEPTHWISE,    /* map x int8 weights, channel by channel -> floats and/or map */
+  LB_OP_ROUND,        /* floats, rounded to steps -> floats */
+  LB_OP_MATMUL,       /* floats x floats -> floats, for each of a number of matrices */
+  LB_OP_SOFTMAX,      /* rows of floats -> floats */
   LB_OPS
 };
 
@@ -48,6 +52,11 @@ enum { LB_N_BITS = 2, LB_N_KERNEL_Y, LB_N_KERNEL_X, LB_N_STRIDE_Y, LB_N_STRIDE_X
 enum { LB_N_LARGEST = 2, LB_N_DIVISOR = 11 };                            /* pool, with the window of product */
 enum { LB_N_FFT = 2, LB_N_HOP = 3 };                                      /* mel */
 enum { LB_N_HEADS = 2, LB_N_SIZE = 3, LB_N_K_OFFSET = 4, LB_N_V_OFFSET = 5 }; /* attention */
+
+enum { LB_N_LOW = 2, LB_N_HIGH = 3 };                                     /* round: low + 256 */
+enum { LB_N_COUNT = 2, LB_N_M = 3, LB_N_K = 4, LB_N_N = 5, LB_N_A_COUNT = 6, LB_N_B_OFFSET = 7, LB_N_B_COUNT = 8,
+       LB_N_B_K = 9, LB_N_B_N = 10 }; /* matmul: of matrix i, a[m][k] is at offset + i * a_count + m * step + k,
+                                       * b[k][n] at b_offset + i * b_count + k * b_k + n * b_n */
 
 typedef struct {
   char magic[12];
@@ -69,7 +78,8 @@ typedef struct {
 typedef struct {
   int32_t kind, reserved, in[4], out[2]; /* tensors; -1: none. out: floats, map (of quantize: scales, map) */
   int64_t n[16];
-  double f[4];          /* 0: scale of the input or of logits, eps; 1: scale by which the output map is rounded */
+  double f[4]; /* 0: scale of the input or of logits, eps; 1: scale by which the output map is rounded;
+                * 2: of affine and depthwise, what ReLU clips at, 0 for nothing */
   lb_plan_data data[5]; /* product: packed, scale, sums, bias, levels; others: see plan.c */
 } lb_plan_op;
 

@@ -271,13 +271,18 @@ static void vector_add(const float *a, const float *b, int64_t n, int relu, floa
   }
 }
 
-/* y = x * gain + bias, each rounded, then ReLU if asked. */
-static void vector_affine(const float *x, const float *gain, const float *bias, int64_t n, int relu, float *y) {
+/* y = x * gain + bias, each rounded, then ReLU if asked, and none above `most`. */
+static void vector_affine(const float *x, const float *gain, const float *bias, int64_t n, int relu, float most,
+                          float *y) {
   for (int64_t i = 0; i < n; i += 16) {
     lb_v16 v = load_some(x + i, n - i, 0);
     if (gain) v *= load_some(gain + i, n - i, 0);
     if (bias) v += load_some(bias + i, n - i, 0);
     if (relu) v = max16(v, all16(0));
+    if (most < INFINITY) {
+      const lb_i16 above = v > most;
+      v = (lb_v16)(((lb_i16)v & ~above) | ((lb_i16)all16(most) & above));
+    }
     store_some(y + i, n - i, v);
   }
 }
@@ -299,6 +304,75 @@ static void vector_pool(const float *const *rows, int64_t count, int64_t n, floa
     for (; i + 16 <= n; i += 16) pool_part(rows, count, i, 16, divisor, 1, y);
   for (; i + 16 <= n; i += 16) pool_part(rows, count, i, 16, divisor, 0, y);
   if (i < n) pool_part(rows, count, i, n - i, divisor, largest, y);
+}
+
+/* y = q * gain + after (each of these 1 number or n), q = (x + before) / scale rounded into low ... high; see lb_step. */
+static void vector_round(const float *x, int64_t n, const lb_rounding *r, float *y) {
+  const lb_v16 magic = all16(12582912.0f), low = all16(r->low), high = all16(r->high);
+  for (int64_t i = 0; i < n; i += 16) {
+#define PART(NAME) (r->NAME##_all ? load_some(r->NAME + i, n - i, 1) : all16(r->NAME[0]))
+    lb_v16 v = load_some(x + i, n - i, 0);
+    if (r->before) v += PART(before);
+    v = v / PART(scale);
+    const lb_i16 number = v == v;
+    v = (lb_v16)((lb_i16)v & number);
+    v = max16(v, low);
+    const lb_i16 above = v > high;
+    v = (lb_v16)(((lb_i16)v & ~above) | ((lb_i16)high & above));
+    v = (v + magic) - magic;
+    if (r->gain) v *= PART(gain);
+    if (r->after) v += PART(after);
+    store_some(y + i, n - i, v);
+#undef PART
+  }
+}
+
+typedef uint8_t lb_u16 __attribute__((vector_size(16)));
+
+#if defined(LB_VECTOR_512)
+LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
+  return (lb_i16)(is_signed ? _mm512_cvtepi8_epi32((__m128i)x) : _mm512_cvtepu8_epi32((__m128i)x));
+}
+#elif defined(LB_VECTOR_256)
+LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
+  union {
+    lb_i16 all;
+    __m256i half[2];
+  } y;
+  const __m128i low = (__m128i)x, high = _mm_srli_si128(low, 8);
+  y.half[0] = is_signed ? _mm256_cvtepi8_epi32(low) : _mm256_cvtepu8_epi32(low);
+  y.half[1] = is_signed ? _mm256_cvtepi8_epi32(high) : _mm256_cvtepu8_epi32(high);
+  return y.all;
+}
+#else
+LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
+  lb_i16 y;
+  for (int i = 0; i < 16; i++) y[i] = is_signed ? (int8_t)x[i] : x[i];
+  return y;
+}
+#endif
+
+LB_INLINE void depthwise_part(const uint8_t *map, const int64_t *tap, int64_t taps, const int8_t *weights, int64_t n,
+                              int64_t i, const size_t count, int is_signed, int32_t *sums) {
+  lb_i16 sum = {0};
+  for (int64_t t = 0; t < taps; t++) {
+    lb_u16 x = {0}, w = {0};
+    memcpy(&x, map + tap[t] + i, count);
+    memcpy(&w, weights + t * n + i, count);
+    sum += widen16(x, is_signed) * widen16(w, 1);
+  }
+  memcpy(sums + i, &sum, count * 4);
+}
+
+/* One place of a depthwise convolution: sums over taps of stored activations times weights, for n channels; a tap's
+ * activations start at map + tap[i], its weights at weights + i * n. */
+static void vector_depthwise(const uint8_t *map, const int64_t *tap, int64_t taps, const int8_t *weights, int64_t n,
+                             int is_signed, int32_t *sums) {
+  int64_t i = 0;
+  if (is_signed)
+    for (; i + 16 <= n; i += 16) depthwise_part(map, tap, taps, weights, n, i, 16, 1, sums);
+  for (; i + 16 <= n; i += 16) depthwise_part(map, tap, taps, weights, n, i, 16, 0, sums);
+  if (i < n) depthwise_part(map, tap, taps, weights, n, i, (size_t)(n - i), is_signed, sums);
 }
 
 /* ---- spectrograms: 16 frames side by side ---- */
@@ -398,6 +472,7 @@ const lb_vector_table lb_vector512
 static const lb_vector_table vector_table
 #endif
     = {vector_gelu, vector_norm, vector_softmax, vector_multiply, vector_transpose,
-       vector_add, vector_affine, vector_pool, vector_mel, vector_standardize};
+       vector_add, vector_affine, vector_pool, vector_mel, vector_standardize, vector_round,
+       vector_depthwise};
 
 #endif
