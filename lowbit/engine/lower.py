@@ -647,6 +647,13 @@ def _relu(lowering: _Lowering, x: _Value, inplace: bool = False) -> _Value:
     return _affine(lowering, x, None, None, relu=True, order=_memory_order(x.ids))
 
 
+def _pad(lowering: _Lowering, x: _Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> _Value:
+    if mode != "constant":
+        raise LowbitError(f"padding with mode={mode!r} is not an operation of plans")
+    filler = lowering.value(np.full(1, value or 0.0, np.float32), (1,))
+    return _Value(F.pad(x.ids, tuple(pad), value=int(filler.ids[0])))
+
+
 def _hardtanh(lowering: _Lowering, x: _Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Value:
     if min_val != 0 or max_val <= 0:
         raise LowbitError(f"hardtanh from {min_val} is not an operation of plans; ReLU6, from 0, is")
@@ -879,8 +886,8 @@ def _scaled(lowering: _Lowering, x: Any, y: Any) -> _Value:
     return _affine(lowering, x, constant.reshape(-1).numpy(), None, dim=dims[0])
 
 
-def _softmax(lowering: _Lowering, x: _Value, dim: int = -1, **others: Any) -> _Value:
-    if dim % x.ndim != x.ndim - 1 or any(others.values()):
+def _softmax(lowering: _Lowering, x: _Value, dim: int | None = -1, _stacklevel: int = 3, dtype: Any = None) -> _Value:
+    if dim is None or dim % x.ndim != x.ndim - 1:
         raise LowbitError("a softmax over another than the last dim is not an operation of plans")
     return _rows(lowering, "softmax", x)
 
@@ -952,6 +959,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),
+    F.pad: _pad,
     F.hardtanh: _hardtanh,
     F.relu6: lambda lowering, x, inplace=False: _hardtanh(lowering, x, 0.0, 6.0),
     **dict.fromkeys((torch.mean, "mean"), _mean),
