@@ -14,10 +14,17 @@ def project() -> Path:
     """The folder of the course: ``LOWBIT_PROJECT``, the working folder or one above it, or the source tree.
 
     Raises:
-        LowbitError: lowbit is not used from its source tree, and the working folder is not inside a course.
+        LowbitError: ``LOWBIT_PROJECT`` names a folder without ``notebooks/``; or lowbit is not used from its source
+            tree, and the working folder is not inside a course.
     """
     if given := os.environ.get("LOWBIT_PROJECT"):
-        return Path(given).resolve()
+        folder = Path(given).resolve()
+        if not (folder / "notebooks").is_dir():
+            raise LowbitError(
+                f"LOWBIT_PROJECT: {folder} is no lowbit project, since it has no notebooks/: set it to the folder of a "
+                "course or of the project's sources, or unset it"
+            )
+        return folder
     here = Path.cwd().resolve()
     for folder in (here, *here.parents):
         if (folder / "notebooks" / "profiles.yaml").is_file():
@@ -30,21 +37,6 @@ def project() -> Path:
     )
 
 
-def require_project() -> Path:
-    """The project folder, for files that are written into it.
-
-    Raises:
-        LowbitError: the command runs outside every project; nothing is written beside an installed package.
-    """
-    folder = project()
-    if not (folder / "notebooks").is_dir():
-        raise LowbitError(
-            f"{folder} is no lowbit project (it has no notebooks/): run this inside a copy of the project's sources, "
-            "or set LOWBIT_PROJECT to one"
-        )
-    return folder
-
-
 def notebooks() -> Path:
     """The folder of the course's notebooks."""
     return project() / "notebooks"
@@ -52,7 +44,7 @@ def notebooks() -> Path:
 
 def results() -> Path:
     """The folder of all measurements, in the project; ``LOWBIT_RESULTS`` moves it."""
-    return Path(os.environ.get("LOWBIT_RESULTS") or require_project() / "results")
+    return Path(os.environ.get("LOWBIT_RESULTS") or project() / "results")
 
 
 def recorded(name: str) -> Path:

@@ -64,7 +64,7 @@ def run(
     from lowbit_suite.running.progress import Progress, summary
     from lowbit_suite.running.run_json import show_path
 
-    paths.require_project()
+    paths.project()  # a command outside every project stops here
     plan = runner.plan(
         notebooks or (),
         profile,
@@ -90,14 +90,13 @@ def run(
 def report(profile: ProfileOption = "smoke", out: OutOption = None) -> None:
     """Write report.html and junit.xml of the last run anew, also of one that was killed or goes on."""
     from lowbit_suite import report as page
-    from lowbit_suite.running import junit, runner
-    from lowbit_suite.running import run_json as runfile
+    from lowbit_suite.running import junit, run_json, runner
 
     folder = out or runner.run_folder(profile)
-    done = runfile.load(folder)
+    done = run_json.load(folder)
     _same_profile(done.profile, profile)
     for path in (page.write(done, folder), junit.write_run(done, folder)):
-        typer.echo(f"wrote {runfile.show_path(path)}")
+        typer.echo(f"wrote {run_json.show_path(path)}")
 
 
 def check(
@@ -111,12 +110,11 @@ def check(
     from lowbit import paths
     from lowbit_suite import profiles
     from lowbit_suite.accepted import baselines
-    from lowbit_suite.running import junit, runner
-    from lowbit_suite.running import run_json as runfile
+    from lowbit_suite.running import junit, run_json, runner
 
-    paths.require_project()
+    paths.project()  # a command outside every project stops here
     folder = out or runner.run_folder(profile)
-    done = runfile.load(folder)
+    done = run_json.load(folder)
     _same_profile(done.profile, profile)
     baseline = baselines.load(profile, done.device)
     chosen = baselines.pick(notebooks, done, baseline)
@@ -157,15 +155,13 @@ def accept(
     from rich.console import Console
 
     from lowbit import paths
-    from lowbit_suite.accepted import baselines, evidence
-    from lowbit_suite.accepted import repeats as seeding
-    from lowbit_suite.running import run_json as runfile
-    from lowbit_suite.running import runner
+    from lowbit_suite.accepted import baselines, evidence, repeats
+    from lowbit_suite.running import run_json, runner
     from lowbit_suite.running.progress import Progress
 
-    paths.require_project()
+    paths.project()  # a command outside every project stops here
     folder = out or runner.run_folder(profile)
-    done = runfile.load(folder)
+    done = run_json.load(folder)
     _same_profile(done.profile, profile)
     file = baselines.path(profile, done.device)
     old = baselines.load(profile, done.device) if file.exists() else None
@@ -173,10 +169,10 @@ def accept(
         raise LowbitError("--pool takes the run as it is; --seeds measures on this machine: give one of them")
     baselines.propose(done, old, pool=pool)  # refuses a bad run before hours go into other seeds
     try:
-        repeats = seeding.repeat(done, seeds, folder, jobs=jobs, progress=Progress(Console(stderr=True)))
+        others = repeats.repeat(done, seeds, folder, jobs=jobs, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
         raise typer.Exit(128 + stop.signum) from None
-    new = baselines.propose(done, old, repeats, pool=pool)
+    new = baselines.propose(done, old, others, pool=pool)
     rows = baselines.changes(old, new)
     kept = [] if pool else evidence.changed(done, folder)
     console = wide_console()
@@ -188,12 +184,12 @@ def accept(
     else:
         console.print(_table(f"lowbit accept, profile {profile}, {done.device}", rows, ("new", "old")))
     for path in kept:
-        console.print(f"{'changes' if path.exists() else 'new'}: {runfile.show_path(path)}", highlight=False)
+        console.print(f"{'changes' if path.exists() else 'new'}: {run_json.show_path(path)}", highlight=False)
     if done.environment.get("dirty"):
         console.print(
             "the source tree had uncommitted changes when this ran; the baseline will say so", highlight=False
         )
-    what = [] if same else [runfile.show_path(file)]
+    what = [] if same else [run_json.show_path(file)]
     what += [f"{len(kept)} files of tables, trainings and pictures"] if kept else []
     if not yes and not typer.confirm(f"write {' and '.join(what)}?"):
         raise typer.Exit(1)
@@ -238,7 +234,7 @@ def again(
     from lowbit_suite.running.progress import Progress, summary
     from lowbit_suite.running.run_json import show_path
 
-    paths.require_project()
+    paths.project()  # a command outside every project stops here
     plan = rerun.plan(notebook, profile, journal, rows or (), count, draw, timeout_minutes=timeout, out=out)
     console = wide_console()
     console.print(f"{sum(map(len, plan.chosen.values()))} of {plan.there} trainings once more", highlight=False)
@@ -284,12 +280,12 @@ def claims(
 
     from lowbit import paths
     from lowbit_suite import claims as judged
-    from lowbit_suite.running import run_json as runfile
+    from lowbit_suite.running import run_json
     from lowbit_suite.running.run_json import show_path
 
-    paths.require_project()
+    paths.project()  # a command outside every project stops here
     if out:
-        return _claims_of(runfile.load(out), out)
+        return _claims_of(run_json.load(out), out)
     found = judged.judge_all()
     profiles = list(dict.fromkeys(claim.profile for claim in found if claim.look))
     table = Table(title=f"lowbit claims, profile {judged.MAIN}", title_justify="left")

@@ -104,7 +104,7 @@ def quantizer(name: str) -> list[Path]:
 
 
 def _project(folder: str) -> Path:
-    found = paths.require_project() / folder
+    found = paths.project() / folder
     if not found.is_dir():
         raise LowbitError(
             f"there is no {folder}/ in {paths.project()}: run this inside a copy of the project's sources"

@@ -24,7 +24,7 @@ def mutate(
     from lowbit_suite.running.run_json import show_path
     from tools import mutation
 
-    paths.require_project()
+    paths.project()  # a command outside every project stops here
     if write and names:
         raise LowbitError(f"--write is for the whole table; {names[0]!r} picks a part of it")
     chosen = mutation.pick(mutation.load(), names or ())

@@ -17,8 +17,7 @@ from lowbit.errors import LowbitError
 from lowbit.files import remove_parts
 from lowbit_suite import notebooks, profiles, report
 from lowbit_suite.records import journal
-from lowbit_suite.running import executors, fingerprint, junit
-from lowbit_suite.running import run_json as runfile
+from lowbit_suite.running import executors, fingerprint, junit, run_json
 from lowbit_suite.running.cache import Cache
 from lowbit_suite.running.process import end_strays, read_records
 from lowbit_suite.running.progress import Progress
@@ -90,7 +89,7 @@ def plan(
     folder = out or run_folder(profile)
     if resume and (earlier := _earlier(folder)) and earlier.profile != profile:
         raise LowbitError(
-            f"--resume: the run in {runfile.show_path(folder)} has profile {earlier.profile!r}, not {profile!r}; give "
+            f"--resume: the run in {run_json.show_path(folder)} has profile {earlier.profile!r}, not {profile!r}; give "
             f"--profile {earlier.profile} to go on with it, or another folder with --out"
         )
     minutes = timeout_minutes if timeout_minutes is not None else chosen.timeout_minutes
@@ -123,7 +122,7 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
                 return _Suite(plan, executor, progress or Progress.silent()).run()
     except OSError as error:
         raise LowbitError(
-            f"the run stopped: {error.strerror or error} (its results go to {runfile.show_path(plan.folder)}). "
+            f"the run stopped: {error.strerror or error} (its results go to {run_json.show_path(plan.folder)}). "
             "What was written before is kept: mend that, then run again with --resume"
         ) from error
 
@@ -137,7 +136,7 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise LowbitError(
-            f"another run is at work in {runfile.show_path(folder)}: wait for it, or give another folder with --out"
+            f"another run is at work in {run_json.show_path(folder)}: wait for it, or give another folder with --out"
         ) from None
     except NotImplementedError:
         pass  # some network file systems have no locks
@@ -151,7 +150,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _earlier(folder: Path) -> Run | None:
     try:
-        return runfile.load(folder)
+        return run_json.load(folder)
     except LowbitError:
         return None
 

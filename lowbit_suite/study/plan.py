@@ -287,7 +287,7 @@ class Training:
 
 def file() -> Path:
     """The plan of the project."""
-    return paths.require_project() / "notebooks" / FILE
+    return paths.project() / "notebooks" / FILE
 
 
 def load(path: Path | None = None) -> dict[str, Table]:

@@ -43,6 +43,7 @@ def test_spoken_words_are_what_the_card_says():
 @pytest.mark.parametrize("damage", ["alter", "remove"])
 def test_a_damaged_word_is_refused_by_name(tmp_path, monkeypatch, damage):
     shutil.copytree(paths.embedded_data(), tmp_path / "data")
+    (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("LOWBIT_PROJECT", str(tmp_path))
     file = tmp_path / "data" / "spoken_words" / "left.flac"
     if damage == "remove":

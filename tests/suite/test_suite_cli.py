@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lowbit.errors import LowbitError
 from lowbit_suite import cli
 from lowbit_suite.accepted import baselines
-from lowbit_suite.running import run_json as runfile
+from lowbit_suite.running import run_json
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_run_accept_check_and_a_regression(project, call):
     metrics = tree["notebooks"][0]["metrics"]
     metrics["score"]["value"] = 70.0
     del metrics["fact"]
-    runfile.write_json(folder / "run.json", tree)
+    run_json.write_json(folder / "run.json", tree)
     worse = call("check")
     assert worse.exit_code == 1
     assert "worse" in worse.output

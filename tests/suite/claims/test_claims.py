@@ -635,6 +635,7 @@ def test_a_notebook_shows_what_was_written(judged, tmp_path):
 
 
 def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("LOWBIT_PROJECT", str(tmp_path))
     monkeypatch.setenv("LOWBIT_RESULTS", str(tmp_path / "results"))
     file, folder = tmp_path / "claims.yaml", tmp_path / "results" / "tables" / "desk"

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit_suite.running import executors, runner
-from lowbit_suite.running import run_json as runfile
+from lowbit_suite.running import executors, run_json, runner
 
 KilledWorker = pytest.importorskip("distributed.scheduler").KilledWorker
 
@@ -108,7 +107,7 @@ def test_a_lost_workers_notebook_runs_again_and_nothing_is_lost(course, cluster,
     assert "attempt" not in result.entry("a").why + result.entry("c").why
     assert sorted((tmp_path / "ran").read_text()) == ["a", "b", "c"]
     folder = runner.run_folder("smoke")
-    assert runfile.load(folder) == result
+    assert run_json.load(folder) == result
     for entry in result.notebooks:
         assert entry.metrics["x"].value == 1 and entry.seconds > 0 and entry.peak_mb > 20
         assert (folder / entry.output).is_file() and (folder / entry.output).with_suffix(".html").is_file()
@@ -155,7 +154,7 @@ def test_a_stopped_runner_leaves_nothing_at_work_on_the_workers(course, cluster,
     assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -number)
     wait_for(lambda: gone(kernel), 30)
     assert not gone(busy)
-    assert [entry.status for entry in runfile.load(runner.run_folder("smoke")).notebooks] == ["not_run"]
+    assert [entry.status for entry in run_json.load(runner.run_folder("smoke")).notebooks] == ["not_run"]
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ import pytest
 
 from lowbit.errors import LowbitError
 from lowbit_suite.profiles import Profile
-from lowbit_suite.running import run_json as runfile
-from lowbit_suite.running import runner
+from lowbit_suite.running import run_json, runner
 from lowbit_suite.running.run_json import Entry, Run
 
 KILLED = """
@@ -69,7 +68,7 @@ def test_every_status_is_what_happened(ended):
         "07_worker": "killed",
     }
     assert not result.passed
-    assert runfile.load(folder) == result
+    assert run_json.load(folder) == result
 
 
 @pytest.mark.parametrize(
@@ -213,12 +212,12 @@ def test_results_that_cannot_be_written_stop_the_run_and_spoil_nothing(project, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(LowbitError, match=r"No space left on device.*--resume"):
         runner.execute(runner.plan())
-    a, b = runfile.load(folder).notebooks
+    a, b = run_json.load(folder).notebooks
     assert (a.status, a.metrics["x"].value, b.status) == ("passed", 1, "not_run")
     assert [path.name for path in folder.glob(".*")] == [".lock"], "no half-written file is left"
 
 
-@pytest.mark.parametrize("status", runfile.STATUSES)
+@pytest.mark.parametrize("status", run_json.STATUSES)
 def test_only_passed_notebooks_and_permitted_skips_fulfil_a_run(status):
     profile = Profile(description="x", timeout_minutes=1, may_skip=["b*"])
 
@@ -258,7 +257,7 @@ def test_ctrl_c_ends_everything_and_says_what_was_left(project, gone):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "stopped by SIGINT" in " ".join(out.split())
-    result = runfile.load(project.results / "runs" / "smoke")
+    result = run_json.load(project.results / "runs" / "smoke")
     assert [entry.status for entry in result.notebooks] == ["not_run", "not_run"]
     assert all(gone(pid) for pid in pids)
 
@@ -269,5 +268,5 @@ def test_a_killed_runner_leaves_no_kernel_and_no_claim(project, gone):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert _wait(lambda: all(gone(pid) for pid in pids))
-    result = runfile.load(project.results / "runs" / "smoke")
+    result = run_json.load(project.results / "runs" / "smoke")
     assert [(entry.status, entry.reason) for entry in result.notebooks] == [("not_run", "not started yet")] * 2

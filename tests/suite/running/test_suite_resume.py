@@ -9,8 +9,7 @@ import time
 import pytest
 
 from lowbit.errors import LowbitError
-from lowbit_suite.running import cache, runner
-from lowbit_suite.running import run_json as runfile
+from lowbit_suite.running import cache, run_json, runner
 
 CELLS = """
 import os, time, lowbit
@@ -32,7 +31,7 @@ note("ended")
 RUNNER = """
 import os, signal, sys, typer
 from lowbit_suite import cli
-from lowbit_suite.running import run_json as runfile
+from lowbit_suite.running import run_json
 from lowbit_suite.running.cache import Cache
 moment, count = sys.argv.pop(1), 0
 def second_time():
@@ -74,7 +73,7 @@ def start(moment, *options):
 def assert_whole(project, result, folder):
     """Everything as in a run that nobody disturbed: numbers, files, nothing half or left over."""
     assert {entry.name: entry.status for entry in result.notebooks} == dict.fromkeys("abc", "passed")
-    assert runfile.load(folder) == result
+    assert run_json.load(folder) == result
     for number, entry in enumerate(result.notebooks):
         assert {k: m.value for k, m in entry.metrics.items()} == {"first": number, "second": 2 * number}
         assert (folder / "figures" / entry.name / "dot.png").read_bytes() == b"whole"
@@ -141,7 +140,7 @@ def test_a_fresh_run_that_was_interrupted_does_not_fall_back_on_older_results(co
 
 def test_what_cannot_be_gone_on_with_is_refused(course):
     folder = course.results / "runs" / "smoke"
-    runfile.Run("smoke", "now", {}, []).save(folder)
+    run_json.Run("smoke", "now", {}, []).save(folder)
     with pytest.raises(LowbitError, match=r"has profile 'smoke', not 'desk'; give --profile smoke .* or .* --out"):
         runner.plan(profile="desk", resume=True, out=folder)
     with pytest.raises(LowbitError, match="--fresh and --resume contradict each other"):
