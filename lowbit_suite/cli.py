@@ -84,7 +84,7 @@ def run(
     console = wide_console()
     console.print(summary(done))
     console.print(f"report: {show_path(plan.folder / report.FILE)}", soft_wrap=True, highlight=False)
-    raise typer.Exit(code or (0 if done.fulfils(plan.profile) else 1))
+    raise typer.Exit(code or (0 if done.fulfills(plan.profile) else 1))
 
 
 def report(profile: ProfileOption = "smoke", out: OutOption = None) -> None:
@@ -242,7 +242,7 @@ def again(
         done = runner.execute(plan.run, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
         raise typer.Exit(128 + stop.signum) from None
-    if not done.fulfils(plan.run.profile):
+    if not done.fulfills(plan.run.profile):
         console.print(summary(done))
         raise typer.Exit(1)
     table = Table(title=f"lowbit again, profile {profile}, {done.device}", title_justify="left")
@@ -294,8 +294,8 @@ def claims(
     styles = {"reproduced": "green", "not reproduced": "red", "inconclusive": "yellow"}
     for claim in judged.judged(found).values():
         where = "" if claim.profile == judged.MAIN else f" (at {claim.profile})"
-        verdict = Text(judged.judgement(claim, "") + where, styles.get(claim.verdict, "dim"))
-        looks = {look.profile: judged.judgement(look) for look in judged.looks(found, claim.id)}
+        verdict = Text(judged.judgment(claim, "") + where, styles.get(claim.verdict, "dim"))
+        looks = {look.profile: judged.judgment(look) for look in judged.looks(found, claim.id)}
         first = judged.effect(claim.first)
         table.add_row(claim.id, claim.claim, verdict, first, *(looks.get(name, "") for name in profiles))
     console = wide_console()

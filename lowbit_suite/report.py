@@ -209,7 +209,7 @@ def _papers(run: Run, folder: Path) -> dict:
         rows.append(
             {
                 "claim": claim,
-                "judgement": claims.judgement(claim, mark=""),
+                "judgment": claims.judgment(claim, mark=""),
                 "sign": sign,
                 "tone": tone,
                 "parts": [_part(one) for one in evidence],
@@ -229,7 +229,7 @@ def _part(claim: claims.Claim) -> dict:
     """The statements of a claim, or of a look at it, for a table of the page."""
     data = f"{claim.dataset}, {claim.seeds} seeds" if claim.seeds else ""
     return {
-        "title": f"A look at {claim.profile}: {claims.judgement(claim)}" if claim.look else f"At {claim.profile}",
+        "title": f"A look at {claim.profile}: {claims.judgment(claim)}" if claim.look else f"At {claim.profile}",
         "data": data,
         "tally": claim.tally,
         "statements": [

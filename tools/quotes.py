@@ -65,7 +65,7 @@ def verdicts(results: Path) -> str:
     lines = [f"| | claim | at `{claims.MAIN}` | effect | looks |", "|---|---|---|---|---|"]
     for name, claim in claims.judged(found).items():
         looks = "; ".join(
-            f"`{look.profile}`: {claims.judgement(look)} ({look.tally})" for look in claims.looks(found, name)
+            f"`{look.profile}`: {claims.judgment(look)} ({look.tally})" for look in claims.looks(found, name)
         )
         effect = claims.effect(claim.first)
         lines.append(f"| {name} | {claim.claim} | {_verdict(claim)} | {effect} | {looks} |")

@@ -30,7 +30,7 @@ from lowbit_suite.claims.verdicts import (
     correct,
     effect,
     judged,
-    judgement,
+    judgment,
     looks,
     outcome,
     read,
@@ -39,7 +39,7 @@ from lowbit_suite.records import journal
 
 __all__ = [
     "FILE", "MAIN", "Claim", "Statement", "aim", "combine", "correct", "effect", "judge", "judge_all", "judge_run",
-    "judged", "judgement", "load", "looks", "markdown", "outcome", "read", "show", "write",
+    "judged", "judgment", "load", "looks", "markdown", "outcome", "read", "show", "write",
 ]  # fmt: skip
 
 FILE = "claims.yaml"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit_suite.claims import anchors, verdicts
-from lowbit_suite.claims.verdicts import Claim, Statement, effect, judgement, outcome
+from lowbit_suite.claims.verdicts import Claim, Statement, effect, judgment, outcome
 from lowbit_suite.records import journal
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def markdown(claims: Sequence[Claim]) -> str:
         looks = {look.profile: look for look in verdicts.looks(claims, claim.id)}
         cells = [_cell(looks.get(name)) for name in profiles]
         where = "" if claim.profile == main else f" (at {claim.profile})"
-        lines += _row(claim.id, claim.claim, judgement(claim) + where, effect(claim.first), *cells)
+        lines += _row(claim.id, claim.claim, judgment(claim) + where, effect(claim.first), *cells)
     for claim in judged.values():
-        lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. At {claim.profile}: {judgement(claim)}."]
+        lines += ["", f"## {claim.id}: {claim.claim}", "", f"{claim.paper}. At {claim.profile}: {judgment(claim)}."]
         lines += ["", *statements(claim), *conditions(claim), *_evidence(claim), *_published(claim)]
         for look in verdicts.looks(claims, claim.id):
             lines += ["", f"### Look at {claim.id} at {look.profile}", ""]
-            lines += [f"{look.dataset or 'No data'}: {judgement(look)}.", "", *statements(look), *_evidence(look)]
+            lines += [f"{look.dataset or 'No data'}: {judgment(look)}.", "", *statements(look), *_evidence(look)]
     for name in profiles:
         lines += costs(name)
     return "\n".join(lines) + "\n"
@@ -107,7 +107,7 @@ def _row(*cells: object) -> list[str]:
 
 
 def _cell(look: Claim | None) -> str:
-    return f"{judgement(look)} ({look.tally})" if look else ""
+    return f"{judgment(look)} ({look.tally})" if look else ""
 
 
 def _evidence(claim: Claim) -> list[str]:
@@ -186,13 +186,13 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
             there = ", ".join(judged) or "none"
             raise LowbitError(f"results/claims.json has no claim {id!r} (it has {there}); 'lowbit claims' writes it")
         claim, (first, *others) = judged[id], verdicts.looks(everything, id) or [None]
-        lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: {judgement(claim)}.", ""]
+        lines += ["", f"**{id}: {claim.claim}.** At {claim.profile}: {judgment(claim)}.", ""]
         if claim.runs:
             lines += [*statements(claim), *conditions(claim), *_source(claim)]
         else:
             lines += [f"None of its {len(claim.statements)} statements is tested yet: the study has not trained them."]
         if first:
-            lines += ["", f"*A look at {first.profile} ({first.dataset}):* {judgement(first)}.", "", *statements(first)]
+            lines += ["", f"*A look at {first.profile} ({first.dataset}):* {judgment(first)}.", "", *statements(first)]
             lines += _source(first)
         lines += [
             line for look in others for line in ("", f"*A look at {look.profile} ({look.dataset}):* {_cell(look)}.")

@@ -13,7 +13,7 @@ from lowbit_suite.claims.conditions import Check
 LOOK = "look"
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not tested", "no evidence", "descriptive", LOOK)
 DIRECTIONS = {"reproduced": "points to the claim", "not reproduced": "points against it", "inconclusive": "open"}
-"""What a look says where a judgement would give the verdict."""
+"""What a look says where a judgment would give the verdict."""
 
 MIXED = "mixed"
 """The direction of a look whose statements point both ways."""
@@ -162,7 +162,7 @@ def aim(directions: Sequence[str]) -> str:
     return next((word for word in (against, undecided, to) if word in found), undecided)
 
 
-def judgement(claim: Claim, mark: str = "**") -> str:
+def judgment(claim: Claim, mark: str = "**") -> str:
     """The verdict between marks, and the corrected one where it differs; of a look its direction."""
     if claim.look:
         return claim.direction or claim.verdict

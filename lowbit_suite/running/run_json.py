@@ -60,7 +60,7 @@ class Run:
         """Whether every notebook that was asked for passed."""
         return bool(self.notebooks) and all(entry.status == "passed" for entry in self.notebooks)
 
-    def fulfils(self, profile: Profile) -> bool:
+    def fulfills(self, profile: Profile) -> bool:
         """Whether every notebook passed, or was skipped with the profile's leave, and at least one passed."""
         good = [e.status == "passed" or (e.status == "skipped" and profile.lets_skip(e.name)) for e in self.notebooks]
         return all(good) and any(entry.status == "passed" for entry in self.notebooks)

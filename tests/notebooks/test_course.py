@@ -71,11 +71,11 @@ def test_what_it_says_of_its_claims_was_written_for_the_verdicts_and_looks_of_to
 
 
 def seen_at_desk(id, everything):
-    """The verdict on a claim, and the outcome of each statement of the look at desk, or of the judgement there."""
+    """The verdict on a claim, and the outcome of each statement of the look at desk, or of the judgment there."""
     judged = claims.judged(everything)[id]
     look = next((one for one in claims.looks(everything, id) if one.profile == "desk"), judged)
     outcomes = ", ".join(claims.outcome(statement) for statement in look.statements)
-    return f"{id}: {claims.judgement(judged, mark='')}; at desk: {outcomes}"
+    return f"{id}: {claims.judgment(judged, mark='')}; at desk: {outcomes}"
 
 
 def test_what_it_shows_of_its_claims_is_what_is_recorded(notebook):

@@ -151,9 +151,9 @@ def test_one_statement_that_fails_counts_less_among_many(judged, widths, correct
     found = judged(table, STATEMENT | {"each": {"bits": widths}})
     assert found.verdict == "not reproduced" and found.corrected == corrected
     other = "" if corrected == "not reproduced" else " (corrected: inconclusive)"
-    assert claims.judgement(found) == "**not reproduced**" + other
+    assert claims.judgment(found) == "**not reproduced**" + other
     assert claims.outcome(found.statements[0]) == "not reproduced" + other
-    assert claims.judgement(found) in claims.markdown([found])
+    assert claims.judgment(found) in claims.markdown([found])
 
 
 def test_primary_statements_alone_decide(judged):

@@ -221,14 +221,14 @@ def test_results_that_cannot_be_written_stop_the_run_and_spoil_nothing(project, 
 def test_only_passed_notebooks_and_permitted_skips_fulfil_a_run(status):
     profile = Profile(description="x", timeout_minutes=1, may_skip=["b*"])
 
-    def fulfils(**statuses):
+    def fulfills(**statuses):
         entries = [Entry(name, said) for name, said in statuses.items()]
-        return Run("smoke", "", {}, entries).fulfils(profile)
+        return Run("smoke", "", {}, entries).fulfills(profile)
 
-    assert fulfils(a="passed", c=status) is (status == "passed")
-    assert fulfils(a="passed", b1=status) is (status in ("passed", "skipped"))
-    assert fulfils(b1=status) is (status == "passed")
-    assert not fulfils()
+    assert fulfills(a="passed", c=status) is (status == "passed")
+    assert fulfills(a="passed", b1=status) is (status in ("passed", "skipped"))
+    assert fulfills(b1=status) is (status == "passed")
+    assert not fulfills()
 
 
 def _start(project):
