@@ -1,6 +1,6 @@
 """The suite: runs the course's notebooks, collects their numbers, compares them with the accepted ones, judges claims.
 
-Notebooks use the names below, loaded when first used; `lowbit_suite.records.record` imports nothing heavy.
+Notebooks use the names below. Each is loaded on first use; `lowbit_suite.records.record` imports nothing heavy.
 """
 
 import sys
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def skip_grammars() -> None:
-    """Call before importing nbformat or what uses it: saves more than a second in every process of the suite.
+    """Save more than a second of import time; call this before importing nbformat or a package that uses it.
 
-    jsonschema builds the grammars of international addresses (package rfc3987_syntax) when it is imported, for a check
-    that notebooks do not ask for, and does without where it cannot.
+    On import, jsonschema builds the grammars of international addresses (package rfc3987_syntax) for a check that
+    notebooks do not need. It works without that package.
     """
-    sys.modules.setdefault("rfc3987_syntax", None)  # to import it is an ImportError then
+    sys.modules.setdefault("rfc3987_syntax", None)  # importing it now raises ImportError

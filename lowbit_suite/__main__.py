@@ -1,4 +1,4 @@
-"""The command ``lowbit``; says what to install where its own packages are missing."""
+"""The command ``lowbit``; it says what to install if packages that it needs are missing."""
 
 import sys
 
@@ -6,7 +6,7 @@ from lowbit.errors import MissingExtraError
 
 
 def main() -> None:
-    """Runs the command with the words of the command line."""
+    """Run the command with the arguments of the command line."""
     try:
         from lowbit_suite.app import app
     except MissingExtraError as error:

@@ -1,6 +1,6 @@
-"""The ``lowbit`` command: the library, the suite and the developers' tools bring their commands, this file joins them.
+"""The ``lowbit`` command: joins the commands of the library, the suite and the developers' tools.
 
-Exit status: 0 all is well, 1 something asked for did not pass, 2 a mistake in what was given (one line on stderr).
+Exit status: 0 success, 1 a notebook or check did not pass, 2 wrong arguments or input (one line on stderr).
 """
 
 import sys
@@ -41,9 +41,9 @@ COMMANDS = (
     kernels.pack,
 )
 GROUPS = {
-    "data": (data.app, "The data sets: what is there, where it comes from, is it whole."),
-    "study": (study.app, "The long trainings by which the claims are judged."),
-    "new": (suite.new, "A notebook or a quantizer to start from."),
+    "data": (data.app, "The data sets: list, fetch and verify them."),
+    "study": (study.app, "The long trainings that decide the claims."),
+    "new": (suite.new, "Create a notebook or a quantizer to start from."),
 }
 SOURCES = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,6 @@
 """The commands of the suite; ``lowbit_suite.app`` puts them under the one command ``lowbit``.
 
-Exit codes: 0 all is well; 1 a notebook has not passed, or a number differs; 2 what was asked for cannot be done
+Exit codes: 0 success; 1 a notebook did not pass, or a number differs; 2 the command cannot be carried out
 (a `LowbitError`, which ``lowbit_suite.app`` prints); 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
@@ -19,15 +19,15 @@ OutOption = Annotated[
 
 def run(
     notebooks: Annotated[
-        list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Names, globs or paths; all if none is given.")
+        list[str] | None, typer.Argument(metavar="[NOTEBOOK]...", help="Names, globs or paths; default: all.")
     ] = None,
     profile: ProfileOption = "smoke",
     jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Execute everything, also what has passed and is unchanged since.")
+        bool, typer.Option("--fresh", help="Execute every notebook, even those that passed and have not changed.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run, --fresh or not: what it finished stands.")
+        bool, typer.Option("--resume", help="Continue an interrupted run and keep the notebooks that it finished.")
     ] = False,
     parameters: Annotated[
         list[str] | None,
@@ -46,13 +46,13 @@ def run(
 ) -> None:
     """Execute notebooks, each in its own process; write run.json, executed copies, report.html and junit.xml.
 
-    What has passed before stands if its code, parameters, data, versions, device and lowbit/ are as they were then.
+    An earlier pass is kept if the code, parameters, data, versions, device and lowbit/ are still the same.
 
     Exit code 0: every notebook passed, or was skipped and is listed under may_skip in notebooks/profiles.yaml.
 
-    Exit code 1: one did not, or none passed.
+    Exit code 1: a notebook did not pass, or none passed.
 
-    Exit code 2: a mistake in what was asked, so that nothing ran, or results that could not be written.
+    Exit code 2: the arguments are wrong and nothing ran, or the results could not be written.
 
     Exit codes 130 and 143: stopped by Ctrl-C or SIGTERM.
     """
@@ -88,7 +88,7 @@ def run(
 
 
 def report(profile: ProfileOption = "smoke", out: OutOption = None) -> None:
-    """Write report.html and junit.xml of the last run anew, also of one that was killed or goes on."""
+    """Write report.html and junit.xml of the last run again, even if it was killed or is still running."""
     from lowbit_suite import report as page
     from lowbit_suite.running import junit, run_json, runner
 
@@ -127,7 +127,7 @@ def check(
     console.print(f"the run began {done.started}, at commit {commit}{' with changes' * bool(dirty)}", highlight=False)
     verdict = f"{bad} of {len(rows)} differ" if bad else f"all {len(rows)} agree"
     if better:
-        verdict += f"; {better} improved beyond the tolerance ('lowbit accept' makes that the new standard)"
+        verdict += f"; {better} improved beyond the tolerance ('lowbit accept' makes them the new baseline)"
     console.print(verdict, highlight=False)
     if bad:
         commit = (baseline.environment.get("commit") or "unknown")[:10]
@@ -138,19 +138,20 @@ def check(
 def accept(
     profile: ProfileOption = "smoke",
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, help="Rerun notebooks that have a seed, for N seeds in all, and measure.")
+        int,
+        typer.Option("--seeds", min=1, help="Run notebooks with N seeds in all; sets the tolerances."),
     ] = 1,
     jobs: Annotated[int, typer.Option("-j", "--jobs", help="Notebooks at a time.")] = 1,
     pool: Annotated[
         bool,
-        typer.Option("--pool", help="The run is another machine's: widen the intervals by it, replace nothing."),
+        typer.Option("--pool", help="The run comes from another machine: widen the intervals, replace nothing."),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
     out: OutOption = None,
 ) -> None:
-    """Show what accepting the last run would change, and make it the baseline.
+    """Show how the last run would change the baseline, and make it the new baseline.
 
-    Beyond the profile smoke, its tables, trainings and main pictures go to results/ too, for 'lowbit claims'.
+    For profiles larger than smoke, its tables, trainings and main figures are copied to results/ for 'lowbit claims'.
     """
     from rich.console import Console
 
@@ -166,8 +167,8 @@ def accept(
     file = baselines.path(profile, done.device)
     old = baselines.load(profile, done.device) if file.exists() else None
     if pool and seeds > 1:
-        raise LowbitError("--pool takes the run as it is; --seeds measures on this machine: give one of them")
-    baselines.propose(done, old, pool=pool)  # refuses a bad run before hours go into other seeds
+        raise LowbitError("--pool adds a finished run, --seeds runs the notebooks again here: give only one of them")
+    baselines.propose(done, old, pool=pool)  # refuse a bad run before spending hours on other seeds
     try:
         others = repeats.repeat(done, seeds, folder, jobs=jobs, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
@@ -178,7 +179,7 @@ def accept(
     console = wide_console()
     same = not rows and old and old.notebooks == new.notebooks
     if same:
-        console.print("the baseline holds exactly these numbers already", highlight=False)
+        console.print("the baseline already holds exactly these numbers", highlight=False)
         if not kept:
             return
     else:
@@ -187,10 +188,10 @@ def accept(
         console.print(f"{'changes' if path.exists() else 'new'}: {run_json.show_path(path)}", highlight=False)
     if done.environment.get("dirty"):
         console.print(
-            "the source tree had uncommitted changes when this ran; the baseline will say so", highlight=False
+            "the source tree had uncommitted changes during this run; the baseline will say so", highlight=False
         )
     what = [] if same else [run_json.show_path(file)]
-    what += [f"{len(kept)} files of tables, trainings and pictures"] if kept else []
+    what += [f"{len(kept)} files of tables, trainings and figures"] if kept else []
     if not yes and not typer.confirm(f"write {' and '.join(what)}?"):
         raise typer.Exit(1)
     if kept:
@@ -201,29 +202,31 @@ def accept(
 
 
 def again(
-    notebook: Annotated[str, typer.Argument(help="Its name, or a pattern as '*': all that have a journal.")],
+    notebook: Annotated[str, typer.Argument(help="A name, or a pattern such as '*' for all with a journal.")],
     rows: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Only trainings with these arguments, seed=3.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]...", help="Only trainings with these, such as seed=3."),
     ] = None,
     profile: ProfileOption = "desk",
-    count: Annotated[int | None, typer.Option("--random", metavar="N", min=1, help="N of them at random.")] = None,
-    draw: Annotated[int, typer.Option("--draw", help="Seed of that choice.")] = 0,
+    count: Annotated[int | None, typer.Option("--random", metavar="N", min=1, help="Pick N of them at random.")] = None,
+    draw: Annotated[int, typer.Option("--draw", help="Random seed of --random.")] = 0,
     journal: Annotated[
         Path | None,
         typer.Option(
-            "--journal", help="Of the earlier run.", show_default="results/journals/<profile>/<notebook>.jsonl"
+            "--journal", help="Journal of the earlier run.", show_default="results/journals/<profile>/<notebook>.jsonl"
         ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option("--timeout", metavar="MIN", help="Minutes it may take.", show_default="profile")
+        float | None,
+        typer.Option("--timeout", metavar="MIN", help="Minutes a notebook may take.", show_default="profile"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of the run.", show_default="results/runs/again")
     ] = None,
 ) -> None:
-    """Train some rows of a table once more, all others taken as kept; exit 1 if a number is not exactly the same.
+    """Repeat some trainings of a table and read the others from the journal; exit 1 if any number differs at all.
 
-    Other processors round sums otherwise, and training carries that on: there, 'lowbit check' is the test.
+    Another processor may round sums differently, and training amplifies the difference. Use 'lowbit check' there.
     """
     from rich.console import Console
     from rich.table import Table
@@ -237,7 +240,7 @@ def again(
     paths.project()  # a command outside every project stops here
     plan = rerun.plan(notebook, profile, journal, rows or (), count, draw, timeout_minutes=timeout, out=out)
     console = wide_console()
-    console.print(f"{sum(map(len, plan.chosen.values()))} of {plan.there} trainings once more", highlight=False)
+    console.print(f"{sum(map(len, plan.chosen.values()))} of {plan.there} trainings will run again", highlight=False)
     try:
         done = runner.execute(plan.run, progress=Progress(Console(stderr=True)))
     except runner.Interrupted as stop:
@@ -261,19 +264,19 @@ def again(
     console.print(f"the run: {show_path(plan.run.folder)}", highlight=False, soft_wrap=True)
     names = " ".join(plan.chosen)
     check = f"lowbit check {names} --profile {profile} --out {show_path(plan.run.folder)}"
-    console.print(f"its recorded numbers beside the accepted ones: {check}", highlight=False, soft_wrap=True)
+    console.print(f"to compare its numbers with the accepted ones: {check}", highlight=False, soft_wrap=True)
     raise typer.Exit(0 if same == len(found) else 1)
 
 
 def claims(
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of a run: look at its tables instead, and write nothing.")
+        Path | None, typer.Option("--out", help="Folder of a run: look at its tables and write nothing.")
     ] = None,
 ) -> None:
     """Judge the papers' claims by the tables in results/, and write claims.json and claims.md there.
 
-    The tables of the study decide; a claim that trains no network is judged at desk. The notebooks' tables, which
-    'lowbit accept' brings there, are looks: they show effects and pass no verdict.
+    The tables of the study decide. A claim that trains no network is judged at desk. The notebooks' tables, which
+    'lowbit accept' copies there, are looks: they show effects and give no verdict.
     """
     from rich.table import Table
     from rich.text import Text
@@ -305,14 +308,14 @@ def claims(
 
 
 def _claims_of(run, folder: Path) -> None:
-    """Prints each statement that the tables of a run decide, or where a look at them points."""
+    """Print the verdict on each statement that the tables of a run decide, or the direction of a look."""
     from rich.table import Table
 
     from lowbit_suite import claims as judged
 
     found = [claim for claim in judged.judge_run(run.profile, folder) if claim.verdict != "no evidence"]
     if not found:
-        raise LowbitError(f"no table of the run in {folder} tells of a claim; notebooks 02 to 15 and 18 make them")
+        raise LowbitError(f"the run in {folder} has no table that a claim uses; notebooks 02 to 15 and 18 write them")
     table = Table(title=f"lowbit claims, the run in {folder}, profile {run.profile}", title_justify="left")
     for head in ("", "statement", "effect", "outcome"):
         table.add_column(head, overflow="fold")
@@ -335,10 +338,10 @@ new = typer.Typer(no_args_is_help=True)
 
 @new.command("notebook")
 def new_notebook(
-    name: Annotated[str, typer.Argument(help="Two digits that are free, _ and a topic: 17_my_topic.")],
-    execute: Annotated[bool, typer.Option(help="Run it, so that its outputs are stored.")] = True,
+    name: Annotated[str, typer.Argument(help="Two unused digits, _ and a topic: 17_my_topic.")],
+    execute: Annotated[bool, typer.Option(help="Run it and store its outputs.")] = True,
 ) -> None:
-    """Write a notebook that works and passes the course's tests, to be filled with a topic."""
+    """Write a working notebook that passes the course's tests, as a start for a new topic."""
     from lowbit_suite import new as skeletons
     from lowbit_suite.running.run_json import show_path
 
@@ -351,9 +354,9 @@ def new_notebook(
 
 @new.command("quantizer")
 def new_quantizer(
-    name: Annotated[str, typer.Argument(help="Of the file and the method: my_method.")],
+    name: Annotated[str, typer.Argument(help="Name of the file and the method: my_method.")],
 ) -> None:
-    """Write a quantizer in a file of its own, with a test, to be filled with a method."""
+    """Write a working quantizer with its test, as a start for a new method."""
     from lowbit_suite import new as skeletons
 
     made = skeletons.quantizer(name)
@@ -365,9 +368,9 @@ def new_quantizer(
 
 
 def course(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that is empty or not there yet.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or new folder.")],
 ) -> None:
-    """Put the notebooks, their data and the accepted results into a folder of your own."""
+    """Copy the notebooks, their data and the accepted results into a new folder."""
     from lowbit_suite.course import unpack
 
     unpack(folder)
@@ -394,7 +397,7 @@ def doctor() -> None:
 
 
 def wide_console():
-    """Standard output; never narrower than a table needs when it goes to a file or a pipe."""
+    """A console on standard output; in a file or a pipe it is wide enough for every table."""
     from rich.console import Console
 
     console = Console()

@@ -1,7 +1,7 @@
-"""How the commands speak: one line for every ordinary mistake, ``-h`` and ``--version`` everywhere, any terminal.
+"""Behavior that all commands share: one line for each ordinary error, ``-h`` and ``--version`` on every command.
 
-Exit status: 0 all is well, 1 something asked for did not pass (or nobody reads the output any more), 2 a mistake in
-what was given, 130 stopped by Ctrl-C.
+Exit status: 0 success, 1 a notebook or check did not pass (or the output was closed), 2 wrong arguments or input,
+130 stopped by Ctrl-C.
 """
 
 import os
@@ -29,14 +29,14 @@ class Group(TyperGroup):
     def main(
         self, args: Sequence[str] | None = None, prog_name: str | None = None, standalone_mode: bool = True, **more: Any
     ) -> Any:
-        """Run the command and leave with its exit status; without ``standalone_mode`` return it, errors and all."""
+        """Run the command and exit with its status; without ``standalone_mode`` return it or raise the error."""
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **more)
         degrade()
         try:
             status = super().main(args, prog_name, standalone_mode=False, **more) or 0
             sys.stdout.flush()
-        except BrokenPipeError:  # of `| head`; the interpreter would complain once more when it closes the pipe
+        except BrokenPipeError:  # from `| head`; without this the interpreter would report it again on exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 1
         except Exception as error:
@@ -45,7 +45,7 @@ class Group(TyperGroup):
 
 
 def _add_version(command: Any) -> None:
-    """The option ``--version`` for a command and everything below it."""
+    """Add the option ``--version`` to a command and all its subcommands."""
     if not any("--version" in parameter.opts for parameter in command.params):
         command.params.append(_version_option())
     for below in getattr(command, "commands", {}).values():
@@ -53,7 +53,7 @@ def _add_version(command: Any) -> None:
 
 
 def _version_option() -> Any:
-    """The option, made by typer of an annotation as all others are: its own classes change from release to release."""
+    """The option, built by typer from an annotation, since typer's own classes change between releases."""
 
     def show(asked: bool) -> None:
         if asked:
@@ -75,7 +75,7 @@ def _version_option() -> Any:
 
 
 def degrade() -> None:
-    """Let an output that cannot hold a character (an ASCII terminal) show "?" for it instead of failing."""
+    """Print "?" for characters that the output cannot encode (an ASCII terminal) instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not (stream.encoding or "").lower().startswith("utf"):
             stream.reconfigure(errors="replace")
@@ -83,7 +83,7 @@ def degrade() -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """The same for a module that is run by itself: an ordinary mistake ends the program with one line, status 2."""
+    """Do the same for a module that runs on its own: an ordinary error prints one line and exits with status 2."""
     degrade()
     try:
         yield
@@ -92,16 +92,16 @@ def plain_errors() -> Iterator[None]:
 
 
 def _told(error: Exception) -> int:
-    """Print an ordinary mistake in one line on standard error and return the exit status; raise everything else."""
+    """Print an ordinary error in one line on standard error and return the exit status; raise all others."""
     kind = type(error).__name__
     if kind == "NoArgsIsHelpError":
         print(error.ctx.get_help())
         return 2
     if kind == "Abort":
         stopped = isinstance(error.__context__ or error.__cause__, KeyboardInterrupt)
-        print("lowbit: stopped" if stopped else "lowbit: nobody answers; nothing was changed", file=sys.stderr)
+        print("lowbit: stopped" if stopped else "lowbit: no answer; nothing was changed", file=sys.stderr)
         return 130 if stopped else 1
-    if hasattr(error, "format_message"):  # a mistake in the words of the command line
+    if hasattr(error, "format_message"):  # wrong arguments on the command line
         context = getattr(error, "ctx", None)
         hint = f" (see '{context.command_path} -h')" if context else ""
         text = error.format_message() + hint
@@ -111,7 +111,7 @@ def _told(error: Exception) -> int:
         text = f"this command needs {error.name.partition('.')[0]}: pip install 'lowbit[course]'"
     elif isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        text = f"{place}{error.strerror or error}; give a place that is there and may be read and written"
+        text = f"{place}{error.strerror or error}; give a path that exists and that you may read and write"
     else:
         raise error
     print("lowbit:", "; ".join(filter(None, map(str.strip, text.splitlines()))), file=sys.stderr)

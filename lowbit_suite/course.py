@@ -1,6 +1,6 @@
-"""``lowbit course``: the notebooks, the data that travels with them and the accepted results, in a folder of one's own.
+"""``lowbit course``: copies the notebooks, their embedded data and the accepted results into a new folder.
 
-A wheel carries them in ``lowbit_suite/course`` (setup.py puts them there); a source tree has them at its top.
+A wheel holds them in ``lowbit_suite/course`` (see setup.py); a source tree has them at its top level.
 """
 
 import shutil
@@ -21,7 +21,7 @@ PARTS = (
 
 
 def copy_parts(source: Path, target: Path) -> None:
-    """Copies the `PARTS` that ``source`` has into ``target``, which need not exist."""
+    """Copy the `PARTS` that ``source`` has into ``target``, which is created if needed."""
     for part in PARTS:
         origin, place = source / part, target / part
         if origin.is_dir():
@@ -32,10 +32,10 @@ def copy_parts(source: Path, target: Path) -> None:
 
 
 def unpack(folder: Path) -> None:
-    """Makes a course in ``folder``, from which every command works.
+    """Create a course in ``folder``; every command works inside it.
 
     Raises:
-        LowbitError: there is something in the folder already, or it cannot be written.
+        LowbitError: the folder is not empty or cannot be written, or this installation has no course.
     """
     from lowbit import paths
     from lowbit.errors import LowbitError
@@ -43,10 +43,10 @@ def unpack(folder: Path) -> None:
     packed = Path(__file__).with_name("course")
     source = packed if packed.is_dir() else paths.SOURCES
     if not (source / "notebooks").is_dir():
-        raise LowbitError("this installation carries no course: install lowbit from a wheel or from its source tree")
+        raise LowbitError("this installation has no course: install lowbit from a wheel or from its source tree")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise LowbitError(f"{folder} is not an empty folder: name one that is empty or not there yet")
+            raise LowbitError(f"{folder} is not an empty folder: give an empty or a new one")
         copy_parts(source, folder)
     except OSError as error:
         raise LowbitError(f"{folder} cannot be written: {error.strerror or error}") from None

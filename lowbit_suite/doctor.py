@@ -1,4 +1,4 @@
-"""``lowbit doctor``: what is here, what is missing, and what to do about it."""
+"""``lowbit doctor``: shows what this machine has, what is missing, and how to get it."""
 
 import importlib
 import importlib.metadata
@@ -13,7 +13,7 @@ from lowbit import environment, paths
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of ``lowbit doctor``: ``state`` is ``ok``, ``missing`` or ``note`` (works, but know this)."""
+    """One line of ``lowbit doctor``: ``state`` is ``ok``, ``missing`` or ``note`` (it works, with a limitation)."""
 
     state: str
     what: str
@@ -22,7 +22,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """What is here, what is missing, and what to do about it."""
+    """All findings about packages, machine, kernels and data."""
     here = environment.describe()
     return [*_examine_packages(here), *_examine_machine(here), *_examine_data()]
 
@@ -32,7 +32,7 @@ def _examine_packages(here: dict) -> list[Finding]:
     found = [Finding("ok" if new else "missing", "Python", here["python"], "" if new else "3.11 or newer is needed")]
     asked = {}
     if environment.version("lowbit") is None:
-        found.append(Finding("note", "lowbit", "not installed, used from its folder", "pip install -e ."))
+        found.append(Finding("note", "lowbit", "not installed; used from its source folder", "pip install -e ."))
     else:
         requirements = map(Requirement, importlib.metadata.requires("lowbit") or ())
         asked = {requirement.name: requirement.specifier for requirement in requirements}
@@ -50,7 +50,14 @@ def _examine_packages(here: dict) -> list[Finding]:
             importlib.import_module(name)
         except Exception as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
-            found.append(Finding("missing", f"import {name}", said, "install the three together, from one index"))
+            found.append(
+                Finding(
+                    "missing",
+                    f"import {name}",
+                    said,
+                    "install all three together, from one index",
+                )
+            )
     return found
 
 
@@ -62,7 +69,7 @@ def _examine_machine(here: dict) -> list[Finding]:
     espeak = shutil.which("espeak-ng")
     return [
         Finding("ok", "processor", f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']} GB"),
-        Finding("ok" if fast else "note", "instruction sets", ", ".join(isa) or "none that the kernels ask for"),
+        Finding("ok" if fast else "note", "instruction sets", ", ".join(isa) or "none that the kernels use"),
         _examine_kernels(),
         Finding("ok", "GPU", gpu) if gpu else Finding("note", "GPU", "none", "profiles smoke and desk need none"),
         Finding("ok", "C++ compiler", here["compiler"])
@@ -73,7 +80,7 @@ def _examine_machine(here: dict) -> list[Finding]:
         Finding("ok", "espeak-ng", "found")
         if espeak
         else Finding(
-            "note", "espeak-ng", "none", "only needed to generate the spoken words anew; they come with the project"
+            "note", "espeak-ng", "none", "only needed to generate the spoken words again; the project includes them"
         ),
         Finding(
             "ok" if free >= 10 else "note", "free disk", f"{free:.0f} GB", "" if free >= 10 else "10 GB is comfortable"
@@ -88,8 +95,13 @@ def _examine_kernels() -> Finding:
         if native.available():
             return Finding("ok", "compiled kernels", f"{native.isa()} (of {', '.join(native.isas())})")
         return Finding("note", "compiled kernels", "none: packed models run in PyTorch, slowly", native.why_not())
-    except Exception as error:  # doctor has to finish whatever is broken; LOWBIT_ISA may name what is not here
-        return Finding("missing", "compiled kernels", str(error), "unset LOWBIT_ISA, or name one that is here")
+    except Exception as error:  # doctor has to finish whatever is broken; LOWBIT_ISA may name an unsupported set
+        return Finding(
+            "missing",
+            "compiled kernels",
+            str(error),
+            "unset LOWBIT_ISA, or name a supported set",
+        )
 
 
 def _examine_data() -> list[Finding]:
@@ -99,9 +111,9 @@ def _examine_data() -> list[Finding]:
         table = data.describe()
     except Exception as error:  # doctor has to finish whatever is broken
         said = f"{type(error).__name__}: {error}"
-        return [Finding("missing", "data sets", said, "the package is not whole: install it again")]
+        return [Finding("missing", "data sets", said, "the package is incomplete: install it again")]
     if "here" not in table:
-        return [Finding("note", "data sets", f"{len(table)} known", "lowbit data list says which are here")]
+        return [Finding("note", "data sets", f"{len(table)} known", "lowbit data list shows which are here")]
     names = table["name"] if "name" in table else table.index.to_series()
     here = table["here"].astype(bool).to_numpy()
     found = [Finding("ok", "data sets", ", ".join(names[here]))]

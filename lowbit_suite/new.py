@@ -1,4 +1,4 @@
-"""``lowbit new``: a notebook or a quantizer that works and passes the tests, to be made into what one has in mind."""
+"""``lowbit new``: writes a notebook or a quantizer that works and passes the tests, as a start for your own."""
 
 import builtins
 import keyword
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     import nbformat
 
 LONGEST = 24
-"""Letters of a name: lines that hold several of them still fit."""
+"""Longest name, in characters: lines that hold several names still fit."""
 
 CODE = re.compile(r"^```python(?: (?P<tag>\w+))?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def notebook(name: str, *, execute: bool = True) -> list[Path]:
-    """Writes ``notebooks/<name>.ipynb``, executed, and the test of its exercises.
+    """Write ``notebooks/<name>.ipynb``, executed, and the test of its exercises.
 
     Args:
         name: two digits that no other notebook has, ``_`` and a topic: ``17_my_topic``.
-        execute: without, the outputs are missing until ``python -m tools.tidy`` makes them.
+        execute: whether to run the notebook; if not, ``python -m tools.tidy`` adds the outputs later.
 
     Returns:
         The files written.
 
     Raises:
-        LowbitError: a name that is not allowed or taken, or a skeleton that does not run here; nothing is left behind.
+        LowbitError: the name is invalid or taken, or the skeleton does not run here; no file is left behind.
     """
     import nbformat
 
@@ -49,7 +49,7 @@ def notebook(name: str, *, execute: bool = True) -> list[Path]:
             f"and _, such as {free}_my_topic"
         )
     if name[:2] in numbers:
-        raise LowbitError(f"notebook {name!r}: {numbers[name[:2]]} has this number already; {free} is free")
+        raise LowbitError(f"notebook {name!r}: {numbers[name[:2]]} already has this number; {free} is free")
     values = {"name": name, "number": name[:2], "title": name[3:].replace("_", " ").strip().capitalize()}
     made = _project("notebooks") / f"{name}.ipynb"
     test = _project("tests/notebooks") / f"test_{name}.py"
@@ -61,22 +61,22 @@ def notebook(name: str, *, execute: bool = True) -> list[Path]:
     except Exception as error:  # a kernel that does not start, a cell that fails, a timeout
         made.unlink()
         line = clean(str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise LowbitError(f"notebook {name!r}: the skeleton does not run here, so it is not kept: {line}") from None
+        raise LowbitError(f"notebook {name!r}: the skeleton does not run here and was removed: {line}") from None
     write_text(test, _render("test_notebook.py.j2", values))
     return [made, test]
 
 
 def quantizer(name: str) -> list[Path]:
-    """Writes ``lowbit/quantizers/<name>.py`` and ``tests/quantizers/test_<name>.py``.
+    """Write ``lowbit/quantizers/<name>.py`` and ``tests/quantizers/test_<name>.py``.
 
     Args:
-        name: of the method, its file and its function; ``my_method`` makes the class ``MyMethod``.
+        name: name of the method, its file and its function; ``my_method`` gives the class ``MyMethod``.
 
     Returns:
         The files written.
 
     Raises:
-        LowbitError: a name that is not allowed or taken; nothing is written.
+        LowbitError: the name is invalid or taken; nothing is written.
     """
     import lowbit.functional
     from lowbit import quantizers
@@ -85,14 +85,14 @@ def quantizer(name: str) -> list[Path]:
     if not re.fullmatch(rf"[a-z][a-z0-9_]{{0,{LONGEST - 1}}}", name) or keyword.iskeyword(name):
         raise LowbitError(
             f"quantizer {name!r}: a name is at most {LONGEST} lower-case letters, digits and _, starts with a letter "
-            "and is no word of Python's own, such as my_method"
+            "and is not a Python keyword; for example my_method"
         )
     cls = "".join(part.capitalize() for part in name.split("_"))
-    # What the file imports or calls must not be hidden by what it defines, nor one method's names by another's.
+    # The new names must not hide names that the file uses, or names of other methods.
     used = {*dir(builtins), *dir(quantizers), *dir(quantizers.base), *dir(lowbit.functional), "Annotated", "Field"}
     if taken := {name, f"{name}_codes", cls, f"{cls}Weight"} & used:
         raise LowbitError(
-            f"quantizer {name!r}: {', '.join(sorted(taken))} would hide what has this name already; choose another"
+            f"quantizer {name!r}: {', '.join(sorted(taken))} already exists in lowbit or in Python; choose another"
         )
     made = _project("lowbit/quantizers") / f"{name}.py"
     test = _project("tests/quantizers") / f"test_{name}.py"
@@ -115,7 +115,7 @@ def _project(folder: str) -> Path:
 def _refuse_existing(*files: Path) -> None:
     for file in files:
         if file.exists():
-            raise LowbitError(f"{show_path(file)} is there already; choose another name, or remove it first")
+            raise LowbitError(f"{show_path(file)} already exists; choose another name, or remove it first")
 
 
 def _render(template: str, values: dict[str, str]) -> str:
@@ -127,7 +127,7 @@ def _render(template: str, values: dict[str, str]) -> str:
 
 
 def _notebook(text: str) -> "nbformat.NotebookNode":
-    """Markdown with fenced Python as a notebook: each fence a code cell, tagged with the word behind ``python``."""
+    """A notebook from Markdown with fenced Python: each fence is a code cell, tagged by the word after ``python``."""
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
     cells, end = [], 0

@@ -1,4 +1,4 @@
-"""Which notebooks there are, what parameters they have, what runs after what. Nothing here executes one."""
+"""Finds the notebooks and reads their parameters and their order; executes none."""
 
 import ast
 import fnmatch
@@ -18,7 +18,7 @@ from lowbit_suite.profiles import Profile, close
 
 @dataclass(frozen=True)
 class Notebook:
-    """A notebook as it lies in its file: ``defaults`` are the literals of its parameters cell, ``code`` is all code."""
+    """A notebook as read from its file: ``defaults`` are the literals of its parameters cell, ``code`` is all code."""
 
     name: str
     path: Path
@@ -29,7 +29,7 @@ class Notebook:
 
 
 def read(path: Path) -> Notebook:
-    """Reads one notebook; a broken file or parameters cell is a `LowbitError`."""
+    """Read one notebook; a broken file or parameters cell raises `LowbitError`."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         code = [cell for cell in tree["cells"] if cell["cell_type"] == "code"]
@@ -47,8 +47,11 @@ def read(path: Path) -> Notebook:
 
 
 def _literals(name: str, source: str) -> dict[str, Any]:
-    """The names and values that a parameters cell assigns; it may hold nothing but literals, because papermill
-    puts its own values after this cell and would not recompute anything derived in it."""
+    """The names and values that a parameters cell assigns.
+
+    It may hold nothing but literals: papermill sets its own values after this cell and does not recompute values
+    derived in it.
+    """
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
@@ -80,13 +83,13 @@ def available(folder: Path | None = None) -> dict[str, Path]:
 
 
 def select(patterns: Sequence[str], folder: Path | None = None) -> list[Notebook]:
-    """The notebooks that names (with or without .ipynb), globs and paths ask for; none given means all.
+    """The notebooks that match the names (with or without .ipynb), globs and paths; all if there are no patterns.
 
-    They come in the order to run them: by number, and each after those in its metadata ``lowbit.after``.
+    They are sorted in execution order: by number, and each after those in its metadata ``lowbit.after``.
     """
     known = available(folder)
     if not known:
-        raise LowbitError(f"there are no notebooks in {folder or paths.notebooks()}: LOWBIT_PROJECT names the project")
+        raise LowbitError(f"there are no notebooks in {folder or paths.notebooks()}: set LOWBIT_PROJECT to the project")
     chosen: dict[str, Path] = {}
     for pattern in patterns or ["*"]:
         stem = pattern.removesuffix(".ipynb")
@@ -95,7 +98,7 @@ def select(patterns: Sequence[str], folder: Path | None = None) -> list[Notebook
             chosen |= {name: known[name] for name in matches}
         elif path.suffix == ".ipynb" and path.is_file():
             if path.stem in known and known[path.stem].resolve() != path.resolve():
-                raise LowbitError(f"{pattern}: the course already has another notebook called {path.stem!r}; rename it")
+                raise LowbitError(f"{pattern}: the course already has a notebook called {path.stem!r}; rename this one")
             chosen[path.stem] = path.resolve()
         else:
             raise LowbitError(f"no notebook is called {pattern!r}; there are {', '.join(known)}{close(stem, known)}")
@@ -103,14 +106,14 @@ def select(patterns: Sequence[str], folder: Path | None = None) -> list[Notebook
 
 
 def order(notebooks: Sequence[Notebook], known: Iterable[str]) -> list[Notebook]:
-    """Sorts by name, then moves each after the ones it names; unknown names and circles are `LowbitError`s."""
+    """Sort by name, then move each after those that it names; unknown names and cycles raise `LowbitError`."""
     by_name = {notebook.name: notebook for notebook in notebooks}
     known = set(known) | set(by_name)
     graph = graphlib.TopologicalSorter()
     for notebook in notebooks:
         for name in notebook.after:
             if name not in known:
-                raise LowbitError(f"{notebook.name} comes after {name!r}, which is no notebook{close(name, known)}")
+                raise LowbitError(f"{notebook.name} comes after {name!r}, which is not a notebook{close(name, known)}")
         graph.add(notebook.name, *(name for name in notebook.after if name in by_name))
     try:
         graph.prepare()
@@ -127,7 +130,7 @@ def order(notebooks: Sequence[Notebook], known: Iterable[str]) -> list[Notebook]
 
 
 def parse_assignments(assignments: Sequence[str], notebooks: Sequence[Notebook]) -> dict[str, dict[str, Any]]:
-    """What ``-p name=value`` and ``-p notebook:name=value`` set, for each notebook.
+    """Parse ``-p name=value`` and ``-p notebook:name=value`` into the parameters of each notebook.
 
     Values are YAML scalars or lists. An unqualified name has to be a parameter of every selected notebook.
     """
@@ -150,26 +153,26 @@ def parse_assignments(assignments: Sequence[str], notebooks: Sequence[Notebook])
 
 
 def parse_value(text: str, value: str) -> Any:
-    """A scalar or list of YAML 1.2 (`lowbit.yamls`); nothing at all is the empty text."""
+    """Parse a scalar or list of YAML 1.2 (`lowbit.yamls`); an empty value is the empty string."""
     if "&" in value and "*" in value:
-        raise LowbitError(f"-p {text!r}: the value has to be written out, without YAML's references")
+        raise LowbitError(f"-p {text!r}: write the value out, without YAML anchors and aliases")
     try:
         parsed = yamls.load(value, "it") if value.strip() else ""
     except LowbitError as error:
         raise LowbitError(f"-p {text!r}: the value is not a YAML scalar or list ({error})") from None
     items = parsed if isinstance(parsed, list) else [parsed]
     if any(isinstance(item, dict) or not isinstance(item, str | int | float | bool | list | None) for item in items):
-        raise LowbitError(f"-p {text!r}: the value has to be a number, a text, true/false or a list of these")
+        raise LowbitError(f"-p {text!r}: the value has to be a number, a string, true/false or a list of these")
     return parsed
 
 
 def resolve(
     notebooks: Sequence[Notebook], profile_name: str, profile: Profile, given: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The parameters to hand to each notebook: the profile's, then those given; ``profile`` itself where declared.
+    """The parameters of each notebook: the profile's, overridden by those given, and ``profile`` if it is declared.
 
-    Every name has to be declared in the notebook's parameters cell, with a value of the same kind, and a profile that
-    runs only what it lists has to list the notebook.
+    The notebook's parameters cell has to declare every name, with a value of the same type. A profile with
+    ``listed_only`` has to list the notebook.
     """
     known = available()
     for name in profile.notebooks:
@@ -179,8 +182,8 @@ def resolve(
     for notebook in notebooks:
         if profile.listed_only and notebook.name not in profile.notebooks:
             raise LowbitError(
-                f"profile {profile_name} has no settings for {notebook.name}, which would run with its smoke values "
-                f"under that name: add '{notebook.name}: {{...}}' to it in profiles.yaml, or choose another profile "
+                f"profile {profile_name} has no settings for {notebook.name}, so it would run with its smoke values: "
+                f"add '{notebook.name}: {{...}}' to the profile in profiles.yaml, or choose another profile "
                 f"({profile_name}: {profile.description})"
             )
         overrides: dict[str, Any] = {}
@@ -194,7 +197,7 @@ def resolve(
                 overrides[name] = value
         if "profile" in notebook.defaults:
             if overrides.get("profile", profile_name) != profile_name:
-                raise LowbitError(f"{notebook.name}: the profile is chosen by --profile, not by a parameter")
+                raise LowbitError(f"{notebook.name}: choose the profile with --profile, not with a parameter")
             overrides["profile"] = profile_name
         resolved[notebook.name] = overrides
     return resolved
@@ -219,6 +222,6 @@ def _allow(source: str, notebook: Notebook, name: str, value: Any) -> None:
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise LowbitError(
-            f"{source}{notebook.name}: {name}={value!r} is of kind {type(value).__name__}; "
-            f"it has to be {type(default).__name__}, as the default {default!r}"
+            f"{source}{notebook.name}: {name}={value!r} has type {type(value).__name__}; "
+            f"it has to be {type(default).__name__}, like the default {default!r}"
         )

@@ -45,11 +45,11 @@ def test_every_command_has_a_version_and_a_short_help():
         (["run", "-j", "two"], "-j"),
         (["data", "fetch"], "Missing argument"),
         (["run", "nope"], "no notebook is called 'nope'"),
-        (["run", "00_start_here", "-p", "epochs="], "epochs='' is of kind str"),
-        (["run", "00_start_here", "-p", "epochs=yes"], "epochs='yes' is of kind str"),
+        (["run", "00_start_here", "-p", "epochs="], "epochs='' has type str"),
+        (["run", "00_start_here", "-p", "epochs=yes"], "epochs='yes' has type str"),
         (["run", "00_start_here", "-p", "epochs=null"], "epochs=None"),
         (["run", "00_start_here", "-p", "epochs=1", "-p", "epochs=2"], "gives 'epochs' twice"),
-        (["run", "00_start_here", "-p", "epochs=[&a 1, *a]"], "written out"),
+        (["run", "00_start_here", "-p", "epochs=[&a 1, *a]"], "write the value out"),
         (["train", "/nowhere.yaml"], "No such file"),
         (["train", "/"], "Is a directory"),
         (["train", sys.executable], "is no text"),
@@ -84,6 +84,33 @@ def test_processes_that_nobody_started_are_told(environment, message, monkeypatc
 def test_a_cache_that_cannot_be_made_is_one_line():
     told = call("data", "fetch", "cifar10", LOWBIT_CACHE="/proc/x", LOWBIT_DATA="/nowhere")
     assert told.exit_code == 2 and "/proc/x" in told.stderr and told.stderr.count("\n") == 1
+    assert "set the environment variable LOWBIT_CACHE" in told.stderr
+
+
+def test_a_home_that_cannot_be_written_is_enough_to_work_with(tmp_path, monkeypatch):
+    """What needs no cache works; what needs one says how to name another."""
+    code = (
+        "import lowbit, torch; from lowbit.quantizers import DenseShift\n"
+        "model = lowbit.quantize_(lowbit.models.create('resnet8', 10), lowbit.QuantConfig(weight=DenseShift(bits=3)))\n"
+        "packed = lowbit.pack(model.eval())\n"
+        "lowbit.load(lowbit.save(packed, 'packed.safetensors'))(torch.zeros(1, 3, 32, 32))"
+    )
+    for name in ("LOWBIT_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    source = os.pathsep.join(filter(None, [str(paths.SOURCES), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"HOME": "/proc/none", "PYTHONPATH": source}
+
+    def python(*words):
+        return subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    done = python("-m", "lowbit", "doctor")
+    assert done.returncode == 0 and "instruction sets" in done.stdout, done.stderr
+    done = python("-m", "lowbit", "data", "fetch", "cifar10")
+    assert done.returncode == 2 and "/proc/none" in done.stderr and "LOWBIT_CACHE" in done.stderr
 
 
 @pytest.mark.parametrize("words", [["claims"], ["run"], ["check"], ["accept"], ["again", "00_start_here"], ["mutate"],
@@ -124,10 +151,10 @@ def failing(error):
         (
             PermissionError(13, "Permission denied", "/secret"),
             2,
-            "lowbit: /secret: Permission denied; give a place that",
+            "lowbit: /secret: Permission denied; give a path that",
         ),
         (KeyboardInterrupt(), 130, ""),
-        (typer.Abort(), 1, "lowbit: nobody answers"),
+        (typer.Abort(), 1, "lowbit: no answer"),
         (typer.Exit(3), 3, ""),
     ],
 )

@@ -45,8 +45,8 @@ def files(folder):
         ("03_" + 25 * "a", "at most 24"),
         ("../03_a", "two digits"),
         ("", "two digits"),
-        ("00_other", "00_first has this number already; 03 is free"),
-        ("02_third.ipynb", "02_third has this number already"),
+        ("00_other", "00_first already has this number; 03 is free"),
+        ("02_third.ipynb", "02_third already has this number"),
     ],
 )
 def test_bad_names_of_notebooks_are_refused(sources, name, message):
@@ -63,20 +63,20 @@ def test_bad_names_of_notebooks_are_refused(sources, name, message):
         ("MyMethod", "lower-case"),
         ("my-method", "lower-case"),
         ("_mine", "starts with a letter"),
-        ("lambda", "no word of Python's own"),
+        ("lambda", "not a Python keyword"),
         ("größe", "lower-case"),
         ("../evil", "lower-case"),
         (25 * "a", "at most 24"),
         ("", "at most 24"),
-        ("statsq", r"'statsq': .*statsq.* would hide what has this name already"),
-        ("method", "Method, method would hide"),
-        ("torch", "torch would hide"),
-        ("field", "Field would hide"),
-        ("nearest", "nearest would hide"),
-        ("len", "len would hide"),
-        ("lsqplus", "lsqplus.* would hide"),
-        ("base", "base would hide"),
-        ("value_error", "ValueError would hide"),
+        ("statsq", r"'statsq': .*statsq.* already exists"),
+        ("method", "Method, method already exists"),
+        ("torch", "torch already exists"),
+        ("field", "Field already exists"),
+        ("nearest", "nearest already exists"),
+        ("len", "len already exists"),
+        ("lsqplus", "lsqplus.* already exists"),
+        ("base", "base already exists"),
+        ("value_error", "ValueError already exists"),
     ],
 )
 def test_bad_names_of_quantizers_are_refused(sources, name, message):
@@ -90,7 +90,7 @@ def test_bad_names_of_quantizers_are_refused(sources, name, message):
 def test_files_that_are_there_are_never_overwritten(sources, there):
     (sources / there).write_text("kept")
     before = files(sources)
-    with pytest.raises(LowbitError, match=f"{there} is there already"):
+    with pytest.raises(LowbitError, match=f"{there} already exists"):
         new.quantizer("mine")
     assert files(sources) == before and (sources / there).read_text() == "kept"
 
@@ -126,7 +126,7 @@ def test_a_skeleton_that_does_not_run_is_not_kept(sources, monkeypatch):
     before = files(sources)
     broken = "text\n\n```python\nraise OSError('no space')\n```\n\ntext\n"
     monkeypatch.setattr(new, "_render", lambda template, values: broken)
-    with pytest.raises(LowbitError, match="does not run here, so it is not kept: OSError: no space"):
+    with pytest.raises(LowbitError, match="does not run here and was removed: OSError: no space"):
         new.notebook("03_my_topic")
     assert files(sources) == before
 

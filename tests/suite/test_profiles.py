@@ -74,5 +74,5 @@ def test_a_notebook_that_is_not_listed_is_refused_where_only_listed_ones_run(pro
     project.profiles("desk: {description: real data, timeout_minutes: 1, listed_only: true, notebooks: {00_first: {}}}")
     found = profiles.get("desk")
     assert notebooks.resolve(notebooks.select(["00_first"]), "desk", found, {}) == {"00_first": {"profile": "desk"}}
-    with pytest.raises(LowbitError, match=r"desk has no settings for 01_second, .*smoke values .* \(desk: real data\)"):
+    with pytest.raises(LowbitError, match=r"desk has no settings for 01_second,.*smoke values: .* \(desk: real data\)"):
         notebooks.resolve(notebooks.select([]), "desk", found, {})

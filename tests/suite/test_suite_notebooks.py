@@ -39,7 +39,7 @@ def test_unknown_notebook_is_refused_with_those_there_are(course):
 def test_another_notebook_of_the_same_name_is_refused(course, tmp_path):
     path = tmp_path / "00_start.ipynb"
     path.write_bytes((course.notebooks / "00_start.ipynb").read_bytes())
-    with pytest.raises(LowbitError, match="already has another notebook called '00_start'"):
+    with pytest.raises(LowbitError, match="already has a notebook called '00_start'"):
         notebooks.select([str(path)])
 
 
@@ -52,7 +52,7 @@ def test_order_follows_metadata_then_numbers(project):
 
 def test_circles_and_unknown_predecessors_are_refused(project):
     project.add("a", "1", after=["b"])
-    with pytest.raises(LowbitError, match="a comes after 'b', which is no notebook"):
+    with pytest.raises(LowbitError, match="a comes after 'b', which is not a notebook"):
         notebooks.select([])
     project.add("b", "1", after=["a"])
     with pytest.raises(LowbitError, match="wait for each other"):
@@ -76,12 +76,12 @@ def test_parameters_reach_their_notebooks(course):
         ("00_star:epochs=3", "'00_star' is not among the notebooks to run.*did you mean '00_start'"),
         ("epochs", "not of the form name=value"),
         ("=3", "not of the form"),
-        ("epochs=two", "epochs='two' is of kind str; it has to be int"),
-        ("epochs=1.5", "is of kind float; it has to be int"),
-        ("epochs=true", "is of kind bool; it has to be int"),
-        ("rate={a: 1}", "has to be a number, a text, true/false or a list"),
+        ("epochs=two", "epochs='two' has type str; it has to be int"),
+        ("epochs=1.5", "has type float; it has to be int"),
+        ("epochs=true", "has type bool; it has to be int"),
+        ("rate={a: 1}", "has to be a number, a string, true/false or a list"),
         ("rate=[", "not a YAML scalar"),
-        ("profile=desk", "chosen by --profile"),
+        ("profile=desk", "choose the profile with --profile"),
     ],
 )
 def test_wrong_assignments_are_refused_before_anything_runs(course, text, message):
