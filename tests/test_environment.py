@@ -1,7 +1,9 @@
 import json
 import platform
+import shutil
 import subprocess
 
+import pytest
 import torch
 
 from lowbit import environment, paths
@@ -23,6 +25,7 @@ def test_describe_names_no_path_of_this_machine():
     assert str(paths.project()) not in text
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit_and_dirt_are_those_of_the_tree(tmp_path, monkeypatch):
     (tmp_path / "lowbit").mkdir()
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "lowbit" / "environment.py"))

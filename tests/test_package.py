@@ -1,6 +1,7 @@
 """The package as a whole: what importing it costs, what it offers, how settings and commands refuse."""
 
 import ast
+import fnmatch
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 import lowbit
 import lowbit_suite
+from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit.settings import settings
 from lowbit_suite.app import app
@@ -36,6 +38,24 @@ def test_the_library_does_without_the_suite_and_what_only_the_course_needs():
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_an_sdist_holds_every_file_that_git_tracks():
+    root = paths.SOURCES
+    try:
+        listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout")
+    rules = [line.split() for line in (root / "MANIFEST.in").read_text().splitlines() if line and line[0] != "#"]
+    folders = [name for rule, *names in rules if rule == "graft" for name in names]
+    files = [name for rule, *names in rules if rule == "include" for name in names]
+    files += ["MANIFEST.in", "pyproject.toml", "setup.py"]  # setuptools adds them
+    missing = [
+        name
+        for name in listed.splitlines()
+        if name.partition("/")[0] not in folders and not any(fnmatch.fnmatch(name, pattern) for pattern in files)
+    ]
+    assert listed and not missing
 
 
 def test_what_notebooks_write_by_is_there_too():
