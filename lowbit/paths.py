@@ -1,10 +1,11 @@
 """Paths: the project folder, its notebooks and results, the data archives, the cache."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, StorageError
 from lowbit.extras import extra
 
 SOURCES = Path(__file__).resolve().parent.parent
@@ -75,3 +76,22 @@ def cache() -> Path:
     with extra("data", "the cache folder"):
         import platformdirs
     return Path(platformdirs.user_cache_dir("lowbit"))
+
+
+def create_cache(name: str) -> Path:
+    """A folder inside `cache`, created if it is missing; call this before the work whose result goes there.
+
+    Raises:
+        StorageError: the folder cannot be created or written.
+    """
+    folder = cache() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise StorageError(
+            f"the cache folder {folder} cannot be written ({error.strerror}): set the environment variable "
+            "LOWBIT_CACHE to a folder that can"
+        ) from None
+    return folder

@@ -96,6 +96,7 @@ def decoded(file: str, expected: str, source: str, decode: Callable[[Path], dict
 
     Raises:
         DataError: the archive is missing, truncated or altered, or cannot be decoded.
+        StorageError: the cache folder cannot be written.
     """
     return decoded_file(find(file, source), expected, decode)
 
@@ -119,6 +120,7 @@ def decoded_file(
         else:
             if note["archive"] == seen:
                 warnings.warn(f"the cached copy of {file} is damaged; decoding it again", stacklevel=2)
+    paths.create_cache("decoded")
     check(path, expected)
     try:
         contents = decode(path)

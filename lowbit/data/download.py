@@ -26,6 +26,7 @@ def fetch(url: str, expected: str, file: str | None = None) -> Path:
 
     Raises:
         DataError: there is no network, or the contents are wrong; the message says which file to put where.
+        StorageError: the cache folder cannot be written.
     """
     file = file or url.rsplit("/", 1)[-1]
     for folder in paths.archives():
@@ -34,8 +35,7 @@ def fetch(url: str, expected: str, file: str | None = None) -> Path:
     target = paths.cache() / "downloads" / file
     if target.is_file():
         return _checked(target, expected)
-    part = target.with_name(file + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    part = paths.create_cache("downloads") / (file + ".part")
     try:
         _continue(url, part)
     except OSError as error:  # urllib's errors, time-outs and broken connections are all OSErrors

@@ -34,8 +34,7 @@ def stored_answers(teacher: nn.Module, batches: Batches) -> torch.Tensor:
     with extra("train", "keeping a teacher's answers"):
         from filelock import FileLock
 
-    path = paths.cache() / "answers" / f"{_key(teacher, batches)}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = paths.create_cache("answers") / f"{_key(teacher, batches)}.safetensors"
     with FileLock(path.with_suffix(".lock")):
         if path.is_file():
             return load_file(path)["answers"]

@@ -8,7 +8,7 @@ import torch
 from small_archives import jpeg, sha256, tar, wav, zipped
 
 from lowbit.data import archive, bccd, cifar_jpeg, fsdd, load, speech_commands
-from lowbit.errors import DataError
+from lowbit.errors import DataError, StorageError
 
 COLORS = [(25 * i, 255 - 25 * i, 60) for i in range(10)]
 
@@ -72,6 +72,14 @@ def test_an_archive_is_decoded_once(cifar, monkeypatch):
     first = load("cifar10-jpeg")
     monkeypatch.setattr(cifar_jpeg, "decode", lambda path: pytest.fail("decoded again"))
     assert torch.equal(load("cifar10-jpeg").train.x, first.train.x)
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_decoded(cifar, monkeypatch):
+    cifar()
+    monkeypatch.setenv("LOWBIT_CACHE", "/dev/null/cache")
+    monkeypatch.setattr(cifar_jpeg, "decode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(StorageError, match=r"/dev/null/cache/decoded cannot be written .*LOWBIT_CACHE"):
+        load("cifar10-jpeg")
 
 
 def test_a_damaged_cache_is_made_anew_with_a_warning(cifar, tmp_path):
