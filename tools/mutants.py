@@ -1,9 +1,10 @@
-"""Random one-token mutants: how many of them the fast tests of their own module notice.
+"""Random one-token mutants: how many of them the fast tests notice.
 
     python -m tools.mutants --count 40 --seed 7      # exit 1 if fewer than 95 % are noticed
 
-`tools.mutation` tries faults that someone thought of; these are drawn. A survivor is a hole in the tests, or it changes
-nothing that matters: then tests/harmless_mutants.yaml says why, and it is not drawn again.
+The tests of the mutant's own module run first; if they pass, those of its whole folder run too. `tools.mutation` tries
+faults that someone thought of; these are drawn. A survivor is a gap in the tests, or it changes nothing that matters:
+then tests/harmless_mutants.yaml says why, and it is not drawn again.
 """
 
 import argparse
@@ -11,11 +12,12 @@ import ast
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lowbit import paths, yamls
 from lowbit.errors import LowbitError
-from tools.mutation import Mutation, run
+from tools.mutation import Mutation, Outcome, run
 
 AREAS = ("quantizers", "training", "metrics", "kernels", "nn")
 HARMLESS = "tests/harmless_mutants.yaml"
@@ -85,6 +87,15 @@ def tests_of(file: str, root: Path) -> tuple[str, ...]:
     return (str(own.relative_to(root)) if own.exists() else f"tests/{area}", "-m", "not slow")
 
 
+def try_all(mutants: list[Mutation], root: Path | None = None) -> Iterator[Outcome]:
+    """Run each mutant's `tests_of`; if they notice nothing, or are all slow, run the fast tests of its folder."""
+    for outcome in run(mutants, root):
+        folder = (f"tests/{outcome.mutation.file.split('/')[1]}", "-m", "not slow")
+        if outcome.status != "caught" and outcome.mutation.tests != folder:
+            (outcome,) = run([replace(outcome.mutation, tests=folder)], root)
+        yield outcome
+
+
 def draw(count: int, seed: int, areas: tuple[str, ...] = AREAS, root: Path | None = None) -> list[Mutation]:
     """``count`` different mutants, each line as likely as its number of candidates; harmless ones are left out."""
     root = root or paths.project()
@@ -117,7 +128,7 @@ def main() -> None:
     parser.add_argument("--area", action="append", choices=AREAS, help="only this; repeat for several")
     given = parser.parse_args()
     noticed, asked = 0, 0
-    for outcome in run(draw(given.count, given.seed, tuple(given.area or AREAS))):
+    for outcome in try_all(draw(given.count, given.seed, tuple(given.area or AREAS))):
         if outcome.status != "error":
             asked, noticed = asked + 1, noticed + (outcome.status == "caught")
         print(f"{outcome.status:9s} {outcome.mutation.name}  {outcome.noticed_by}", flush=True)

@@ -76,6 +76,17 @@ def test_survivors_are_told_and_harmless_ones_are_not_drawn(small):
         mutants.draw(2, 0, ("metrics",))
 
 
+def test_what_a_module_s_own_tests_miss_is_left_to_its_folder_s(small):
+    tests = small / "tests" / "metrics"
+    (tests / "test_other.py").write_text((tests / "test_sums.py").read_text())
+    (tests / "test_sums.py").write_text("import pytest\n@pytest.mark.slow\ndef test_slow(): assert False\n")
+    assert [outcome.status for outcome in run(mutants.draw(2, 0, ("metrics",)))] == ["error", "error"]
+    (tests / "test_other.py").write_text((tests / "test_other.py").read_text().replace("import plus", "import *"))
+    found = {outcome.mutation.name[-5:]: outcome for outcome in mutants.try_all(mutants.draw(2, 0, ("metrics",)))}
+    assert found["a + b"].status == "caught" and "test_other.py" in found["a + b"].noticed_by
+    assert found["a - b"].status == "survived"
+
+
 def test_a_module_asks_its_own_tests_or_its_folder_s(small):
     assert mutants.tests_of("lowbit/metrics/sums.py", small) == ("tests/metrics/test_sums.py", "-m", "not slow")
     assert mutants.tests_of("lowbit/metrics/other.py", small)[0] == "tests/metrics"
