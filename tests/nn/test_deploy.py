@@ -360,6 +360,8 @@ def test_the_pack_command(tmp_path):
     path, out = lowbit.save(model, tmp_path / "model.safetensors"), tmp_path / "packed.safetensors"
     result = CliRunner().invoke(app, ["pack", str(path), str(out)])
     assert result.exit_code == 0 and "packed" in result.stdout and "conv1" in result.stdout
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    assert f"the same in float32 {4 * weights / 1e6:.2f} MB" in " ".join(result.stdout.split())
     with torch.no_grad():
         assert torch.equal(lowbit.load(out)(images()), lowbit.pack(model)(images()))
     assert out.stat().st_size < path.stat().st_size / 9

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowbit
+from lowbit.errors import LowbitError
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
 
@@ -164,6 +165,34 @@ def test_packed_layers_have_the_sizes_of_torch_s():
         assert [getattr(packed[index], n) for n in sizes] == [getattr(model[index], n) for n in sizes]
     assert isinstance(packed[3], PackedLinear)
     assert [getattr(packed[3], n) for n in ("in_features", "out_features")] == [model[3].in_features, 6]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "allowed"),
+    [(-128, 127, True), (0, 255, True), (-1, 1, True), (0, 256, False), (-1, 128, False), (-129, 1, False),
+     (-5, 0, False), (1, 1, False), (2, 1, False)],
+)  # fmt: skip
+def test_the_input_range_of_a_packed_layer_is_that_of_an_8_bit_integer(low, high, allowed):
+    torch.manual_seed(0)
+    model = lowbit.quantize_(nn.Sequential(nn.Linear(8, 4)), lowbit.QuantConfig(StatsQ(bits=2), first_last="same"))
+    packed = lowbit.pack(model)[0]
+    settings = packed.settings() | {"low": low, "high": high}
+    if allowed:
+        assert PackedLinear.restore(settings, packed.state_dict()).high == high
+    else:
+        with pytest.raises(LowbitError, match=f"low={low}, high={high} is not allowed"):
+            PackedLinear.restore(settings, packed.state_dict())
+
+
+def test_a_convolution_restored_without_geometry_has_torch_s_defaults():
+    torch.manual_seed(0)
+    model = lowbit.quantize_(nn.Sequential(nn.Conv2d(2, 4, 3)), lowbit.QuantConfig(StatsQ(bits=2), first_last="same"))
+    packed = lowbit.pack(model, torch.randn(1, 2, 5, 5))[0]
+    settings = {k: v for k, v in packed.settings().items() if k not in ("stride", "padding", "dilation")}
+    bare = PackedConv2d.restore(settings, packed.state_dict())
+    assert (bare.stride, bare.padding, bare.dilation) == ((1, 1), (0, 0), (1, 1))
+    x = torch.randn(1, 2, 5, 5)
+    assert torch.equal(bare(x), packed(x))
 
 
 def test_stored_layers_follow_the_model_s_dtype():

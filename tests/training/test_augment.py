@@ -123,6 +123,22 @@ def test_cutmix_labels_are_the_areas(seed):
         assert labels[i, i].item() == pytest.approx(kept) and set(mixed[i].unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_cutmix_cuts_the_rectangle_that_was_drawn(seed):
+    """A side of sqrt(1-λ) of the image's, around a pixel drawn uniformly, cut off at the image's edges."""
+    random = np.random.default_rng(seed)
+    side = (1 - random.beta(1.0, 1.0)) ** 0.5
+    x = torch.stack([torch.full((1, 16, 32), float(i)) for i in range(2)])
+    mixed, _ = augment.mix(x, torch.tensor([0, 1]), 2, mixup=0.0, cutmix=1.0, seed=seed)
+    expected = torch.zeros(16, 32)
+    middle, half = (random.integers(16), random.integers(32)), (round(side * 8), round(side * 16))
+    (top, left), (bottom, right) = (
+        [max(0, c + sign * h) for c, h in zip(middle, half, strict=True)] for sign in (-1, 1)
+    )
+    expected[top:bottom, left:right] = 1
+    assert expected.sum() > 0 and torch.equal(mixed[0, 0], expected) and torch.equal(mixed[1, 0], 1 - expected)
+
+
 def test_erasing_changes_a_rectangle_and_nothing_else():
     torch.manual_seed(0)
     x = torch.full((3, 32, 32), 7, dtype=torch.uint8)
