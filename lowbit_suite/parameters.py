@@ -1,4 +1,4 @@
-"""The parameters of the course's notebooks: what each name may be, checked before a notebook trains anything.
+"""The parameters of the course's notebooks: allowed values, checked before a notebook trains anything.
 
 A notebook's second cell calls `check` with its own names: ``parameters.check(globals(), load, using=methods)``.
 """
@@ -12,12 +12,12 @@ from typing import Any
 from lowbit.errors import LowbitError
 
 LARGEST_SEED = 2**32 - 2000  # notebooks add 1000 to a seed, and NumPy takes 32 bits
-TRIAL_SEED = 1000  # of the trials of learning rates; a judged seed has to be another one
+TRIAL_SEED = 1000  # seed of the learning-rate trials; judged seeds have to differ from it
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be: ``holds`` decides, ``says`` completes "give ..."."""
+    """The allowed values of a parameter: ``holds`` tests a value, ``says`` completes "give ..."."""
 
     says: str
     holds: Callable[[Any], bool]
@@ -45,12 +45,12 @@ def one_of(*allowed: Any) -> Rule:
 
 
 def either(one: Rule, other: Rule) -> Rule:
-    """What one of two rules allows."""
+    """Values that at least one of two rules allows."""
     return Rule(f"{one.says}, or {other.says}", lambda v: one.holds(v) or other.holds(v))
 
 
 def several(item: Rule, least: int = 1, most: int | None = None) -> Rule:
-    """A list in which each item stands once and obeys ``item``; ``least`` to ``most`` of them."""
+    """A list of ``least`` to ``most`` different items, each allowed by ``item``."""
     many = f"{least} or more" if most is None else f"{least} to {most}"
     return Rule(
         f"a list of {many}, each once: {item.says}",
@@ -102,10 +102,14 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("compared", "floats", "memory_mb", "compared_images", "repeats", "window"), COUNT),
     "threads": whole(1, 256),
 }
-"""What each parameter may be, whichever notebook has it; a notebook may ask for more (`check`)."""
+"""The rule of each parameter in all notebooks; a notebook may set a stricter one (see `check`)."""
 
-AMONG = {"boundary": "boundaries", "sigma": "sigmas", "published_bits": "bits_tried"}  # only the latter are run
-ALIASES = {"s3_low_variance": "s3", "ttq": "ternary"}  # arms with the name of no quantizer
+AMONG = {
+    "boundary": "boundaries",
+    "sigma": "sigmas",
+    "published_bits": "bits_tried",
+}  # only values in the second list are run
+ALIASES = {"s3_low_variance": "s3", "ttq": "ternary"}  # arms that are not named after a quantizer
 
 
 def check(
@@ -120,25 +124,25 @@ def check(
     checkpoint: str | None = None,
     **rules: Rule | tuple | list | int,
 ) -> None:
-    """Refuse a parameter that a later cell would stumble over: nothing has been trained by then.
+    """Refuse parameters with which a later cell would fail; call this before any training.
 
     Args:
         given: the notebook's ``globals()``.
-        load: returns the `lowbit.data.Data` that is trained on, or several; with ``validation=True`` those of the
-            trials of learning rates, which are smaller.
+        load: returns the training data, one `lowbit.data.Data` or several; with ``validation=True`` the smaller data
+            of the learning-rate trials.
         using: quantizers that run at every bit width of ``bits``, ``bits_tried`` and ``conv_bits``; the name of a
-            parameter stands for those that it holds.
-        each: the same for quantizers that run at those of the widths that they have. Together they have to have one,
-            and DenseShift, which the others are compared with, all of them.
+            parameter stands for the quantizers in it.
+        each: quantizers that run only at the widths that they support, given like ``using``. At least one of them has
+            to support one of the widths, and DenseShift, their baseline, has to support all.
         transformer: whether ``model_name`` has to be a vision transformer with ``blocks``.
-        steps: steps that a training of ``epochs`` needs at least, beside those of ``window``.
-        test_items: items that the test split needs at least.
-        checkpoint: what every training starts from, where no parameter ``pretrained`` names it.
-        rules: for a parameter, in place of that in `RULES`. A tuple stands for `one_of`, a list for `several` of those,
-            and a number for the smallest integer.
+        steps: smallest number of steps that ``epochs`` have to give, in addition to those of ``window``.
+        test_items: smallest number of items in the test split.
+        checkpoint: the checkpoint that every training starts from, if no parameter ``pretrained`` names one.
+        rules: rules that replace those in `RULES`, by parameter. A tuple stands for `one_of`, a list for `several` of
+            its items, and a number for the smallest integer.
 
     Raises:
-        LowbitError: the first parameter that is not allowed, with what is.
+        LowbitError: a parameter is not allowed; the message names the first one and the allowed values.
     """
     for name, rule in {**RULES, **rules}.items():
         rule = _rule(rule)
@@ -146,9 +150,13 @@ def check(
             raise LowbitError(f"{name}={given[name]!r} is not allowed; give {rule.says}")
     for one, tried in AMONG.items():
         if one in given and tried in given and not {*_items(given[one])} <= {*given[tried]}:
-            raise LowbitError(f"{one}={given[one]} is not among {tried}={given[tried]}, so it would not be run")
+            raise LowbitError(
+                f"{one}={given[one]} is not in {tried}={given[tried]}, so it would not be run; add it there"
+            )
     if len(given.get("lr_factors", ())) > 1 and TRIAL_SEED in given["seeds"]:
-        raise LowbitError(f"seeds={given['seeds']}: the learning rates are tried with {TRIAL_SEED}; give other seeds")
+        raise LowbitError(
+            f"seeds={given['seeds']}: seed {TRIAL_SEED} is reserved for the learning-rate trials; give other seeds"
+        )
     _check_widths(given, _quantizers(given, using), _quantizers(given, each))
     if load is not None:
         _check_data(given, load, steps + given.get("window", 0), test_items)
@@ -174,7 +182,7 @@ def _quantizers(given: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 @functools.cache
 def _refusal(method: str, bits: int) -> str:
-    """Why there is no such quantizer; empty if there is."""
+    """The reason why this quantizer cannot be made; empty if it can."""
     from lowbit.quantizers import get
 
     try:
@@ -196,7 +204,7 @@ def _check_widths(given: Mapping[str, Any], using: Sequence[str], each: Sequence
             if why := next(filter(None, (_refusal(method, bits) for method in everywhere)), ""):
                 raise LowbitError(f"{name}={given[name]}: {why}")
         if each and all(_refusal(method, bits) for method in each for bits in (1, *widths)):
-            raise LowbitError(f"{name}={given[name]}: none of {', '.join(each)} has one of these widths")
+            raise LowbitError(f"{name}={given[name]}: none of {', '.join(each)} supports any of these widths")
 
 
 def _check_data(given: Mapping[str, Any], load: Callable[..., Any], steps: int, test_items: int) -> None:
@@ -210,11 +218,11 @@ def _check_data(given: Mapping[str, Any], load: Callable[..., Any], steps: int, 
             raise LowbitError(f"batch_size={batch} is more than the {train} training items of {data.name}; give fewer")
         if made < steps:
             raise LowbitError(
-                f"epochs={given['epochs']} and batch_size={batch} make {made} steps of the {train} training items, but "
+                f"epochs={given['epochs']} and batch_size={batch} give {made} steps with {train} training items, but "
                 f"{steps} are needed: give more epochs or a smaller batch"
             )
         if test < test_items:
-            raise LowbitError(f"the test split has {test} items; this notebook needs {test_items}: give more")
+            raise LowbitError(f"the test split has {test} items, but {test_items} are needed")
 
 
 def _items(found: Any) -> list[Any]:
@@ -223,7 +231,7 @@ def _items(found: Any) -> list[Any]:
 
 @functools.cache
 def _has_attention(name: str) -> bool:
-    """Whether a model for 224x224 photographs has attention layers; built without its numbers."""
+    """Whether a model for 224x224 photographs has attention layers; it is built without its weights."""
     import torch
 
     from lowbit import models
@@ -242,14 +250,18 @@ def _check_model(given: Mapping[str, Any], name: str, loaded: Any, transformer: 
     classes, shape = (10, (3, 32, 32)) if data.task == "detection" else (data.num_classes, data.input_shape)
     model = models.create(name, classes, shape[0], shape[-1], pretrained=pretrained or False)
     if transformer and not (hasattr(model, "blocks") and hasattr(model.blocks[0].attn, "qkv")):
-        raise LowbitError(f"model_name={name!r} is no vision transformer with blocks; 'vit_nano' is one")
+        raise LowbitError(f"model_name={name!r} is not a vision transformer with blocks; give one such as 'vit_nano'")
     layers = [layer for layer, _ in model.named_modules()]
     if given.get("watched") is not None and given["watched"] not in layers:
-        raise LowbitError(f"watched={given['watched']!r} is no layer of {name}; such as {', '.join(layers[-4:])} are")
+        raise LowbitError(
+            f"watched={given['watched']!r} is not a layer of {name}; give one such as {', '.join(layers[-4:])}"
+        )
     if twice := set(given.get("cost_models", ())) & {name, "vit_nano"}:
-        raise LowbitError(f"cost_models={given['cost_models']}: {twice.pop()!r} is counted anyway; leave it out")
+        raise LowbitError(f"cost_models={given['cost_models']}: {twice.pop()!r} is already counted; leave it out")
     for other in given.get("cost_models", ()):
         if not _has_attention(other):
-            raise LowbitError(f"cost_models={given['cost_models']}: {other!r} is no vision transformer; leave it out")
+            raise LowbitError(
+                f"cost_models={given['cost_models']}: {other!r} is not a vision transformer; leave it out"
+            )
     if "conv_name" in given:
         models.create(given["conv_name"], 5, shape[0], shape[-1])

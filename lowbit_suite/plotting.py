@@ -1,4 +1,4 @@
-"""The course's drawings: one style, colors that survive color blindness, tensors drawn as tensors."""
+"""The course's figures: one style, colors that color-blind readers can tell apart, tensors drawn as tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ GREY = "0.45"
 
 
 def use_style() -> None:
-    """Sets the course's look for every figure that follows."""
+    """Set the course's style for all later figures."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams.update(
         {
@@ -40,7 +40,7 @@ def use_style() -> None:
 
 
 def save(figure: Figure, name: str) -> Path:
-    """Writes ``figure`` as ``<name>.png`` to the run's figures folder (``results/scratch/figures`` outside a run)."""
+    """Write ``figure`` as ``<name>.png`` to the run's figures folder (``results/scratch/figures`` outside a run)."""
     folder = current().figures or paths.results() / "scratch" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
@@ -49,19 +49,19 @@ def save(figure: Figure, name: str) -> Path:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of `lowbit.metrics.interval`: with ``errorbar=plotting.interval`` seaborn draws what verdicts go by."""
+    """The ends of `lowbit.metrics.interval`: seaborn draws it with ``errorbar=plotting.interval``."""
     return metrics.interval(values)[1:]
 
 
 def matrix(
     ax: Axes, values: torch.Tensor, title: str = "", limit: float | None = None, digits: int = 2, size: int = 10
 ) -> None:
-    """Draws a small matrix with its numbers written in the cells.
+    """Draw a small matrix with its numbers written in the cells.
 
     Args:
-        ax: where.
+        ax: axes to draw on.
         values: float ``[rows, columns]``.
-        title: above it.
+        title: title of the axes.
         limit: colors run from -limit to limit; None takes the largest magnitude. Pass one limit to compare matrices.
         digits: decimals written.
         size: font size of the numbers, points.
@@ -81,14 +81,14 @@ def matrix(
 
 
 def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title: str = "", bins: int = 61) -> None:
-    """Histogram of latent weights with the levels they are sent to, the thresholds, and how many go to each level.
+    """Draw a histogram of latent weights with the quantization levels, thresholds, and share of weights per level.
 
     Args:
-        ax: where.
-        latent: float, any shape: what the optimizer sees, in the units of ``weight`` (both divided by the scale).
-        weight: same shape: what the layer computes with.
-        title: above it.
-        bins: of the histogram.
+        ax: axes to draw on.
+        latent: float, any shape: the latent weights, in the units of ``weight`` (both divided by the scale).
+        weight: same shape: the quantized weights.
+        title: title of the axes.
+        bins: number of bins of the histogram.
     """
     latent, weight = (t.detach().flatten().cpu().float().numpy() for t in (latent, weight))
     levels, counts = np.unique(weight.round(5), return_counts=True)  # dividing by the scale leaves rounding errors
@@ -107,7 +107,7 @@ def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title:
 
 
 def number_line(ax: Axes, rows: dict[str, torch.Tensor]) -> None:
-    """Draws value sets as dots on parallel number lines, one a row, zero marked."""
+    """Draw sets of values as dots on parallel number lines, one set per row, with zero marked."""
     for height, levels in enumerate(reversed(rows.values())):
         values = torch.as_tensor(levels).float().numpy()
         ax.axhline(height, color=GREY, linewidth=0.8, zorder=1)
@@ -120,7 +120,7 @@ def number_line(ax: Axes, rows: dict[str, torch.Tensor]) -> None:
 def trajectory(
     ax: Axes, latents: Sequence[float], values: Sequence[float], thresholds: Sequence[float], title: str = ""
 ) -> None:
-    """The path of one weight over training steps: the latent, the level in use, and the thresholds between levels."""
+    """Draw the path of one weight over training steps: latent weight, level in use, and thresholds between levels."""
     steps = np.arange(len(latents))
     low, high = min(*latents, *values), max(*latents, *values)
     margin = 0.15 * (high - low) or 0.1
@@ -133,18 +133,18 @@ def trajectory(
 
 
 def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accuracy, %") -> Figure:
-    """Draws what each learning rate brought on validation, a line an arm; the chosen rates have a ring.
+    """Draw the validation result of each learning rate, one line per arm; rings mark the chosen rates.
 
     Args:
         rates: the trials of `lowbit_suite.choose_rates`. A trial that failed (NaN) has no point.
-        arm: the column that tells lines apart.
-        panel: a column with a panel for each of its values, or None.
+        arm: the column that names the arms, one line each.
+        panel: a column whose values get one panel each, or None.
         value: the column to draw, means over the seeds.
     """
     factors = sorted(rates.lr_factor.unique())
     arms, once = rates[arm].nunique(), [*PALETTE, "black"]
     colors = [*once, *once][:arms]
-    dashes = [*[""] * len(once), *[(3, 1.5)] * len(once)][:arms]  # a color that comes again is dashed
+    dashes = [*[""] * len(once), *[(3, 1.5)] * len(once)][:arms]  # a color used twice is dashed the second time
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grids have a layout of their own
         grid = sns.relplot(
             rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=dashes,
@@ -162,14 +162,14 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
 
 
 def apart(values: Sequence[float], least: float) -> np.ndarray:
-    """``values`` moved as little as possible (in the mean square) until neighbors are ``least`` apart: for labels.
+    """``values`` moved as little as possible (in the mean square) until neighbors are ``least`` apart; for labels.
 
     Args:
-        values: ``[n]``, any order, which stays; of equal ones the first gets the lowest place.
+        values: ``[n]``, in any order, which is kept; of equal values the first gets the lowest position.
         least: distance between neighbors, at least 0.
 
     Returns:
-        float ``[n]``; unchanged where ``values`` are far enough from each other already.
+        float ``[n]``; values that are already far enough from each other are unchanged.
     """
     with extra("course", "keeping labels apart"):
         from sklearn.isotonic import isotonic_regression
@@ -178,7 +178,7 @@ def apart(values: Sequence[float], least: float) -> np.ndarray:
     if not len(array):
         return array
     order = np.argsort(array, kind="stable")
-    # After taking ``least`` off for every label below, "far enough apart" reads "not falling": isotonic regression.
+    # With ``least`` subtracted for each label below, "far enough apart" becomes "non-decreasing": isotonic regression.
     below = least * np.arange(len(array))
     placed = np.empty_like(array)
     placed[order] = isotonic_regression(array[order] - below) + below

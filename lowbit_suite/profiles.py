@@ -11,10 +11,10 @@ from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 
 NAMES = ("smoke", "embedded", "desk", "gpu", "paper")
-"""The profiles there are."""
+"""All profile names."""
 
 STUDY = "study"
-"""The long trainings by which claims are judged: a queue (``lowbit study run``), not a profile of notebooks."""
+"""The long trainings that decide the claims: a queue (``lowbit study run``), not a profile of notebooks."""
 
 FILE = "profiles.yaml"
 
@@ -26,11 +26,11 @@ class Profile(BaseModel):
         description: One line for people.
         timeout_minutes: Hard limit for one notebook, start of the kernel included.
         threads: OpenMP/MKL threads of each notebook; None leaves it to the libraries. Sums depend on how they
-            are split over threads, so a fixed number keeps the metrics independent of ``-j``.
+            are split over threads, so a fixed number makes the metrics independent of ``-j``.
         requires: ``cuda`` where the profile needs a GPU; its notebooks are skipped on other machines.
         may_skip: Notebooks (names or globs) that may be skipped: by ``lowbit.skip``, or because of ``requires``,
             without spoiling the exit code of the run. No other notebook can skip itself.
-        listed_only: Whether a notebook that ``notebooks`` does not list is refused; it would run with its smoke
+        listed_only: Whether to refuse notebooks that ``notebooks`` does not list; they would run with their smoke
             values under this profile's name.
         notebooks: For each notebook, the parameters that differ from those in its parameters cell.
     """
@@ -65,7 +65,7 @@ class _File(RootModel[dict[str, Profile]]):
 
 
 def load(path: Path | None = None) -> dict[str, Profile]:
-    """All profiles of the file (default: the project's); anything unknown or of a wrong type is a `LowbitError`."""
+    """All profiles of the file (default: the project's); unknown keys and wrong types raise `LowbitError`."""
     path = path or paths.notebooks() / FILE
     if not path.is_file():
         raise LowbitError(f"there is no {FILE} in {path.parent}: run inside the project, or set LOWBIT_PROJECT to it")
@@ -86,9 +86,7 @@ def load(path: Path | None = None) -> dict[str, Profile]:
 def get(name: str, path: Path | None = None) -> Profile:
     """One profile by name."""
     if name == STUDY:
-        raise LowbitError(
-            f"the profile {STUDY!r} has no notebooks: its trainings are a queue, which 'lowbit study run' works off"
-        )
+        raise LowbitError(f"the profile {STUDY!r} has no notebooks: run its trainings with 'lowbit study run'")
     profiles = load(path)
     if name not in profiles:
         raise LowbitError(f"no profile is called {name!r}; there are {', '.join(profiles)}{close(name, profiles)}")
@@ -96,6 +94,6 @@ def get(name: str, path: Path | None = None) -> Profile:
 
 
 def close(name: str, allowed) -> str:
-    """``"; did you mean 'x'?"`` where an allowed name resembles the one given, else an empty text."""
+    """``"; did you mean 'x'?"`` if an allowed name resembles the given one, else an empty string."""
     match = difflib.get_close_matches(name, list(allowed), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

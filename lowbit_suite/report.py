@@ -1,4 +1,4 @@
-"""report.html: one page about a run, complete in itself: styles and figures are inside, nothing is fetched."""
+"""report.html: one self-contained page about a run; styles and figures are embedded."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ from lowbit_suite.running.run_json import Entry, Run
 
 FILE = "report.html"
 NOT_STARTED = "not started yet"
-"""The reason of a notebook whose turn has not come."""
+"""Reason of a notebook that has not started."""
 
 TONES = {"passed": "good", "skipped": "calm", "not_run": "calm"}
 VERDICTS = {
@@ -33,7 +33,7 @@ NO_VERDICT = ("○", "calm")
 
 @dataclass(frozen=True)
 class Card:
-    """What the page says about one notebook."""
+    """The content of the page about one notebook."""
 
     entry: Entry
     sign: str
@@ -48,19 +48,19 @@ class Card:
 
     @property
     def differ(self) -> int:
-        """How many of its numbers are not as accepted."""
+        """How many of its numbers differ from the accepted ones."""
         return sum(metric["tone"] == "bad" for metric in self.metrics) + len(self.notes)
 
     @property
     def tally(self) -> str:
-        """What the comparison said of its numbers, in words; empty where they were not compared."""
+        """The result of the comparison in words; empty if the numbers were not compared."""
         counts = Counter(metric["verdict"] for metric in self.metrics if metric["verdict"])
         said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
         return f": {said}" if said else ""
 
 
 def write(run: Run, folder: Path) -> Path:
-    """Writes ``folder/report.html`` for a run whose outputs lie in ``folder``, and returns its path."""
+    """Write ``folder/report.html`` for a run whose outputs are in ``folder``, and return its path."""
     import jinja2
 
     try:
@@ -89,7 +89,7 @@ def write(run: Run, folder: Path) -> Path:
 
 
 def notebook_html(path: Path) -> Path | None:
-    """Renders an executed notebook beside itself; None where the file is not a whole notebook (after a crash)."""
+    """Render an executed notebook as HTML beside it; None if the file is incomplete (after a crash)."""
     skip_grammars()
     import nbformat
     from nbconvert import HTMLExporter
@@ -97,7 +97,7 @@ def notebook_html(path: Path) -> Path | None:
     try:
         body, _ = HTMLExporter().from_notebook_node(nbformat.read(path, as_version=4))
         write_text(path.with_suffix(".html"), body)
-    except Exception:  # a rendering is a convenience: whatever goes wrong here must not change a status
+    except Exception:  # rendering is a convenience: an error here must not change a status
         return None
     return path.with_suffix(".html")
 
@@ -147,7 +147,7 @@ def _card(entry: Entry, run: Run, baseline: baselines.Baseline | None, folder: P
                 "place": _place(metric.value, before) if before else None,
             }
         )
-    metrics.sort(key=lambda metric: metric["tone"] != "bad")  # what differs first, else as recorded
+    metrics.sort(key=lambda metric: metric["tone"] != "bad")  # differing numbers first, else in the order of recording
     notes = [f"{row.metric or entry.name}: {row.verdict}. {row.note}" for row in rows.values() if not row.ok]
     shown = entry.status == "passed" or (entry.output and not entry.cached)
     pictures = sorted((folder / "figures" / entry.name).glob("*.png")) if shown else []
@@ -166,7 +166,7 @@ def _card(entry: Entry, run: Run, baseline: baselines.Baseline | None, folder: P
 
 
 def _place(value: float, accepted: baselines.Accepted) -> dict[str, float] | None:
-    """Where a number lies beside its accepted interval, in per cent of a line; None where there is nothing to draw."""
+    """Position of a number relative to its accepted interval, in percent of a line; None if there is none to draw."""
     slack = baselines.slack(accepted)
     if not math.isfinite(value) or accepted.tolerance == 0:
         return None
@@ -179,7 +179,7 @@ def _place(value: float, accepted: baselines.Accepted) -> dict[str, float] | Non
 
 
 def _costs(cards: list[Card]) -> dict:
-    """The notebooks that ran, slowest first, with bars in per cent of the longest and the largest."""
+    """The notebooks that ran, slowest first, with bars in percent of the longest time and the largest memory."""
     ran = sorted((card for card in cards if card.entry.seconds), key=lambda card: -card.entry.seconds)
     seconds = max((card.entry.seconds for card in ran), default=1)
     memory = max((card.entry.peak_mb for card in ran), default=1) or 1
@@ -196,7 +196,7 @@ def _costs(cards: list[Card]) -> dict:
 
 
 def _papers(run: Run, folder: Path) -> dict:
-    """The claims as `lowbit claims` last judged them, with links to their evidence where it lies near the page."""
+    """The claims as `lowbit claims` last judged them, with links to the evidence if it is near the page."""
     try:
         found, wrong = claims.read(paths.results()), ""
     except LowbitError as error:
@@ -240,7 +240,7 @@ def _part(claim: claims.Claim) -> dict:
 
 
 def _link(target: Path, folder: Path) -> str:
-    """A relative link from the page in ``folder``; empty for a page that lies outside the project: it may travel."""
+    """A relative link from the page in ``folder``; empty if the page is outside the project, since it may be moved."""
     if not folder.resolve().is_relative_to(paths.project()) or not target.is_file():
         return ""
     return Path(os.path.relpath(target, folder)).as_posix()
@@ -251,7 +251,7 @@ def _value(value: object) -> str:
 
 
 def _environment(facts: dict) -> list[tuple[str, str]]:
-    """The environment as pairs of words, shortest reading first."""
+    """The environment as pairs of name and value, for reading."""
     lines = []
     for name, value in facts.items():
         if name == "commit" and value:

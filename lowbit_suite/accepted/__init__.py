@@ -1,1 +1,1 @@
-"""The accepted numbers and their evidence: comparing with them, accepting new ones, running one again."""
+"""The accepted numbers and their evidence: comparing, accepting and repeating them."""

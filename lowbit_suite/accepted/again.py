@@ -1,7 +1,7 @@
-"""``lowbit again``: a few trainings of a kept journal once more, and whether the same numbers come out.
+"""``lowbit again``: repeats a few trainings of a journal and checks that they give the same numbers.
 
-Their notebooks are executed from the top, with all other trainings taken from the journals, so one row of a table costs
-one training and not the whole table.
+Their notebooks run from the top and read all other trainings from the journals, so one row of a table costs one
+training and not the whole table.
 """
 
 import math
@@ -18,12 +18,12 @@ from lowbit_suite.records import journal
 from lowbit_suite.running import runner
 
 OWN = ("sweep", "seed")
-"""What can be asked for beside the names of the arms' arguments."""
+"""Names that a selection may use besides the arms' arguments."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training: what it was, and its results as journals hold them, then and now."""
+    """One training with its result in the old journal (``line``) and in the new one (``now``)."""
 
     line: dict[str, Any]
     now: Any
@@ -36,15 +36,15 @@ class Row:
 
     @property
     def differing(self) -> list[tuple[str, Any, Any]]:
-        """Name, value then and value now of everything that is not exactly the same."""
+        """Name, old value and new value of every number that is not exactly the same."""
         return list(_differing("", self.line["result"], self.now))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The first line of a journal, and its trainings.
+    """Read the first line of a journal, and its trainings.
 
     Raises:
-        LowbitError: no such file, or it holds no training.
+        LowbitError: the file is missing or holds no training.
     """
     lines = journal.read(path)
     if len(lines) < 2:
@@ -57,8 +57,14 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Again:
-    """What is to be run, which trainings of each notebook's journal that makes anew, on which machine each journal was
-    made (empty: it does not say), and how many trainings all journals have."""
+    """A plan to repeat trainings.
+
+    Attributes:
+        run: the plan of the notebooks to run.
+        chosen: the trainings to repeat, by notebook.
+        machines: the machine on which each notebook's journal was made; empty if the journal does not say.
+        there: number of trainings in all journals.
+    """
 
     run: runner.Plan
     chosen: dict[str, list[dict[str, Any]]]
@@ -66,7 +72,7 @@ class Again:
     there: int
 
     def elsewhere(self) -> list[str]:
-        """One line for each journal that was made on another machine than this one, or does not say on which."""
+        """One line for each journal that was made on another machine, or does not name its machine."""
         here, said = journal.machine(), []
         for name in self.chosen:
             then = self.machines[name]
@@ -79,7 +85,7 @@ class Again:
         return said
 
     def compare(self) -> list[Row]:
-        """Each chosen training beside what it gave in the run, which has passed."""
+        """Compare each chosen training with its result in the run, which has to have passed."""
         made = {name: read(self.run.folder / journal.place(name))[1] for name in self.chosen}
         return [row for name, lines in self.chosen.items() for row in compare(lines, made[name])]
 
@@ -95,26 +101,26 @@ def plan(
     timeout_minutes: float | None = None,
     out: Path | None = None,
 ) -> Again:
-    """Checks what was asked for; nothing has run. Notebooks get the parameters that their journals were made with.
+    """Check the arguments and plan the run. Notebooks get the parameters with which their journals were made.
 
     Args:
-        notebook: its name, or a pattern; of several notebooks those take part that have a journal.
-        profile: that of the journals.
-        file: the journal, of one notebook; None: those that the project keeps.
-        wanted: see `pick`, as are
-        count: the number over all notebooks, and
-        draw: there.
-        timeout_minutes: as for `runner.plan`, as is
-        out: there; ``results/runs/again``.
+        notebook: a name or a pattern; of several matching notebooks, those with a journal are used.
+        profile: the profile of the journals.
+        file: the journal of a single notebook; None takes the journals in ``results/journals``.
+        wanted: selects trainings, see `pick`.
+        count: number of trainings to choose at random over all notebooks; None takes all.
+        draw: random seed of that choice.
+        timeout_minutes: see `runner.plan`.
+        out: folder of the run; None is ``results/runs/again``.
 
     Raises:
-        LowbitError: one ``file`` for several notebooks; no journal, one of another notebook or profile, or with
-            parameters that the notebook has no more; what `pick` refuses.
+        LowbitError: ``file`` is given for several notebooks; the journal is missing, belongs to another notebook or
+            profile, or has parameters that the notebook no longer has; or `pick` refuses the selection.
     """
     profiles.get(profile)
     books = notebooks.select([notebook])
     if file and len(books) != 1:
-        raise LowbitError(f"{notebook!r} means {len(books)} notebooks, and a journal is of one; name that")
+        raise LowbitError(f"{notebook!r} matches {len(books)} notebooks, but a journal belongs to one; name that one")
     if len(books) > 1:
         books = [book for book in books if journal.kept(profile, book.name).exists()] or books[:1]
     found = {book.name: _journal(book, profile, file or journal.kept(profile, book.name)) for book in books}
@@ -138,23 +144,25 @@ def _journal(book: Notebook, profile: str, file: Path) -> tuple[dict[str, Any], 
     of, at = head.get("notebook"), parameters.get("profile", profile)
     if (of, at) != (book.name, profile):
         raise LowbitError(
-            f"that journal is of {of} at {at}, not of {book.name} at {profile}: name these, or another --journal"
+            f"that journal belongs to {of} at {at}, not to {book.name} at {profile}: give those, or another --journal"
         )
     if unknown := sorted(set(parameters) - {*book.defaults, "profile"}):
-        raise LowbitError(f"that journal was made with {unknown[0]!r}, a parameter that {book.name} has no more")
+        raise LowbitError(
+            f"that journal has the parameter {unknown[0]!r}, which {book.name} no longer has; make a new journal"
+        )
     return head, lines
 
 
 def pick(
     lines: Sequence[dict[str, Any]], wanted: Sequence[str], count: int | None = None, draw: int = 0
 ) -> list[dict[str, Any]]:
-    """The trainings that fit all of ``wanted``, each ``name=value``; of these, ``count`` at random.
+    """The trainings that match all of ``wanted``, each ``name=value``; of these, ``count`` at random.
 
-    Names are those of the arms' arguments, ``seed`` and ``sweep``. ``draw`` is the seed of the choice. Trials of
-    learning rates (`lowbit_suite.choose_rates`) are only among them if the sweep is asked for.
+    Allowed names are the arms' arguments, ``seed`` and ``sweep``. ``draw`` is the random seed of the choice. Trials of
+    learning rates (`lowbit_suite.choose_rates`) are included only if ``wanted`` names their sweep.
 
     Raises:
-        LowbitError: an unknown name, something that is not of that form, nothing that fits.
+        LowbitError: an item of ``wanted`` has an unknown name or another form, or no training matches.
     """
     found = list(lines)
     if not any(text.startswith("sweep") for text in wanted):
@@ -163,7 +171,7 @@ def pick(
         name, equals, value = (part.strip() for part in text.partition("="))
         allowed = [*OWN, *dict.fromkeys(key for line in lines for key in line["arm"])]
         if not equals or name not in allowed:
-            raise LowbitError(f"{text!r} is not of the form NAME=VALUE with one of the names {', '.join(allowed)}")
+            raise LowbitError(f"{text!r} does not have the form NAME=VALUE with one of the names {', '.join(allowed)}")
         values = [_of(line, name) for line in found]
         found = [line for line in found if name in OWN or name in line["arm"] if _fits(_of(line, name), text, value)]
         if not found:
@@ -176,16 +184,16 @@ def pick(
 
 
 def without(lines: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trainings that stand."""
+    """The trainings that are not repeated."""
     again = {journal.key(line) for line in chosen}
     return [line for line in lines if journal.key(line) not in again]
 
 
 def compare(chosen: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]]) -> list[Row]:
-    """Each chosen training beside what it gives now.
+    """Compare each chosen training with its new result.
 
     Raises:
-        LowbitError: one was not run, since the notebook does not ask for it any more.
+        LowbitError: a training was not run, since the notebook no longer has it.
     """
     now = {journal.key(line): line["result"] for line in made}
     if missing := [line for line in chosen if journal.key(line) not in now]:

@@ -1,9 +1,9 @@
-"""Baselines: the accepted numbers of a profile, and what may differ from them.
+"""Baselines: the accepted numbers of a profile, and their tolerances.
 
 One file for each profile and device class, ``results/baselines/<profile>-<cpu|cuda>.json``. A metric agrees when
 it lies within ``tolerance`` of ``value``. The tolerance comes from runs with other seeds (`spread`): a number that
 depends on a seed depends on the machine's rounding in the same way, so another machine is one more draw. A metric
-whose spread nobody has measured has to be reproduced exactly, up to `ROUNDING`.
+without a measured spread has to be reproduced exactly, up to `ROUNDING`.
 """
 
 import fnmatch
@@ -25,14 +25,14 @@ LEVEL = 0.99
 """Coverage of the prediction interval: of 100 honest new runs of a metric, about one falls outside."""
 
 ROUNDING = 1e-6
-"""Relative slack for numbers that are not whole: single-precision sums differ so much between processors."""
+"""Relative tolerance for non-integers: single-precision sums differ by this much between processors."""
 
 EXACT = "not measured: has to be reproduced exactly (lowbit accept --seeds N measures the spread)"
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """One accepted metric; ``values`` are the single runs that ``value`` is the mean of."""
+    """One accepted metric; ``value`` is the mean of ``values``, the results of single runs."""
 
     value: float | int
     tolerance: float
@@ -63,7 +63,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison. ``verdict`` is ``same``, ``improved`` or what is wrong; ``ok`` says which."""
+    """One line of a comparison. ``verdict`` is ``same``, ``improved`` or the fault; ``ok`` is False for a fault."""
 
     notebook: str
     metric: str
@@ -80,7 +80,7 @@ def path(profile: str, device: str) -> Path:
 
 
 def load(profile: str, device: str) -> Baseline:
-    """Reads the baseline; a missing or broken file is a `LowbitError` that says what to do."""
+    """Read the baseline; a missing or broken file raises a `LowbitError` that says what to do."""
     file = path(profile, device)
     if not file.exists():
         raise LowbitError(
@@ -118,12 +118,12 @@ def save(baseline: Baseline) -> Path:
 def compare(
     run: Run, baseline: Baseline, only: Sequence[str] | None = None, profile: Profile | None = None
 ) -> list[Row]:
-    """Every difference between a run and the baseline, and every agreement, one row each.
+    """Compare a run with the baseline: one row for each metric, whether it agrees or differs.
 
-    Both sides need the same notebooks and the same metrics; a notebook that has not passed, other parameters,
-    NaN or infinity, a changed unit or direction, a vanished or a new metric are all differences; that nothing could
-    be compared is one, too. ``only`` restricts the comparison to some notebooks, and ``profile`` says which of them
-    may be skipped.
+    Both sides need the same notebooks and the same metrics. Differences are: a notebook that did not pass, other
+    parameters, NaN or infinity, a changed unit or direction, and a missing or new metric. A comparison without any
+    number is a difference too. ``only`` restricts the comparison to some notebooks, and ``profile`` says which of
+    them may be skipped.
     """
     names = list(dict.fromkeys([*(entry.name for entry in run.notebooks), *baseline.notebooks]))
     for name in only or ():
@@ -181,7 +181,7 @@ def _compare_metric(notebook: str, key: str, now: Metric | None, old: Accepted |
 
 
 def slack(metric: Accepted) -> float:
-    """How far a value may lie from the accepted one."""
+    """The largest allowed distance from the accepted value."""
     whole = isinstance(metric.value, int) or float(metric.value).is_integer()
     return max(metric.tolerance, 0.0 if whole and metric.tolerance == 0 else ROUNDING * abs(metric.value))
 
@@ -195,7 +195,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     from scipy import stats
 
     if len(values) < 2:
-        raise LowbitError(f"a spread needs at least 2 runs, and there are {len(values)}")
+        raise LowbitError(f"a spread needs at least 2 runs, not {len(values)}")
     array = np.asarray(values, dtype=np.float64)
     quantile = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
     return float(array.mean()), float(quantile * array.std(ddof=1) * np.sqrt(1 + 1 / len(values)))
@@ -204,16 +204,16 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def propose(
     run: Run, old: Baseline | None, repeats: Mapping[str, Sequence[Entry]] | None = None, *, pool: bool = False
 ) -> Baseline:
-    """The baseline that this run would make.
+    """The new baseline from this run.
 
     ``repeats`` are further passed runs of a notebook that differ from ``run`` in nothing but the seed; value and
     tolerance of its metrics are then taken from all of them. Without them a metric keeps its earlier tolerance,
     and a new one has to be reproduced exactly. Accepted notebooks that are not in this run are kept while the
     project still has their file.
 
-    With ``pool`` the run is one more draw, on another machine, beside those of the accepted baseline: nothing is
-    replaced, and value and tolerance come from all of them. What it reproduces to `ROUNDING` is no new draw, and a
-    integer that was the same in every run stays exact.
+    With ``pool`` the run, from another machine, is one more draw beside those of the accepted baseline: nothing is
+    replaced, and value and tolerance come from all of them. A number that it reproduces up to `ROUNDING` is no new
+    draw, and an integer that was the same in every run stays exact.
 
     Raises:
         LowbitError: A notebook has not passed, a value is not finite, or the repeats record other metrics; with
@@ -252,8 +252,8 @@ def propose(
 def _pooled(entry: Entry, before: AcceptedNotebook | None) -> AcceptedNotebook:
     if before is None or before.parameters != entry.parameters:
         raise LowbitError(
-            f"{entry.name}: the baseline has nothing for these parameters that a further machine's numbers could "
-            "join; leave out --pool"
+            f"{entry.name}: the baseline has no numbers for these parameters, so there is nothing to add to; "
+            "leave out --pool"
         )
     metrics = dict(before.metrics)
     for key, metric in entry.metrics.items():
@@ -261,7 +261,7 @@ def _pooled(entry: Entry, before: AcceptedNotebook | None) -> AcceptedNotebook:
         values = old.values if old else []
         exact = old is None or (old.tolerance == 0 and float(old.value).is_integer())
         if exact or not values or (old.unit, old.better) != (metric.unit, metric.better):
-            continue  # a count that never varied, or nothing to join: `compare` goes on telling the difference
+            continue  # a count that never varied, or no accepted metric: `compare` still reports the difference
         if not any(math.isclose(metric.value, value, rel_tol=ROUNDING) for value in values):
             mean, width = spread([*values, metric.value])
             how = f"mean of {len(values) + 1} runs (seeds, machines); half-width of the {LEVEL:.0%} prediction interval"
@@ -285,7 +285,7 @@ def _accept(metric: Metric, values: list[float | int], before: Accepted | None) 
 
 
 def changes(old: Baseline | None, new: Baseline) -> list[Row]:
-    """What accepting ``new`` would change: one row for each metric that is not exactly as before."""
+    """The changes from ``old`` to ``new``: one row for each metric that is not exactly the same."""
     rows = []
     for name in sorted({*(old.notebooks if old else {}), *new.notebooks}):
         before = old.notebooks[name].metrics if old and name in old.notebooks else {}
@@ -318,7 +318,7 @@ def _with_unit(value: float | int, unit: str) -> str:
 
 
 def pick(names: Sequence[str] | None, run: Run, old: Baseline | None) -> list[str] | None:
-    """The notebooks of the run and the baseline that names and globs as for ``lowbit run`` ask for; None for all."""
+    """The notebooks of the run and the baseline that match names and globs as in ``lowbit run``; None for all."""
     if not names:
         return None
     there = sorted({entry.name for entry in run.notebooks} | set(old.notebooks if old else ()))

@@ -1,5 +1,4 @@
-"""What an accepted run leaves in ``results/`` beside its numbers: the tables that ``lowbit claims`` reads, the
-trainings that they come from, and a few pictures."""
+"""Copies an accepted run's tables, which ``lowbit claims`` reads, its trainings and a few figures to ``results/``."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from lowbit_suite.records import journal
 from lowbit_suite.running.run_json import Run
 
 WITHOUT = ("smoke",)
-"""Profiles that show mechanisms only: ``lowbit claims`` does not look at their tables, so none are kept."""
+"""Profiles that only show mechanisms: ``lowbit claims`` does not read their tables, so none are kept."""
 
 PICTURES = (
     "02_with_and_without_zero",
@@ -37,15 +36,15 @@ PICTURES = (
     "18_factorial",
     "18_freezing_and_transfer",
 )
-"""The figures worth keeping at the larger profiles; those of learning rates are kept too."""
+"""The figures to keep at the larger profiles; those of learning rates are kept too."""
 
 
 def files(run: Run, folder: Path) -> dict[Path, Path]:
-    """Where in ``results/`` each table, journal and picture of the notebooks that passed belongs.
+    """The place in ``results/`` for each table, journal and figure of the notebooks that passed.
 
     Args:
-        run: what ``run.json`` says; nothing is kept of the profiles in `WITHOUT`.
-        folder: the run's.
+        run: the content of ``run.json``; nothing is kept from the profiles in `WITHOUT`.
+        folder: the folder of the run.
 
     Returns:
         The kept file's path for each file of the run.
@@ -70,7 +69,7 @@ def changed(run: Run, folder: Path) -> list[Path]:
 
 
 def keep(run: Run, folder: Path) -> None:
-    """Copies `files`, and removes what an earlier run of the same notebooks has left there and this one has not."""
+    """Copy `files`, and remove those that an earlier run of the same notebooks left there and this one lacks."""
     found = files(run, folder)
     for path in _left_over(run, set(found.values())):
         path.unlink()

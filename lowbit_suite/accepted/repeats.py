@@ -1,4 +1,4 @@
-"""Further runs of the same notebooks with other seeds, to measure how far their numbers scatter."""
+"""Runs the same notebooks with more seeds, to measure the spread of their numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from lowbit_suite.running.run_json import Entry, Run
 def repeat(
     run: Run, seeds: int, folder: Path, *, jobs: int = 1, progress: Progress | None = None
 ) -> dict[str, list[Entry]]:
-    """Runs each notebook of ``run`` that has a parameter ``seed`` or ``seeds`` with ``seeds - 1`` further ones.
+    """Run each notebook of ``run`` that has a parameter ``seed`` or ``seeds`` with ``seeds - 1`` more seeds.
 
-    Everything else is as in ``run``. Results go to ``folder/seeds/<seed>``. Returns the passed entries by notebook;
-    a notebook that does not pass with another seed is a `LowbitError`, for then its number is luck.
+    Everything else is as in ``run``. Results go to ``folder/seeds/<seed>``. Returns the passed entries by notebook.
+    A notebook that does not pass with another seed raises `LowbitError`, since its number is then due to luck.
     """
     found: dict[str, list[Entry]] = {}
     seeded = [entry for entry in run.notebooks if further(entry.parameters, 1)]
@@ -50,7 +50,7 @@ def repeat(
 def further(parameters: dict[str, Any], step: int) -> dict[str, Any]:
     """The ``step``-th seeds after those in ``parameters``: an integer ``seed``, or a list ``seeds`` of them.
 
-    A list of n becomes the ``step``-th next n, so that no seed counts twice. Empty if there is neither.
+    A list of n seeds is replaced by the ``step``-th following n, so that no seed counts twice. Empty without seeds.
     """
     seed, seeds = parameters.get("seed"), parameters.get("seeds")
     if type(seed) is int:
@@ -61,7 +61,7 @@ def further(parameters: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def _same_code(run: Run, names: list[str], profile: profiles.Profile, folder: Path) -> None:
-    """Runs of different code do not belong into one spread."""
+    """Refuse to measure one spread from runs of different code."""
     if not names:
         return
     kept, shared = Cache(folder), fingerprint.facts(environment.describe())

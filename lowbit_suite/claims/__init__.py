@@ -1,9 +1,9 @@
 """``lowbit claims``: judges each claim by the recorded tables, and by nothing else.
 
-``claims.yaml`` beside this file holds the claims as statements and conditions, written down before the runs. A
-statement is judged from the rows of a saved table (one row a measurement, with its seed) at the profile `MAIN`: the
-study's long trainings. It is *not tested* unless the conditions hold: a network that has not learned says nothing
-about a claim. The notebooks' own short trainings are *looks*: effects with intervals, and no verdict.
+``notebooks/claims.yaml`` holds the claims as statements and conditions, written down before the runs. A statement is
+judged from the rows of a saved table (one row per measurement, with its seed) at the profile `MAIN`, the study's long
+trainings. It is *not tested* unless its conditions hold: a network that has not learned says nothing about a claim.
+The notebooks' own short trainings are *looks*: they show effects with intervals and give no verdict.
 """
 
 import csv
@@ -43,9 +43,9 @@ __all__ = [
 ]  # fmt: skip
 
 FILE = "claims.yaml"
-"""In the folder of the notebooks."""
+"""File name, in the folder of the notebooks."""
 MAIN = profiles.STUDY
-"""The profile whose tables decide; trainings of the other profiles are looked at."""
+"""The profile whose tables decide; the tables of other profiles are looks."""
 
 METHOD = (
     "paired differences by seed (by speaker where each is left out in turn), mean with Student's t interval of 95 %; "
@@ -57,14 +57,14 @@ KEYS = {
     "says", "table", "each", "a", "b", "value", "b_value", "times", "pair", "expected", "margin", "unit", "all", "log",
     "role", "ours", "at", "slope", "descriptive", "conditions",
 }  # fmt: skip
-"""What a statement may say; the comments of claims.yaml explain each."""
+"""The keys of a statement; the comments of claims.yaml explain each."""
 
 
 def load(file: Path | None = None) -> list[dict[str, Any]]:
-    """The claims as written down, each statement with its `each` combinations spelled out and all its conditions.
+    """Read the claims; each statement has its `each` combinations expanded and all its conditions.
 
     Raises:
-        LowbitError: an entry with unknown, missing or contradictory keys, or a claim without a primary statement.
+        LowbitError: an entry has unknown, missing or contradictory keys, or a claim has no primary statement.
     """
     file = file or paths.notebooks() / FILE
     if not file.is_file():
@@ -86,10 +86,10 @@ def _spelled_out(claim: str, item: dict[str, Any]) -> list[dict[str, Any]]:
     needed = {"says", "table"} | ({"all"} if "all" in item else {"a", "value", "unit"})
     needed |= set() if item.get("descriptive") or "all" in item else {"expected"}
     if unknown := sorted(set(item) - KEYS) + sorted(needed - set(item)):
-        raise LowbitError(f"claim {claim}: a statement has unknown or lacks keys: {', '.join(unknown)}")
+        raise LowbitError(f"claim {claim}: a statement has unknown or missing keys: {', '.join(unknown)}")
     for key, allowed in (("role", ("primary", "secondary")), ("expected", EXPECTED)):
         if key in item and item[key] not in allowed:
-            raise LowbitError(f"claim {claim}: {key} {item[key]!r} is not allowed; {', '.join(allowed)} are")
+            raise LowbitError(f"claim {claim}: {key} {item[key]!r} is not allowed; give one of {', '.join(allowed)}")
     if ("slope" in item and ("at" in item or "b" not in item)) or (
         item.get("descriptive") and item.get("role") == "primary"
     ):
@@ -116,7 +116,7 @@ def judge(profile: str = MAIN, folder: Path | None = None, file: Path | None = N
         file: the claims.
 
     Raises:
-        LowbitError: a table that lacks a column that a statement names, or rows without their pair.
+        LowbitError: a table lacks a column that a statement names, or has rows without their pair.
     """
     folder = folder or paths.results() / "tables"
     if profile != MAIN:
@@ -137,14 +137,14 @@ def judge_run(profile: str, folder: Path, file: Path | None = None) -> list[Clai
 
 
 def judge_all(folder: Path | None = None, file: Path | None = None) -> list[Claim]:
-    """Every claim judged, and then looked at, at each other profile that has tables in ``folder``."""
+    """All claims judged, followed by the looks at each other profile that has tables in ``folder``."""
     folder = folder or paths.results() / "tables"
     others = [name for name in reversed(profiles.NAMES) if any((folder / name).glob("*.csv"))]  # the larger first
     return [claim for name in (MAIN, *others) for claim in judge(name, folder, file)]
 
 
 def _looked_at(claim: dict[str, Any]) -> list[dict[str, Any]]:
-    """The statements for a look; a claim that trains no network has the same for both."""
+    """The statements of a look; a claim that trains no network has the same ones as for its judgment."""
     return claim["looks"] or (claim["statements"] if "profile" in claim else [])
 
 
@@ -274,7 +274,7 @@ def _statement(item: dict[str, Any], measured: measuring.Measured, said: str, wh
 
 
 def _again(cards: list[dict[str, Any]], folder: Path) -> dict[str, str]:
-    """For each journal of the notebooks that made the tables, a command that trains one of its rows once more."""
+    """For each journal of the notebooks that made the tables, a command that repeats one of its trainings."""
     found = {}
     for card in cards:
         command = card.get("command", "")

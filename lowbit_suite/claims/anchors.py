@@ -1,4 +1,4 @@
-"""Published anchors: what full training reaches in public, from ``notebooks/anchors.yaml``, shown beside the claims.
+"""Published anchors: results of full training from the literature (``notebooks/anchors.yaml``), shown with the claims.
 
 No verdict reads them: networks, data and lengths differ from those of this project.
 """
@@ -26,15 +26,15 @@ class Anchor(BaseModel):
     Attributes:
         id: Short name, unique in the file.
         claims: Ids of the claims it is an anchor for.
-        method: Name of the method; says "reproduction" where others than its authors trained it.
+        method: Name of the method; it says "reproduction" if its authors did not train it themselves.
         network: Name of the network.
         data: Name of the data set.
         bits: Width of weights and activations, such as ``W2A2``; ``W3`` where the source gives no width for
             activations; None for findings.
-        value: The number as published; None for findings and for what was not checked.
+        value: The number as published; None for findings and unchecked entries.
         unit: Unit of ``value`` and ``full_precision``.
         full_precision: The number of the full-precision twin in the same source.
-        recipe: Epochs, teacher and start, as far as the source says.
+        recipe: Epochs, teacher and initialization, as far as the source says.
         finding: One sentence in place of a number.
         source: Authors, title, venue and table.
         checked: Whether the number or finding was read in the source itself.
@@ -93,11 +93,11 @@ def markdown(claim_id: str, anchors: Sequence[Anchor] | None = None) -> list[str
     """Format the anchors of a claim as lines of Markdown: title, table, findings, and what could not be checked.
 
     Args:
-        claim_id: Such as ``"D5"``.
+        claim_id: Id of the claim, such as ``"D5"``.
         anchors: From `load`; by default the project's file is read.
 
     Returns:
-        The lines, without a blank one before or after; none if the claim has no anchor.
+        The lines, without blank lines around them; empty if the claim has no anchor.
     """
     anchors = load() if anchors is None else anchors
     mine = [anchor for anchor in anchors if claim_id in anchor.claims]

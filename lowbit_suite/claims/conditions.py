@@ -1,7 +1,7 @@
-"""What has to be true of the trainings before a statement about them is tested: learned networks, weights in motion.
+"""Conditions that trainings have to meet before a statement about them is tested, such as an accuracy.
 
-A condition is a number that the recorded rows give, and a bound on it. It is written down in ``claims.yaml`` before the
-runs. Where a table, a row or a column is missing the condition is not met.
+A condition is a number from the recorded rows and a bound on it. It is written down in ``claims.yaml`` before the runs.
+It is not met if a table, a row or a column is missing.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BOUNDS = {
     "at_most": ("at most", lambda found, bound: found <= bound),
     "below": ("below", lambda found, bound: found < bound),
 }
-"""For each kind of bound its words, and when a number keeps it."""
+"""For each kind of bound, its description and its test."""
 
 REDUCE = ("mean", "min", "max")
 KEYS = {"says", "table", "rows", "value", "reduce", "minus", *BOUNDS}
@@ -24,11 +24,11 @@ KEYS = {"says", "table", "rows", "value", "reduce", "minus", *BOUNDS}
 
 @dataclass(frozen=True)
 class Check:
-    """A condition with the number that was found.
+    """A condition with the measured number.
 
     Attributes:
-        says: the condition in words, with the number, the bound, and the reason where there is no number.
-        met: whether the number keeps the bound.
+        says: the condition in words, with the number, the bound, and the reason if there is no number.
+        met: whether the number satisfies the bound.
     """
 
     says: str
@@ -36,15 +36,15 @@ class Check:
 
 
 def parse(claim: str, given: list[Any], named: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conditions of a list, names replaced by what they stand for.
+    """The conditions of a list, with names replaced by their definitions.
 
     Args:
-        claim: its id, for messages.
+        claim: id of the claim, for error messages.
         given: names, or conditions written out.
         named: the conditions at the top of the file.
 
     Raises:
-        LowbitError: an unknown name, unknown or missing keys, or not exactly one bound.
+        LowbitError: a name is unknown, keys are unknown or missing, or there is not exactly one bound.
     """
     found = []
     for one in given:
@@ -63,12 +63,12 @@ def parse(claim: str, given: list[Any], named: dict[str, dict[str, Any]]) -> lis
 
 
 def check(item: dict[str, Any], folder: Path, table: str, pairs: int) -> Check:
-    """Compares what the tables in ``folder`` say with one condition.
+    """Check one condition against the tables in ``folder``.
 
     Args:
         item: the condition, from `parse`.
-        folder: with the tables.
-        table: where to look if the condition names no table.
+        folder: folder of the tables.
+        table: table to use if the condition names none.
         pairs: how many pairs of seeds the statement has.
     """
     if "seeds" in item:
@@ -85,7 +85,7 @@ def check(item: dict[str, Any], folder: Path, table: str, pairs: int) -> Check:
 
 
 def _reduced(item: dict[str, Any], query: str, folder: Path, table: str) -> float | str:
-    """The number, or why there is none."""
+    """The number, or the reason why there is none."""
     name = item.get("table", table)
     frame = measuring.read(folder, name)
     if frame is None:

@@ -1,4 +1,4 @@
-"""What the rows of a saved table say about one statement of a claim: an effect, or why there is none."""
+"""Measures the effect of one statement of a claim from the rows of a saved table."""
 
 import json
 import math
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     import pandas
 
 LEAST_BUDGETS = 3
-"""A trend needs as many lengths of training."""
+"""Smallest number of training lengths that a trend needs."""
 
 COUNTED = {"repeat": "rounds", "speaker": "speakers"}
-"""What the pairs are called where they are not seeds."""
+"""Names of the pairs that are not seeds."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a table says.
+    """The measurement of one statement.
 
     Attributes:
-        effect: the mean difference with its interval; None where there is none.
-        holds: for checks without an effect: whether all of them hold.
+        effect: the mean difference with its interval, or None.
+        holds: whether all checks hold, for statements that have checks instead of an effect.
         table: path of the rows, relative to the project; None if there is no such file.
         missing: why nothing is measured; empty otherwise.
-        note: what was left out, or how many checks hold.
+        note: the pairs that were left out, or how many checks hold.
     """
 
     effect: Effect | None = None
@@ -40,17 +40,17 @@ class Measured:
 
 
 def measure(item: dict[str, Any], folder: Path, growing: bool = False) -> Measured:
-    """Measures one statement by the table in ``folder`` that it names.
+    """Measure one statement with the table in ``folder`` that it names.
 
     Args:
         item: the statement as `lowbit_suite.claims.load` returns it.
-        folder: with the tables, or a run's with one folder for each notebook.
-        growing: the table is still being filled: seeds without their pair are left out, and a column that no row
-            has yet is a reason why nothing is measured.
+        folder: folder of the tables, or of a run, which has one folder of tables for each notebook.
+        growing: whether the table is still being filled: then seeds without their pair are left out, and a missing
+            column means that nothing is measured yet.
 
     Raises:
-        LowbitError: of a table that is not growing: a missing column, a query that cannot be parsed, or seeds without
-            their pair.
+        LowbitError: a table that is not growing lacks a column or has seeds without their pair, or a query cannot be
+            parsed.
     """
     frame = read(folder, item["table"])
     if frame is None:
@@ -92,11 +92,13 @@ def _measure(item: dict[str, Any], frame: "pandas.DataFrame", shown: str, growin
         budgets = f" at {LEAST_BUDGETS} budgets" if "slope" in item else ""
         return Measured(table=shown, missing=f"none of the {counted} in {name} has both arms{budgets}")
     left_out = ", ".join(map(str, sorted(left)))
-    return Measured(effect, table=shown, note=f"left out, for want of a pair: {counted} {left_out}" if left else "")
+    return Measured(
+        effect, table=shown, note=f"left out because their pair is missing: {counted} {left_out}" if left else ""
+    )
 
 
 def _trend(a: "pandas.Series", b: "pandas.Series", unit: str, counted: str) -> tuple[Effect | None, set]:
-    """The mean slope over seeds, by their budgets that both arms have; and the seeds that have too few."""
+    """The mean slope over seeds, from the budgets that both arms have; and the seeds with too few budgets."""
     differences = (a - b).dropna()
     slopes = {seed: slope(group.droplevel(0)) for seed, group in differences.groupby(level=0)}
     slopes = {seed: value for seed, value in slopes.items() if value is not None}
@@ -107,7 +109,7 @@ def _trend(a: "pandas.Series", b: "pandas.Series", unit: str, counted: str) -> t
 
 
 def _common(a: "pandas.Series", b: "pandas.Series", unit: str, counted: str) -> tuple[Effect | None, set]:
-    """The paired difference over the seeds that both arms have; and the other seeds."""
+    """The paired difference over the seeds that both arms have; and the remaining seeds."""
     both = a.index.intersection(b.index)
     left = {*a.index, *b.index} - {*both}
     return (None if both.empty else paired_difference(a[both], b[both], unit=unit, of=counted)), left
@@ -131,22 +133,22 @@ def read(folder: Path, table: str) -> "pandas.DataFrame | None":
 
 
 def rows(frame: "pandas.DataFrame", query: str, table: str) -> "pandas.DataFrame":
-    """The rows that fit ``query``; ``table`` is for the message of a query that cannot be parsed."""
+    """The rows that match ``query``; ``table`` is its name, for error messages."""
     try:
         return frame.query(query)
-    except Exception as error:  # pandas raises half a dozen kinds
-        raise LowbitError(f"{table}: {query!r} cannot be asked of it: {error}") from None
+    except Exception as error:  # pandas raises many kinds
+        raise LowbitError(f"{table}: the query {query!r} fails: {error}") from None
 
 
 def column(frame: "pandas.DataFrame", name: str, table: str) -> "pandas.Series":
-    """A column, or a message with those that there are."""
+    """A column of a table; if it is missing, the error lists the existing ones."""
     if name not in frame.columns:
         raise LowbitError(f"{table} has no column {name!r}; it has {', '.join(frame.columns)}")
     return frame[name]
 
 
 def find(folder: Path, name: str) -> Path:
-    """A file in ``folder``, or in the folders of the notebooks that a run has there."""
+    """A file in ``folder``, or in the notebooks' folders inside it."""
     return next(iter([*folder.glob(name), *folder.glob(f"*/{name}")]), folder / name)
 
 
@@ -166,19 +168,19 @@ def _selected(query: str, item: dict[str, Any]) -> str:
 
 
 def _values(frame: "pandas.DataFrame", query: str, value: str | list[str], pair: str, item: dict[str, Any]):
-    """One number a seed (with ``slope``: a seed and budget): the mean over its rows and over the given columns."""
+    """One number per seed (with ``slope``: per seed and budget): the mean over its rows and the given columns."""
     name = item["table"]
     chosen = rows(frame, _selected(query, item), name)
     columns = [column(chosen, each, name) for each in ([value] if isinstance(value, str) else value)]
     mean = sum(columns) / len(columns) * item.get("times", 1)
-    if item.get("log"):  # ratios, as of times, multiply
+    if item.get("log"):  # ratios, such as those of times, multiply
         mean = mean.map(math.log)
     by = [column(chosen, each, name) for each in (pair, *([item["slope"]] if "slope" in item else []))]
     return mean.groupby(by if len(by) > 1 else by[0]).mean()
 
 
 def _pair(frame: "pandas.DataFrame", item: dict[str, Any]) -> str:
-    """The column whose values are the pairs: of several named, the first that has more than one value."""
+    """The column whose values define the pairs: the first named column that has more than one value."""
     named = item.get("pair", "seed")
     columns = [named] if isinstance(named, str) else named
     return next((name for name in columns if column(frame, name, item["table"]).nunique() > 1), columns[-1])

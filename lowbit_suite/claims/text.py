@@ -1,4 +1,4 @@
-"""The judged claims for people: ``results/claims.md``, and the cells of the notebooks that show them."""
+"""Formats the judged claims for ``results/claims.md`` and for the notebooks that show them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ nothing else. {method}.
 
 
 def write(claims: Sequence[Claim], folder: Path) -> tuple[Path, Path]:
-    """Writes ``claims.json`` and ``claims.md`` to ``folder``; returns both paths."""
+    """Write ``claims.json`` and ``claims.md`` to ``folder``; return both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     as_json, as_text = folder / "claims.json", folder / "claims.md"
     verdicts.save(claims, as_json)
@@ -47,7 +47,7 @@ def write(claims: Sequence[Claim], folder: Path) -> tuple[Path, Path]:
 
 
 def markdown(claims: Sequence[Claim]) -> str:
-    """The claims for people: a table, then for each claim its statements, conditions, rows and looks."""
+    """The claims as Markdown: a table, then for each claim its statements, conditions, evidence and looks."""
     judged = verdicts.judged(claims)
     profiles = list(dict.fromkeys(claim.profile for claim in claims if claim.look))
     main = next(iter(judged.values())).profile
@@ -74,7 +74,7 @@ def markdown(claims: Sequence[Claim]) -> str:
 
 
 def _published(claim: Claim) -> list[str]:
-    """What others have published on it; nothing in a project without the file."""
+    """The published anchors of the claim; empty if the project has no file of them."""
     lines = anchors.markdown(claim.id) if (paths.notebooks() / anchors.FILE).is_file() else []
     return ["", *lines] if lines else []
 
@@ -91,12 +91,12 @@ def statements(claim: Claim) -> list[str]:
 
 
 def detectable(judged: Statement) -> str:
-    """The smallest effect that the design detects, in words; empty where nothing was measured."""
+    """The smallest effect that the design detects, in words; empty if nothing was measured."""
     return "" if judged.detectable is None else f"{judged.detectable:.2g} {judged.unit}".strip()
 
 
 def conditions(claim: Claim) -> list[str]:
-    """The conditions of a claim with what was found, as the lines of a list; none without conditions."""
+    """The conditions of a claim with the measured numbers, as lines of a list; empty without conditions."""
     met = {True: "met", False: "**not met**"}
     lines = [f"- {met[check.met]}: {check.says}" for check in claim.conditions]
     return ["", "Conditions, written down before the runs:", "", *lines] if lines else []
@@ -128,7 +128,7 @@ def _evidence(claim: Claim) -> list[str]:
 
 
 def _pictures(claim: Claim) -> list[Path]:
-    """The claim's own figure at the study, else those of the notebooks that made its tables; from ``results/``."""
+    """The claim's figure from the study, else the figures of the notebooks that made its tables; from ``results/``."""
     own = paths.results() / "figures" / claim.profile / f"{claim.id}.png"
     if own.exists():
         return [own.relative_to(paths.results())]
@@ -138,7 +138,7 @@ def _pictures(claim: Claim) -> list[Path]:
 
 
 def costs(profile: str) -> list[str]:
-    """What the trainings in the journals of a profile took, as the lines of a section; none without journals."""
+    """The cost of the trainings in a profile's journals, as lines of a section; empty without journals."""
     rows = []
     for path in sorted(journal.kept(profile, "any").parent.glob("*.jsonl")):
         lines = journal.read(path)[1:]
@@ -167,14 +167,14 @@ def _link(path: str) -> Path:
 
 
 def show(*ids: str, folder: Path | None = None) -> "Markdown":
-    """What ``lowbit claims`` last wrote about these claims, for a notebook: verdict, conditions and looks.
+    """The last results of ``lowbit claims`` on these claims, for a notebook: verdict, conditions and looks.
 
     Args:
-        ids: such as ``"D1"``.
-        folder: with ``claims.json``; the results, or the project's own where ``LOWBIT_RESULTS`` has none.
+        ids: ids of claims, such as ``"D1"``.
+        folder: folder of ``claims.json``; None takes the results, or the project's if ``LOWBIT_RESULTS`` has none.
 
     Raises:
-        LowbitError: a claim that is not judged there.
+        LowbitError: the file has no judgment of a claim.
     """
     from IPython.display import Markdown
 

@@ -1,4 +1,4 @@
-"""What is said of a claim: verdicts where it is judged, directions where trainings are only looked at."""
+"""Verdicts on judged claims, and directions of looks."""
 
 import json
 from collections import Counter
@@ -13,10 +13,10 @@ from lowbit_suite.claims.conditions import Check
 LOOK = "look"
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not tested", "no evidence", "descriptive", LOOK)
 DIRECTIONS = {"reproduced": "points to the claim", "not reproduced": "points against it", "inconclusive": "open"}
-"""What a look says where a judgment would give the verdict."""
+"""The direction that a look gives in place of each verdict."""
 
 MIXED = "mixed"
-"""The direction of a look whose statements point both ways."""
+"""The direction of a look whose statements disagree."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Statement:
     Attributes:
         says: the statement in words.
         verdict: one of `VERDICTS`.
-        effect: mean difference a - b; None without evidence, or where checks hold or do not.
-        interval: its bounds of 95 %, or None.
+        effect: mean difference a - b; None without evidence, and for statements that have checks instead.
+        interval: its 95 % confidence interval, or None.
         unit: of the effect.
-        seeds: how many pairs there are.
+        seeds: number of pairs.
         table: path of the rows, relative to the project; None if there is no such file.
-        note: why there is no evidence, or what the test was.
-        of: what ``seeds`` counts: seeds, speakers, or rounds of a timing.
+        note: the reason why there is no evidence, or the test that was used.
+        of: the things that ``seeds`` counts: seeds, speakers, or rounds of a timing.
         role: a claim's verdict is that of its primary statements; secondary ones are listed beside them.
-        ours: a control or caveat of this project's own, not a statement of the paper.
-        direction: where a look points; empty for a verdict.
+        ours: whether it is a control or caveat of this project and not a statement of the paper.
+        direction: direction of a look; empty for a verdict.
         detectable: the smallest effect that the design detects in four of five cases, in ``unit``.
-        corrected: the verdict by Holm's test over the primary statements; empty where that changes nothing.
-        conditions: what had to be true of the trainings, with what was found.
+        corrected: the verdict by Holm's test over the primary statements; empty if that changes nothing.
+        conditions: the conditions on the trainings, with the measured numbers.
     """
 
     says: str
@@ -59,7 +59,7 @@ class Statement:
 
     @property
     def unmet(self) -> list[Check]:
-        """The conditions that keep it from being tested."""
+        """The conditions that are not met; with any, the statement is not tested."""
         return [check for check in self.conditions if not check.met]
 
 
@@ -81,18 +81,18 @@ class Claim:
     runs: list[str]
     command: str
     again: dict[str, str] = field(default_factory=dict)
-    """For each journal of trainings (a path in the project) a command that trains one of its rows once more."""
+    """For each journal of trainings (a path in the project), a command that repeats one of its trainings."""
     statements: list[Statement] = field(default_factory=list)
     corrected: str = ""
     """The verdict after the correction for several primary statements (see `correct`)."""
     look: bool = False
-    """Whether it shows effects only and passes no verdict."""
+    """Whether it only shows effects and gives no verdict."""
     direction: str = ""
-    """Of a look: where its statements point."""
+    """The direction of a look."""
 
     @property
     def weakened(self) -> bool:
-        """Whether the correction makes another verdict of it."""
+        """Whether the correction changes the verdict."""
         return self.corrected not in ("", self.verdict)
 
     @property
@@ -102,7 +102,7 @@ class Claim:
 
     @property
     def first(self) -> Statement:
-        """The statement that stands for the claim in a table: the first primary one; of a look, the first."""
+        """The statement that represents the claim in a table: the first primary one, or the first of a look."""
         return next(iter(self.primary or self.statements))
 
     @property
@@ -112,17 +112,17 @@ class Claim:
 
     @property
     def tally(self) -> str:
-        """How many of its statements have which verdict or direction, in words."""
+        """The number of statements with each verdict or direction, in words."""
         counts = Counter(one.direction or one.verdict for one in self.statements)
         order = [*VERDICTS, *DIRECTIONS.values()]
         return ", ".join(f"{counts[word]} {word.removeprefix('points ')}" for word in order if counts[word])
 
 
 def combine(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim from those on its primary statements.
+    """The verdict on a claim from the verdicts on its primary statements.
 
-    One that is not reproduced decides; all have to be reproduced for the claim to be. Where one is not tested, neither
-    is the claim. Without evidence for any there is none for the claim; all else is inconclusive.
+    The claim is not reproduced if one statement is not, and reproduced if all are. It is not tested if one statement is
+    not tested. It has no evidence if no statement has any. In all other cases it is inconclusive.
     """
     if "not reproduced" in verdicts:
         return "not reproduced"
@@ -133,17 +133,17 @@ def combine(verdicts: Sequence[str]) -> str:
 
 
 def correct(verdicts: Sequence[str], p_values: Sequence[float | None], error: float = 0.05) -> list[str]:
-    """The verdicts on the primary statements of a claim, those that fail corrected for their number by Holm's test.
+    """Correct the verdicts on a claim's primary statements for multiple testing, by Holm's test.
 
-    If a claim that is true has several statements, one of them fails more often than ``error`` allows, by the seeds
-    drawn. A statement that fails stays "not reproduced" only if Holm's step-down test over all measured ones rejects
-    it as well. All of them holding needs no correction: it takes the luck of every one.
+    If a true claim has several statements, the chance that at least one fails is larger than ``error``. So a failing
+    statement stays "not reproduced" only if Holm's step-down test over all measured statements rejects it too. A claim
+    whose statements all hold needs no correction, since chance would have to favor every one of them.
 
     Args:
-        verdicts: on the statements, each by its own interval.
-        p_values: against each (`lowbit.metrics.statistics.p_against`); None for one without an interval, which is no
-            matter of chance.
-        error: the chance that any true statement is rejected.
+        verdicts: the verdicts on the statements, each from its own interval.
+        p_values: p-value against each statement (`lowbit.metrics.statistics.p_against`); None for a statement without
+            an interval, which does not depend on chance.
+        error: the probability that any true statement is rejected.
     """
     measured = [i for i, p in enumerate(p_values) if p is not None]
     rejected = dict(zip(measured, holm([p_values[i] for i in measured], error), strict=True))
@@ -154,7 +154,7 @@ def correct(verdicts: Sequence[str], p_values: Sequence[float | None], error: fl
 
 
 def aim(directions: Sequence[str]) -> str:
-    """Where a look at a claim points, from the directions of its statements; `MIXED` where they point both ways."""
+    """The direction of a look, from the directions of its statements; `MIXED` if they disagree."""
     to, against, undecided = DIRECTIONS.values()
     found = set(directions) - {""}
     if {to, against} <= found:
@@ -163,7 +163,7 @@ def aim(directions: Sequence[str]) -> str:
 
 
 def judgment(claim: Claim, mark: str = "**") -> str:
-    """The verdict between marks, and the corrected one where it differs; of a look its direction."""
+    """The verdict between marks, with the corrected one if it differs; for a look, its direction."""
     if claim.look:
         return claim.direction or claim.verdict
     more = f" (corrected: {claim.corrected})" if claim.weakened else ""
@@ -171,7 +171,7 @@ def judgment(claim: Claim, mark: str = "**") -> str:
 
 
 def effect(judged: Statement) -> str:
-    """The effect with interval and seeds, in words; empty where nothing was measured."""
+    """The effect with interval and seeds, in words; empty if nothing was measured."""
     if judged.effect is None:
         return ""
     if judged.interval is None:
@@ -181,23 +181,23 @@ def effect(judged: Statement) -> str:
 
 
 def outcome(judged: Statement) -> str:
-    """The verdict on a statement, or where a look at it points, in words."""
+    """The verdict on a statement, or the direction of a look at it, in words."""
     more = f" (corrected: {judged.corrected})" if judged.corrected else ""
     return (judged.direction or judged.verdict) + more
 
 
 def save(claims: Sequence[Claim], path: Path) -> None:
-    """Writes claims for `read`."""
+    """Write claims to a file that `read` reads."""
     from lowbit_suite.running.run_json import write_json
 
     write_json(path, [asdict(claim) for claim in claims])
 
 
 def read(folder: Path) -> list[Claim]:
-    """The claims that ``lowbit claims`` left in ``folder``; none where there is no ``claims.json``.
+    """Read the claims that ``lowbit claims`` wrote to ``folder``; empty without a ``claims.json``.
 
     Raises:
-        LowbitError: a file that this version has not written.
+        LowbitError: another version wrote the file.
     """
     path = folder / "claims.json"
     if not path.exists():
@@ -209,7 +209,7 @@ def read(folder: Path) -> list[Claim]:
         return found
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LowbitError(
-            f"{path.name} is not that of this version ({error}): make it again with 'lowbit claims'"
+            f"{path.name} was not written by this version ({error}): write it again with 'lowbit claims'"
         ) from None
 
 
@@ -222,10 +222,10 @@ def _claim(item: dict) -> Claim:
 
 
 def judged(claims: Sequence[Claim]) -> dict[str, Claim]:
-    """The claims that were judged and not only looked at, by id."""
+    """The judged claims by id, without the looks."""
     return {claim.id: claim for claim in claims if not claim.look}
 
 
 def looks(claims: Sequence[Claim], id: str) -> list[Claim]:
-    """The looks at one claim, one a profile."""
+    """The looks at one claim, one per profile."""
     return [claim for claim in claims if claim.look and claim.id == id]

@@ -1,1 +1,1 @@
-"""What a notebook leaves behind: numbers, tables, and its trainings as lines of a journal."""
+"""The results of a notebook: numbers, tables, and its trainings as lines of a journal."""

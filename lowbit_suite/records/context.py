@@ -1,4 +1,4 @@
-"""Where the notebook that is being executed leaves its results: one environment variable, set by the runner."""
+"""Tells a notebook's process where to write its results: one environment variable, set by the runner."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ VARIABLE = "LOWBIT_CONTEXT"
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a notebook's process is told; every field is None in an interactive session.
+    """The settings of a notebook's process; every field is None in an interactive session.
 
     Attributes:
-        execution: the name of this execution, given to no other.
-        notebook: its name, such as ``"02_zero_free_shifting"``.
+        execution: unique name of this execution.
+        notebook: name of the notebook, such as ``"02_zero_free_shifting"``.
         records: the file that `lowbit.record` appends to.
-        journal: the file that holds the trainings already done.
+        journal: the file of the trainings that are already done.
         figures: the folder for figures.
         tables: the folder for tables.
     """
@@ -30,13 +30,13 @@ class Context:
     tables: Path | None = None
 
     def variable(self) -> dict[str, str]:
-        """The environment variable that tells a process all this."""
+        """The environment variable that holds all fields, by its name."""
         held = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return {VARIABLE: json.dumps({name: str(value) for name, value in held.items()})}
 
 
 def current(environment: Mapping[str, str] = os.environ) -> Context:
-    """The context of this process, or of the one that has the given environment."""
+    """The context of this process, or of a process with the given environment."""
     held = json.loads(environment.get(VARIABLE) or "{}")
     folders = ("records", "journal", "figures", "tables")
     return Context(**{name: Path(value) if name in folders else value for name, value in held.items()})

@@ -1,9 +1,9 @@
-"""Each training of a notebook as one line of JSON, written when it ends: what `lowbit_suite.sweep` goes on from.
+"""Journals: each finished training of a notebook as one line of JSON, from which `lowbit_suite.sweep` can resume.
 
-The file is ``journals/<notebook>.jsonl`` in the folder of the run. Its first line says what the results depend on, and
-on which processor they were made; the others hold one training each: ``sweep`` (a number and a description), ``arm``,
-``seed``, ``seconds``, ``ended`` and ``result``. A run that was cut off goes on after the last whole line; once anything
-has changed, it starts anew.
+The file is ``journals/<notebook>.jsonl`` in the folder of the run. Its first line holds the dependencies of the results
+and the processor that computed them. Each other line holds one training: ``sweep`` (a number and a description),
+``arm``, ``seed``, ``seconds``, ``ended`` and ``result``. An interrupted run continues after the last complete line; if
+a dependency has changed, it starts again.
 """
 
 import base64
@@ -19,19 +19,19 @@ from lowbit.files import write_text
 from lowbit_suite.records.context import current
 
 ARRAY = "array"
-"""The name in JSON under which an array's bytes stand, compressed and in base 85, beside its dtype and shape."""
+"""The JSON key of an array's bytes, compressed and in base 85; its dtype and shape are beside it."""
 
 TRIALS = "learning rates"
-"""How `lowbit_suite.choose_rates` describes its sweep."""
+"""The description of the sweep of `lowbit_suite.choose_rates`."""
 
 
 def place(notebook: str) -> str:
-    """Where the journal of a notebook is, from the folder of the run."""
+    """Path of a notebook's journal, relative to the folder of the run."""
     return f"journals/{notebook}.jsonl"
 
 
 def kept(profile: str, notebook: str) -> Path:
-    """Where the project keeps the journal of a run that its tables are from."""
+    """Path of the journal in ``results/`` that belongs to the accepted tables."""
     return paths.results() / "journals" / profile / f"{notebook}.jsonl"
 
 
@@ -42,16 +42,16 @@ def begin(
     parameters: dict[str, Any],
     trainings: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Makes ``path`` ready for a notebook: what it holds stays if it depends on the same, and is dropped otherwise.
+    """Prepare the journal at ``path`` for a notebook; its lines are kept only if their dependencies are unchanged.
 
-    Nor does it stay on another processor: the trainings of one table would differ in more than their arms.
+    They are dropped on another processor too: the trainings of one table would differ in more than their arms.
 
     Args:
-        path: the journal.
-        of: the parts of the fingerprint (`lowbit_suite.running.fingerprint`); empty: nothing stays.
-        notebook: its name, and
-        parameters: what is handed to it; both for the first line.
-        trainings: lines to begin with, whatever they and the file there depend on.
+        path: path of the journal.
+        of: parts of the fingerprint (`lowbit_suite.running.fingerprint`); if empty, no line is kept.
+        notebook: name of the notebook, for the first line.
+        parameters: parameters of the notebook, for the first line.
+        trainings: lines to start with, whatever their dependencies are.
     """
     digest = hashlib.sha256(json.dumps(of, sort_keys=True, default=repr).encode()).hexdigest() if of else ""
     lines, head = read(path), {"of": digest, "notebook": notebook, "parameters": parameters, "machine": machine()}
@@ -64,14 +64,14 @@ def begin(
 
 
 def machine() -> dict[str, Any]:
-    """What the last bits of a training's numbers depend on beside its code: processor, instruction sets and torch."""
+    """Processor, instruction sets and torch: the last bits of a training's numbers depend on these and on its code."""
     return {**environment.processor(), "torch": environment.version("torch")}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal up to the first that is not whole: whatever ended the run may have cut it short.
+    """The lines of a journal up to the first incomplete one, which an interrupted run may leave.
 
-    None where there is no such file.
+    Empty if there is no such file.
     """
     lines = []
     try:
@@ -90,28 +90,28 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def key(line: dict[str, Any]) -> str:
-    """What tells a training from all others of its notebook."""
+    """A string that identifies a training within its notebook."""
     return json.dumps([line["sweep"], line["arm"], line["seed"]], sort_keys=True, default=repr)
 
 
 def is_trial(line: dict[str, Any]) -> bool:
-    """Whether it is a trial of a learning rate, and not a training that is judged."""
+    """Whether a line is a trial of a learning rate and not a judged training."""
     return line["sweep"].endswith(TRIALS)
 
 
 class Journal:
-    """The journal of the notebook that runs, as its `Context` says; outside a run nothing is found or kept."""
+    """The journal of the running notebook, as given by its `Context`; outside a run it is always empty."""
 
     def __init__(self) -> None:
         self.path = current().journal
         self.found = {key(line): _decoded(line["result"]) for line in read(self.path)[1:]} if self.path else {}
 
     def get(self, sweep: str, arm: dict[str, Any], seed: int) -> Any:
-        """What this training returned, or None."""
+        """The result of this training, or None if it is not in the journal."""
         return self.found.get(key({"sweep": sweep, "arm": arm, "seed": seed}))
 
     def add(self, sweep: str, arm: dict[str, Any], seed: int, seconds: float, result: Any) -> None:
-        """Writes one training down, at once."""
+        """Append one training to the journal immediately."""
         if self.path is None:
             return
         line = {"sweep": sweep, "arm": arm, "seed": seed, "seconds": round(seconds, 2)}
@@ -121,10 +121,10 @@ class Journal:
 
 
 def plain(result: Any) -> Any:
-    """``result`` as it would come back from a journal, exactly: tensors become arrays, and tuples lists.
+    """``result`` exactly as a journal returns it: tensors become arrays, and tuples become lists.
 
     Raises:
-        TypeError: it holds something that a journal has no form for.
+        TypeError: the result holds a value that a journal cannot store.
     """
     return _decoded(json.loads(json.dumps(result, default=_plain)))
 
@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
         packed = base64.b85encode(zlib.compress(np.ascontiguousarray(value).tobytes())).decode()
         return {ARRAY: packed, "dtype": value.dtype.str, "shape": list(value.shape)}
     raise TypeError(
-        f"it returned a {type(value).__name__}; numbers, texts, arrays, and lists and dicts of them are allowed"
+        f"it returned a {type(value).__name__}; return numbers, strings, arrays, or lists and dicts of them"
     )
 
 

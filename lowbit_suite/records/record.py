@@ -12,36 +12,36 @@ from lowbit_suite.records.context import current
 T = TypeVar("T")
 
 DIRECTIONS = ("higher", "lower", "equal")
-"""What a change of a number means: ``higher`` or ``lower`` is better, or it has to stay ``equal``."""
+"""Directions of a number: ``higher`` or ``lower`` is better, or it has to stay ``equal``."""
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(?:[./-][A-Za-z0-9_]+)*")
 
 
 def record(name: str, value: T, *, unit: str = "", better: str = "equal") -> T:
-    """Hands one number to the suite, shows it in the notebook and returns it as it was given.
+    """Record one number for the suite, print it in the notebook and return it unchanged.
 
     Args:
         name: Letters, digits and ``_``, parts joined by ``.``, ``/`` or ``-``, such as ``"lsq_w2/accuracy"``.
         value: One number: Python's, numpy's, or a tensor or array of one element. NaN and infinities are
             kept, so that ``lowbit check`` fails on them.
-        unit: What it is measured in, such as ``"%"`` or ``"s"``.
-        better: ``"higher"``, ``"lower"`` or ``"equal"``: which change is an improvement, if any is.
+        unit: Unit of the value, such as ``"%"`` or ``"s"``.
+        better: ``"higher"``, ``"lower"`` or ``"equal"``: the change that is an improvement, if any.
 
     Under ``lowbit run`` the number is appended to the execution's records, and recording a name
     twice in one notebook makes that notebook fail. In an interactive session nothing is written.
 
     Raises:
-        LowbitError: The name, value, unit or direction is not one of the above.
+        LowbitError: The name, value, unit or direction is not allowed.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name) or len(name) > 100:
         raise LowbitError(
-            f"record: {name!r} is not a name: start with a letter, use letters, digits and _, "
+            f"record: {name!r} is not a valid name: start with a letter, use letters, digits and _, "
             "join parts by '.', '/' or '-' (at most 100 characters)"
         )
     if better not in DIRECTIONS:
-        raise LowbitError(f"record: better={better!r} is not known; it is one of {', '.join(map(repr, DIRECTIONS))}")
+        raise LowbitError(f"record: better={better!r} is not allowed; give one of {', '.join(map(repr, DIRECTIONS))}")
     if not isinstance(unit, str):
-        raise LowbitError(f"record: unit={unit!r} is not a text")
+        raise LowbitError(f"record: unit={unit!r} is not a string; give one such as '%'")
     number = _number(name, value)
     _append({"name": name, "value": encode(number), "unit": unit, "better": better})
     print(f"{name} = {show(number)}{' ' if unit else ''}{unit}")
@@ -53,19 +53,19 @@ class Skipped(Exception):
 
 
 def skip(reason: str) -> NoReturn:
-    """Ends the notebook because something that it needs is not here, such as a data set or a program.
+    """End the notebook because something that it needs is missing, such as a data set or a program.
 
     ``lowbit run`` then reports it as ``skipped`` if ``may_skip`` in ``notebooks/profiles.yaml`` lists it, and as
     ``failed`` if not.
 
     Args:
-        reason: What is missing, for people.
+        reason: The missing thing, in words.
     """
     raise Skipped(reason)
 
 
 def complain(what: str) -> None:
-    """Makes the notebook fail for that reason, though its cells go on; outside ``lowbit run`` nothing happens."""
+    """Make the notebook fail for this reason although its cells continue; does nothing outside ``lowbit run``."""
     _append({"complaint": what})
 
 
@@ -76,7 +76,7 @@ def _append(item: dict) -> None:
 
 
 def encode(number: float | int) -> float | int | str:
-    """The number as strict JSON can hold it: NaN and infinities become ``"nan"``, ``"inf"`` and ``"-inf"``."""
+    """The number in a form that strict JSON allows: NaN and infinities become ``"nan"``, ``"inf"`` and ``"-inf"``."""
     return number if math.isfinite(number) else str(number)
 
 
@@ -86,7 +86,7 @@ def decode(value: float | int | str) -> float | int:
 
 
 def show(number: float | int) -> str:
-    """A number for people: integers in full, others with four significant digits."""
+    """Format a number: integers in full, others with four significant digits."""
     return str(number) if isinstance(number, int) else f"{number:.4g}"
 
 
@@ -98,11 +98,11 @@ def _number(name: str, value: object) -> float | int:
             plain = value.item()  # numpy scalars, and tensors or arrays of one element
         except (ValueError, RuntimeError, TypeError):
             shape = tuple(getattr(value, "shape", ()))
-            raise LowbitError(f"record: {name!r} needs one number, and was given an array of shape {shape}") from None
+            raise LowbitError(f"record: {name!r} needs one number, not an array of shape {shape}") from None
     if isinstance(plain, bool):
         return int(plain)
     if isinstance(plain, numbers.Integral):
         return int(plain)
     if isinstance(plain, numbers.Real):
         return float(plain)
-    raise LowbitError(f"record: {name!r} needs one number, and was given {type(value).__name__} {value!r}")
+    raise LowbitError(f"record: {name!r} needs one number, not {type(value).__name__} {value!r}")

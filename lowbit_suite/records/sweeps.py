@@ -1,4 +1,4 @@
-"""The same experiment for every arm and seed, several at once: :func:`sweep`."""
+"""Runs an experiment for every arm and seed, several at a time: :func:`sweep`."""
 
 import itertools
 import multiprocessing
@@ -14,7 +14,9 @@ from lowbit.extras import extra
 from lowbit_suite.records.journal import Journal, plain
 from lowbit_suite.records.tables import save_table, tables
 
-_NUMBERS = itertools.count(1)  # of the sweeps in this process: in a notebook that is run from the top, their names
+_NUMBERS = itertools.count(
+    1
+)  # numbers of the sweeps in this process; they name the sweeps of a notebook that runs from the top
 
 
 def sweep(
@@ -24,40 +26,42 @@ def sweep(
     workers: int | None = None,
     description: str = "runs",
 ):
-    """Calls ``run(**arm, seed=seed)`` for every arm and every seed and returns the results as one table.
+    """Call ``run(**arm, seed=seed)`` for every arm and seed and return the results as one table.
 
-    Under ``lowbit run`` each result is written to the notebook's journal as it comes, and an interrupted notebook goes
-    on from there (`lowbit_suite.records.journal`).
+    Under ``lowbit run`` each result is written to the notebook's journal when it arrives, and an interrupted notebook
+    continues from there (`lowbit_suite.records.journal`).
 
     Args:
-        run: trains and returns what it measured: a mapping of plain values, or several (one for each epoch, say).
-            It may be defined in a notebook; what it uses from there is copied to the workers, so it should load data
-            itself.
-        arms: keyword arguments of ``run``, one mapping an arm.
-        seeds: each arm runs with each of them.
-        workers: processes, each with one thread; 1 runs everything in this process. None: as many as torch has
-            threads here, but one where there is a GPU or semaphores are refused. Results do not depend on it.
-        description: what the progress bar says.
+        run: a function that trains and returns its measurements: a mapping of plain values, or several (for example
+            one per epoch). It may be defined in a notebook; all that it uses from there is copied to the workers, so
+            it should load data itself.
+        arms: keyword arguments of ``run``, one mapping per arm.
+        seeds: random seeds; each arm runs with each seed.
+        workers: number of processes, each with one thread; 1 runs everything in this process. None takes torch's number
+            of threads, or 1 with a GPU or without semaphores. Results do not depend on it.
+        description: text of the progress bar.
 
     Returns:
-        A pandas frame in order of arms and seeds: the arm's arguments, ``seed``, and what was returned.
+        A pandas frame in order of arms and seeds: the arm's arguments, ``seed``, and the returned values.
 
     Raises:
-        LowbitError: nothing to run; or a run failed: which one, and why. What had been measured until then is kept
-            by `lowbit.save_table`, and the message says where.
+        LowbitError: there is nothing to run, or a run failed; the message names it and the reason. Earlier results are
+            saved by `lowbit.save_table`, and the message names the file.
     """
     with extra("course", "a sweep"):
         from tqdm.auto import tqdm
 
     jobs = [(dict(arm), seed) for arm in arms for seed in seeds]
     if not jobs:
-        raise LowbitError(f"there is nothing to run: {len(arms)} arms, {len(seeds)} seeds")
+        raise LowbitError(
+            f"there is nothing to run: {len(arms)} arms and {len(seeds)} seeds; give at least one of each"
+        )
     if workers is None:
         workers = 1 if torch.cuda.is_available() or _no_semaphores() else torch.get_num_threads()
     if workers < 1:
-        raise LowbitError(f"workers={workers} is not allowed; it takes 1 or more")
+        raise LowbitError(f"workers={workers} is not allowed; give 1 or more")
     if workers > 1 and (why := _no_semaphores()):
-        raise LowbitError(f"workers={workers} needs semaphores, which this system refuses ({why}); workers=1 does not")
+        raise LowbitError(f"workers={workers} needs semaphores, which this system refuses ({why}); give workers=1")
     journal, name = Journal(), f"{next(_NUMBERS)} {description}"
     found = {job: result for job in range(len(jobs)) if (result := journal.get(name, *jobs[job])) is not None}
     left = [job for job in range(len(jobs)) if job not in found]
@@ -80,14 +84,14 @@ def sweep(
 
 
 def _results(run: Callable, jobs: Mapping[int, tuple[dict[str, Any], int]], workers: int) -> Iterator[tuple]:
-    """What `_one` returns for each job, as it comes."""
-    if workers == 1:  # this process: no start-up, no copies, no semaphores, and a debugger works
+    """The result of `_one` for each job, as it arrives."""
+    if workers == 1:  # in this process: no start-up, copies or semaphores, and a debugger works
         yield from (_one(run, job, *given) for job, given in jobs.items())
         return
     with extra("course", "a sweep of several workers"):
         from joblib import Parallel, delayed, parallel_config
 
-    # joblib restarts a worker that has grown, as those that load a data set do, and warns of it each time.
+    # joblib restarts a worker whose memory has grown, for example by a data set, and warns each time.
     warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
     with parallel_config("loky", inner_max_num_threads=1):
         parallel = Parallel(workers, return_as="generator_unordered")
@@ -95,7 +99,7 @@ def _results(run: Callable, jobs: Mapping[int, tuple[dict[str, Any], int]], work
 
 
 def _no_semaphores() -> str:
-    """Why processes cannot work side by side here (a /dev/shm that cannot be written); empty if they can."""
+    """The reason why several processes cannot be used here (/dev/shm cannot be written); empty if they can."""
     try:
         multiprocessing.Semaphore()
     except (ImportError, OSError) as error:

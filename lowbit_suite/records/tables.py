@@ -1,4 +1,4 @@
-"""``lowbit.save_table``: a measured table leaves a notebook as a CSV file with its run card."""
+"""``lowbit.save_table``: writes a measured table as a CSV file with its run card."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,19 @@ from lowbit_suite.records.context import current
 
 
 def tables() -> Path:
-    """Where tables go: the run's ``tables/<notebook>`` folder under ``lowbit run``, else ``results/scratch/tables``."""
+    """The folder for tables: ``tables/<notebook>`` of the run under ``lowbit run``, else ``results/scratch/tables``."""
     return current().tables or paths.results() / "scratch" / "tables"
 
 
 def save_table(frame, name: str, **settings: Any):
-    """Writes ``frame`` (pandas) as ``<name>.csv``, and ``<name>.json`` beside it: what was run, with what, where.
+    """Write ``frame`` (pandas) as ``<name>.csv``, and its run card ``<name>.json``: command, settings and environment.
 
     Both go to the folder `tables`.
 
     Args:
-        frame: one row a measurement, the seed among its columns where there is one.
-        name: of the two files, such as ``"02_accuracy"``.
-        settings: what the numbers depend on (profile, data set, seeds, epochs, ...), as plain values.
+        frame: one row per measurement; if there are seeds, they are a column.
+        name: name of the two files, such as ``"02_accuracy"``.
+        settings: settings behind the numbers (profile, data set, seeds, epochs, ...), as plain values.
 
     Returns:
         The frame, so that a cell can end with it.

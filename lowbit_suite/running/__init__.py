@@ -1,1 +1,1 @@
-"""Runs notebooks, each in a process of its own, and writes down what it saw."""
+"""Runs notebooks, each in its own process, and records the results."""

@@ -1,7 +1,7 @@
-"""Results of earlier runs that may stand: ``cache.json`` beside run.json, written by the runner alone.
+"""Results of earlier runs that can be reused: ``cache.json`` beside run.json, written only by the runner.
 
 An entry is written once a notebook has passed and dropped before it starts again, so a failed or partial execution
-never has one. It holds the fingerprint of what the result depends on and a checksum of every file that came of it.
+never has one. It holds the fingerprint of the result's dependencies and a checksum of every file of the result.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class Cache:
         self.kept: dict[str, dict[str, Any]] = tree["kept"] if tree.get("schema") == SCHEMA else {}
 
     def keep(self, entry: Entry, parts: dict[str, Any]) -> None:
-        """Notes the result of a notebook that has just passed; its files lie in the folder."""
+        """Note the result of a notebook that has just passed; its files are in the folder."""
         self.kept[entry.name] = {
             "status": entry.status,
             "seconds": entry.seconds,
@@ -39,18 +39,18 @@ class Cache:
         self._save()
 
     def forget(self, *names: str) -> None:
-        """Drops these results, all at once."""
+        """Drop the results of these notebooks, in one write."""
         if there := [name for name in names if name in self.kept]:
             for name in there:
                 del self.kept[name]
             self._save()
 
     def stamp(self, name: str) -> str:
-        """A text that is another one after every execution of that notebook; empty where none is kept."""
+        """A string that changes with every execution of the notebook; empty if no result is kept."""
         return self.kept.get(name, {}).get("files", {}).get(f"{name}.ipynb", "")
 
     def why_not(self, name: str, now: dict[str, Any]) -> str:
-        """Why the kept result cannot stand for a run that depends on ``now``; empty if it can."""
+        """The reason why the kept result cannot be reused with the dependencies ``now``; empty if it can."""
         kept = self.kept.get(name)
         if kept is None:
             return "no earlier result is kept"
@@ -75,7 +75,7 @@ class Cache:
 
 
 def files(folder: Path, name: str) -> dict[str, str]:
-    """The sha256 of everything that came of a notebook: executed copy, recorded numbers, figures and tables."""
+    """The sha256 of all files of a notebook's result: executed copy, recorded numbers, figures and tables."""
     places = [folder / f"{name}.ipynb", folder / "records" / f"{name}.jsonl"]
     places += [path for kind in ("figures", "tables") for path in sorted((folder / kind / name).rglob("*"))]
     return {

@@ -1,6 +1,6 @@
 """Where notebooks are executed: in processes of this machine, or by the workers of a Dask cluster.
 
-The runner asks an `Executor` to start a notebook and then polls the `Task` that it gets, as it would a future.
+The runner asks an `Executor` to start a notebook and then polls the returned `Task`, like a future.
 """
 
 import contextlib
@@ -18,33 +18,33 @@ from lowbit_suite.running import fingerprint
 from lowbit_suite.running.process import Execution, Outcome, clear
 
 TICK = 0.1
-"""Seconds between two looks at a notebook that a Dask worker executes."""
+"""Seconds between two polls of a notebook on a Dask worker."""
 
 LOOK = 2.0
-"""Seconds between two looks at which workers a cluster has."""
+"""Seconds between two checks for a cluster's workers."""
 
 WAIT = 60.0
-"""Seconds that a run goes on without any worker; Dask's setting ``lowbit.wait`` (``DASK_LOWBIT__WAIT``) changes it."""
+"""Seconds that a run waits without any worker; Dask's setting ``lowbit.wait`` (``DASK_LOWBIT__WAIT``) changes it."""
 
 CONNECT = 10
-"""Seconds to reach a scheduler."""
+"""Timeout for connecting to a scheduler, in seconds."""
 
 
 class Task(Protocol):
-    """A notebook that has been handed over; `lowbit_suite.running.process.Execution` is one."""
+    """A submitted notebook; `lowbit_suite.running.process.Execution` is one."""
 
     @property
     def seconds(self) -> float:
-        """Wall time since it was handed over."""
+        """Wall time since submission."""
 
     def poll(self) -> Outcome | None:
-        """None while it is not finished; its files are in the run's folder when an outcome comes."""
+        """None until it has ended; then the outcome, with its files in the run's folder."""
 
     def place(self) -> str:
         """Where it is, for people."""
 
     def close(self) -> None:
-        """Ends it, finished or not."""
+        """End it, whether it has finished or not."""
 
 
 class Executor(Protocol):
@@ -54,22 +54,22 @@ class Executor(Protocol):
     facts: dict[str, dict[str, Any]]
 
     def start(self, notebook: Notebook, parameters: dict[str, Any], of: dict[str, Any]) -> Task:
-        """Hands a notebook over, and clears away what an earlier execution left in the run's folder.
+        """Start a notebook, after removing the files of an earlier execution from the run's folder.
 
-        Trainings in its journal stay if the fingerprint ``of`` is the one that they were made with.
+        Trainings in its journal are kept if they were made with the same fingerprint ``of``.
         """
 
     def close(self) -> None:
-        """Lets go of everything."""
+        """Release all resources."""
 
 
 def check(where: str) -> None:
-    """Refuses anything but ``local`` and ``dask://HOST:PORT``, and the latter without the package for it."""
+    """Refuse all but ``local`` and ``dask://HOST:PORT``, and the latter if Dask is not installed."""
     if where == "local":
         return
     host, _, port = where.removeprefix("dask://").rpartition(":")
     if not where.startswith("dask://") or not host or not port.isdecimal():
-        raise LowbitError(f"--executor {where!r} is not known; it is 'local' or 'dask://HOST:PORT'")
+        raise LowbitError(f"--executor {where!r} is not allowed; give 'local' or 'dask://HOST:PORT'")
     try:
         import distributed  # noqa: F401
     except ImportError:
@@ -81,13 +81,13 @@ def connect(where: str, folder: Path, *, timeout: float, threads: int | None, gp
 
     Args:
         where: ``local`` or ``dask://HOST:PORT``.
-        folder: of the run; results arrive here, and no worker needs to see it.
+        folder: folder of the run; results arrive here, and workers need no access to it.
         timeout: seconds a notebook may take once it has begun.
         threads: OpenMP/MKL threads of each notebook; None leaves it to the libraries.
-        gpu: whether a notebook needs a GPU: then it takes one of a worker's ``GPU`` resources.
+        gpu: whether a notebook needs a GPU; it then takes one of a worker's ``GPU`` resources.
 
     Raises:
-        LowbitError: no scheduler or no worker is to be reached, or the workers have another ``lowbit/`` than this one.
+        LowbitError: no scheduler or worker can be reached, or the workers have another version of ``lowbit/``.
     """
     if where == "local":
         return Local(folder, timeout, threads)
@@ -103,19 +103,19 @@ class Local:
         self.facts = fingerprint.facts(self.environment)
 
     def start(self, notebook: Notebook, parameters: dict[str, Any], of: dict[str, Any]) -> Execution:
-        """Starts the process."""
+        """Start the process."""
         return Execution(notebook, parameters, self.folder, timeout=self.timeout, threads=self.threads, of=of)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing; no resources are held."""
 
 
 class Dask:
     """Each notebook is a task of a Dask cluster, and there a process of its own, watched by the worker.
 
-    The notebook's text goes to the worker, and every file that came of it comes back with the outcome, so that no
-    folder has to be shared. A worker that is lost loses its notebook, which Dask then gives to another one (as often
-    as the scheduler's setting ``distributed.scheduler.allowed-failures`` allows).
+    The notebook's text is sent to the worker, and all files of its result come back with the outcome, so no shared
+    folder is needed. If a worker is lost, Dask gives its notebook to another one (as often as the scheduler's setting
+    ``distributed.scheduler.allowed-failures`` allows).
     """
 
     def __init__(self, address: str, folder: Path, timeout: float, threads: int | None, gpu: bool) -> None:
@@ -143,7 +143,7 @@ class Dask:
         self.client.subscribe_topic(self.topic, self._hear)
 
     def _ask(self) -> tuple[dict, dict]:
-        """What a worker says of itself. Being a task, the question makes an adaptive cluster start a worker."""
+        """A worker's description of itself. The request is a task, so an adaptive cluster starts a worker for it."""
         asked = self.client.submit(about, pure=False, resources=self.resources)
         try:
             described, facts = asked.result(timeout=self.wait)
@@ -166,7 +166,7 @@ class Dask:
         return described, facts
 
     def start(self, notebook: Notebook, parameters: dict[str, Any], of: dict[str, Any]) -> "Submitted":
-        """Submits it. A worker keeps its journal to itself until the end, so an interrupted notebook starts anew."""
+        """Submit it. A worker returns its journal only at the end, so an interrupted notebook starts again."""
         clear(self.folder, notebook.name)
         self.said[notebook.name] = []
         future = None
@@ -185,17 +185,17 @@ class Dask:
                     pure=False,
                     resources=self.resources,
                 )
-            except Exception as error:  # whatever a client without a scheduler raises
+            except Exception as error:  # a client without a scheduler raises many types
                 self.lost = f"the scheduler at {self.address} was lost ({error})"
         return Submitted(self, notebook.name, future)
 
     def close(self) -> None:
-        """Disconnects; the scheduler then gives up whatever of this run is left."""
+        """Disconnect; the scheduler then drops the remaining tasks of this run."""
         with contextlib.suppress(Exception):
             self.client.close(timeout=CONNECT)
 
     def gone(self) -> str:
-        """Why nothing can be expected any more; empty while there are workers, or may soon be."""
+        """The reason why no more results can arrive; empty while there are workers, or may soon be."""
         if self.lost or time.monotonic() - self.looked < LOOK:
             return self.lost
         self.looked = time.monotonic()
@@ -215,7 +215,7 @@ class Dask:
 
 
 class Submitted:
-    """A notebook that a Dask cluster has been given; a `Task`."""
+    """A notebook submitted to a Dask cluster; a `Task`."""
 
     def __init__(self, cluster: Dask, name: str, future: Any) -> None:
         self.cluster, self.name, self.future = cluster, name, future
@@ -228,7 +228,7 @@ class Submitted:
 
     @property
     def attempts(self) -> int:
-        """How often a worker has begun it."""
+        """How many times a worker has started it."""
         return self.cluster.said[self.name].count(BEGAN)
 
     def place(self) -> str:
@@ -237,7 +237,7 @@ class Submitted:
         return (self.cluster.said[self.name] or ["waiting for a worker"])[-1] + again
 
     def poll(self) -> Outcome | None:
-        """None while a worker may still finish it."""
+        """None while a worker may still finish it, then the outcome."""
         from distributed.scheduler import KilledWorker
 
         status = self.future.status if self.future else "lost"
@@ -246,14 +246,14 @@ class Submitted:
         if status == "error":
             error = self.future.exception()
             if isinstance(error, KilledWorker):
-                return self._without("one worker after another was lost while it was at work")
+                return self._without("one worker after another was lost while it ran")
             return Outcome("failed", f"the worker could not execute it: {type(error).__name__}: {error}", 0.0, 0.0, {})
         if status != "finished":
             return self._without(self.cluster.lost or f"the scheduler at {self.cluster.address} was lost")
         try:
             outcome, files = self.future.result(timeout=CONNECT)
         except TimeoutError:
-            return None  # the worker that had the result went away, and the notebook runs again
+            return None  # the worker with the result was lost, and the notebook runs again
         self.future.release()
         for file, content in files.items():
             (self.cluster.folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -262,13 +262,13 @@ class Submitted:
         return replace(outcome, note="; ".join(filter(None, (again, outcome.note))))
 
     def _without(self, reason: str) -> Outcome:
-        """It was begun and lost, or never begun."""
+        """The outcome of a notebook that was lost, or never started."""
         tries = f" (attempt {self.attempts})" if self.attempts > 1 else ""
         self.close()
         return Outcome("killed" if self.attempts else "not_run", reason + tries, round(self.seconds, 2), 0.0, {})
 
     def close(self) -> None:
-        """Cancels it; a worker that has it notices, and ends its processes."""
+        """Cancel it; the worker that runs it notices and ends its processes."""
         if self.future is not None:
             with contextlib.suppress(Exception):
                 self.future.cancel()
@@ -286,7 +286,7 @@ def about() -> tuple[dict, dict[str, dict[str, Any]]]:
 def comparable(facts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The facts in which all machines of a run have to agree.
 
-    Not the data, since other files of it may lie on each (and its checksums are compared when it is loaded), nor the
+    These exclude the data, since each machine may have other files of it (checksums are compared on loading), and the
     compiled kernels, since each machine compiles its own from the same sources.
     """
     facts = {part: value for part, value in facts.items() if part != "data"}
@@ -302,7 +302,7 @@ def work(
     expected: dict[str, dict[str, Any]],
     topic: str,
 ) -> tuple[Outcome, dict[str, bytes]]:
-    """Runs on a worker: executes one notebook in a process of its own; the outcome, and each file that came of it."""
+    """Runs on a worker: executes one notebook in its own process; returns the outcome and all files of the result."""
     from distributed import get_worker
 
     worker = get_worker()
@@ -313,7 +313,7 @@ def work(
 
     say(BEGAN)
     if differs := fingerprint.differing(expected, comparable(about()[1]), expected):
-        reason = f"it came to a worker that differs from the one that the run began with: {differs}"
+        reason = f"its worker differs from the first worker of the run: {differs}"
         return Outcome("not_run", reason, 0.0, 0.0, {}), {}
     with tempfile.TemporaryDirectory(dir=worker.local_directory) as scratch:
         path, folder = Path(scratch, "notebooks", f"{name}.ipynb"), Path(scratch, "run")
@@ -326,7 +326,7 @@ def work(
             task = worker.state.tasks.get(key)
             if task is None or task.state in ("cancelled", "resumed"):
                 execution.close()
-                raise RuntimeError(f"{name} was cancelled")  # nobody waits for this answer
+                raise RuntimeError(f"{name} was cancelled")  # nobody waits for this result
             if place != (place := execution.place()):
                 say(place)
             time.sleep(TICK)

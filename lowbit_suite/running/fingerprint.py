@@ -1,4 +1,4 @@
-"""What a notebook's outcome depends on, part by part, and which part differs from another time."""
+"""Fingerprints: all that a notebook's result depends on, in parts, and the parts that differ between two runs."""
 
 import functools
 import hashlib
@@ -18,26 +18,26 @@ from lowbit_suite.notebooks import Notebook
 SAYS = {
     "code": "the notebook's code",
     "parameters": "the parameters",
-    "before": "what it comes after",
+    "before": "the notebooks before it",
     "library": "the library or the suite",
     "data": "the data",
     "versions": "the installed versions",
     "device": "the device",
     "threads": "the number of threads",
 }
-"""The parts, in words."""
+"""Names of the parts in messages."""
 
 EXTRAS = ("", "course", "onnx", "bench")
-"""The optional dependencies that notebooks use where they are installed."""
+"""The optional dependencies that notebooks use if they are installed."""
 
 SWITCHES = ("LOWBIT_ISA", "LOWBIT_NATIVE")
-"""The environment variables that choose other kernels."""
+"""The environment variables that select kernels."""
 
 
 def facts(environment: dict) -> dict[str, dict[str, Any]]:
     """The parts that all notebooks of a run share, on this machine; ``environment`` is its description.
 
-    They do not hold folders of the user's own (the data sets ``imagenet`` and ``image-folder``).
+    They exclude the user's own folders (the data sets ``imagenet`` and ``image-folder``).
     """
     from lowbit.data.verify import state
 
@@ -56,14 +56,14 @@ def fingerprint(
     """All parts for one notebook; two runs may share a result only if every part agrees.
 
     Args:
-        notebook: as it lies in its file.
-        parameters: what is handed to it.
-        shared: what `facts` said.
+        notebook: the notebook as read from its file.
+        parameters: parameters that it gets.
+        shared: the result of `facts`.
         threads: OpenMP/MKL threads of its process.
-        before: for each notebook that it comes after, a text that is another one after every execution.
+        before: for each notebook that it comes after, a string that changes with every execution.
 
-    Of the data only what the notebook can mean is a part: the data that travels with the project, and each data set
-    whose name is among its code or parameters.
+    The data part covers only the data that the notebook can use: the project's embedded data, and each data set whose
+    name occurs in its code or parameters.
     """
     resolved = {name: _text(value) for name, value in {**notebook.defaults, **parameters}.items()}
     meant = "\n".join([notebook.code, *resolved.values()])
@@ -73,7 +73,7 @@ def fingerprint(
 
 
 def differing(before: dict[str, Any], now: dict[str, Any], parts: Iterable[str] = SAYS) -> str:
-    """The parts that differ and, where they are many things, which of these; empty if none does."""
+    """The parts that differ, with the items that differ in them; empty if all agree."""
     said = []
     for part in parts:
         old, new = before.get(part), now.get(part)
@@ -99,9 +99,9 @@ def library() -> dict[str, str]:
 
 
 def versions(python: str | None = None) -> dict[str, str | None]:
-    """The installed version of everything that lowbit requires, and of everything that this requires in turn.
+    """The installed versions of all packages that lowbit requires, directly or indirectly.
 
-    Where lowbit is used from its folder without being installed: of all that is installed.
+    If lowbit is used from its source folder without installation: the versions of all installed packages.
     """
     found: dict[str, str | None] = {"python": python}
     try:
@@ -109,7 +109,7 @@ def versions(python: str | None = None) -> dict[str, str | None]:
     except importlib.metadata.PackageNotFoundError:
         return found | {canonicalize_name(d.name): d.version for d in importlib.metadata.distributions()}
     waiting, asked = [("lowbit", extra) for extra in EXTRAS], set()
-    metadata = functools.cache(importlib.metadata.metadata)  # reading it is the slow part
+    metadata = functools.cache(importlib.metadata.metadata)  # reading metadata is slow
     while waiting:
         name, extra = waiting.pop()
         if (name, extra) in asked:
@@ -119,7 +119,7 @@ def versions(python: str | None = None) -> dict[str, str | None]:
             here = metadata(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if name != "lowbit":  # its own files are a part of their own
+        if name != "lowbit":  # its own files are another part
             found[name] = here["Version"]
         for text in here.get_all("Requires-Dist") or ():
             if not extra and "extra ==" in text:

@@ -1,9 +1,9 @@
 """Runs and comparisons as JUnit XML, which GitHub, GitLab, Jenkins and others show beside a commit.
 
-Written beside run.json every time, so that no command has to ask for it: ``junit.xml`` by ``lowbit run``, one test
-case a notebook, and ``junit-check.xml`` by ``lowbit check``, one a number. Elements and attributes are those that
-Jenkins' schema allows, a strict one, with the properties first, where Ant's wants them. The standard library writes
-them: junitparser puts properties last and more attributes on the root, and neither leaves out what XML forbids.
+The files are always written beside run.json: ``junit.xml`` by ``lowbit run``, one test case per notebook, and
+``junit-check.xml`` by ``lowbit check``, one per number. Elements and attributes are those of Jenkins' strict schema,
+with the properties first, as Ant's schema wants. The standard library writes them: junitparser puts properties last
+and more attributes on the root. Neither removes characters that XML forbids, so `clean` does.
 """
 
 import re
@@ -27,14 +27,14 @@ OUTCOMES = {
     "not_run": "error",  # not "skipped", which would make a run that was stopped early look green
     "skipped": "skipped",
 }
-"""The element for a notebook that has not passed: what was found wrong is a failure, all else an error."""
+"""The element for a notebook that did not pass: a failure if it was found wrong, an error otherwise."""
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_run(run: Run, folder: Path) -> Path:
-    """Writes ``folder/junit.xml``, one test case a notebook."""
+    """Write ``folder/junit.xml``, one test case per notebook."""
     suite = _suite(f"lowbit run {run.profile}", run)
     for entry in run.notebooks:
         case = _case(suite, "notebooks", entry.name, 0.0 if entry.cached else entry.seconds)
@@ -45,7 +45,7 @@ def write_run(run: Run, folder: Path) -> Path:
 
 
 def write_check(run: Run, rows: Sequence[Row], folder: Path) -> Path:
-    """Writes ``folder/junit-check.xml``, one test case for each row of `baselines.compare`."""
+    """Write ``folder/junit-check.xml``, one test case for each row of `baselines.compare`."""
     suite = _suite(f"lowbit check {run.profile}", run)
     for row in rows:
         case = _case(suite, row.notebook, row.metric or "notebook", 0.0)
@@ -58,7 +58,7 @@ def write_check(run: Run, rows: Sequence[Row], folder: Path) -> Path:
 
 
 def clean(text: str) -> str:
-    """``text`` without color codes, and with U+FFFD for what XML cannot hold (control characters, half surrogates)."""
+    """``text`` without color codes, and with U+FFFD for characters that XML forbids (control codes, surrogates)."""
     return FORBIDDEN.sub("\ufffd", ANSI.sub("", text))
 
 
@@ -76,7 +76,7 @@ def _case(suite: ET.Element, group: str, name: str, seconds: float) -> ET.Elemen
 
 
 def _verdict(case: ET.Element, tag: str, kind: str, text: str) -> None:
-    """The first line where lists of failures show it, all of it in the body."""
+    """Add a verdict: the first line as its message, which lists of failures show, the full text as its body."""
     text = clean(text)
     first = text.partition("\n")[0]
     ET.SubElement(case, tag, {"message": first} if tag == "skipped" else {"type": kind, "message": first}).text = text

@@ -1,6 +1,6 @@
-"""What an executed copy has to look like before its notebook may count as passed.
+"""Checks an executed copy before its notebook may count as passed.
 
-The copy can only take a pass away, never give one: papermill marks crashed notebooks as completed.
+The copy alone never proves a pass, since papermill marks crashed notebooks as completed.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ PARAMETERS = {"parameters", "injected-parameters"}
 
 
 def flaw(path: Path, digest: str) -> str:
-    """What is wrong with the executed copy at ``path``, in words; empty when every cell ran and none hid an error.
+    """The fault of the executed copy at ``path``, in words; empty if every cell ran and none hid an error.
 
     Args:
         path: The executed notebook.
@@ -30,7 +30,7 @@ def flaw(path: Path, digest: str) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file; empty where it cannot be read."""
+    """SHA-256 of a file; empty if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:

@@ -1,4 +1,4 @@
-"""One notebook in one process of its own: started, watched, measured, and ended with everything it started."""
+"""Runs one notebook in its own process: starts, watches and measures it, and ends it with all its child processes."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL."""
 
 SAMPLE = 0.25
-"""Seconds between two looks at the memory."""
+"""Seconds between two measurements of the memory."""
 
 PRIVATE = "lowbit-"
 
@@ -44,14 +44,14 @@ class Outcome:
     peak_mb: float
     metrics: dict[str, Metric]
     note: str = ""
-    """What people should know of the way there."""
+    """A remark on how the outcome came about, for people."""
 
 
 class Execution:
-    """A running notebook. The runner calls `poll` every so often until it returns an `Outcome`.
+    """A running notebook. The runner calls `poll` repeatedly until it returns an `Outcome`.
 
     Kernels get a session of their own from Jupyter, so killing the worker's process group does not reach them:
-    all descendants are remembered, and an environment variable marks those that detach themselves.
+    all descendants are recorded, and an environment variable marks those that detach themselves.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Execution:
         threads: int | None,
         of: dict[str, Any] | None = None,
     ) -> None:
-        """Starts it. ``of`` is its fingerprint: trainings that an execution with the same one has finished stand."""
+        """Start it. ``of`` is its fingerprint: finished trainings of an execution with the same one are kept."""
         self.notebook, self.timeout = notebook, timeout
         self.output = folder / f"{notebook.name}.ipynb"
         self.records = folder / "records" / f"{notebook.name}.jsonl"
@@ -102,7 +102,7 @@ class Execution:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        with contextlib.suppress(OSError):  # Linux, short of memory, ends a notebook rather than the runner
+        with contextlib.suppress(OSError):  # when memory is short, Linux ends a notebook rather than the runner
             Path(f"/proc/{self.process.pid}/oom_score_adj").write_text("500")
 
     def _environment(self, threads: int | None) -> dict[str, str]:
@@ -128,7 +128,7 @@ class Execution:
             if given := env.get(name):  # the notebook has another working folder
                 env[name] = str(Path(given).expanduser().resolve())
         source = Path(__file__).resolve().parents[2]
-        if (source / "pyproject.toml").exists():  # a source tree: its notebooks use it, installed or not
+        if (source / "pyproject.toml").exists():  # the notebooks of a source tree use it, installed or not
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), env.get("PYTHONPATH")]))
         return env
 
@@ -143,7 +143,7 @@ class Execution:
         return f"cell {at['cell']}/{at['of']}" if at else ""
 
     def poll(self) -> Outcome | None:
-        """None while it runs; once it has ended, or has been ended for taking too long, what came of it."""
+        """None while it runs; then its outcome, also after a timeout."""
         self._sample()
         code = self.process.poll()
         if code is None and self.seconds < self.timeout:
@@ -156,7 +156,7 @@ class Execution:
         else:
             status, reason = self._judge(code)
         digest = _read(self.why).get("digest", "")
-        self.close()  # before looking at its files: nothing can change them any more
+        self.close()  # before reading its files, so that nothing can change them
         metrics, wrong = read_records(self.records)
         if status == "passed" and (wrong := wrong or flaw(self.output, digest)):
             status, reason = "failed", wrong
@@ -173,11 +173,11 @@ class Execution:
             last = (_tail(self.log) or "no message").splitlines()[-1]
             status, reason = "failed", f"the notebook could not be executed (exit code {code}): {last}"
         if status == "killed" and killer == signal.SIGKILL and _oom_kills() > self.oom_before:
-            status, reason = "oom", f"the system ended a process for want of memory; {reason}"
+            status, reason = "oom", f"the system ended a process because memory ran out; {reason}"
         return status, reason
 
     def close(self) -> None:
-        """Ends every process of this notebook, politely and then not, and removes the temporary files."""
+        """End every process of this notebook, by SIGTERM and then SIGKILL, and remove the temporary files."""
         self._look()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGTERM)
@@ -211,7 +211,7 @@ class Execution:
         return tree
 
     def _marked(self) -> list[psutil.Process]:
-        """Processes that inherited our mark, among them those whose parents are gone."""
+        """Processes that inherited our mark, including those whose parents have ended."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError, ValueError):
@@ -221,10 +221,9 @@ class Execution:
 
 
 def end_strays(folder: Path) -> None:
-    """Ends the processes that a killed runner left at work in ``folder``, and removes their temporary files.
+    """End the processes that a killed runner left running in ``folder``, and remove their temporary files.
 
-    They end by themselves, but only after a moment, and until then they go on writing. No other runner may be at
-    work in that folder.
+    They would end by themselves after a moment, but go on writing until then. No other runner may use the folder.
     """
     records, found, private = (folder / "records").resolve(), [], set()
     for process in psutil.process_iter():
@@ -241,7 +240,7 @@ def end_strays(folder: Path) -> None:
 
 
 def read_records(path: Path) -> tuple[dict[str, Metric], str]:
-    """The metrics in a file that `lowbit.record` wrote, and what is wrong with them (empty when nothing is)."""
+    """The metrics in a file that `lowbit.record` wrote, and the fault of that file (empty if there is none)."""
     metrics: dict[str, Metric] = {}
     wrong = ""
     try:
@@ -270,12 +269,12 @@ def _number(value: object) -> float | int:
     number = decode(value) if isinstance(value, str) else value
     if type(number) not in (int, float):
         raise TypeError
-    float(number)  # an integer too large for it is no measurement, and JSON could not hold it
+    float(number)  # refuse integers too large for a float, which are no measurements
     return number
 
 
 def clear(folder: Path, name: str) -> None:
-    """Removes what came of that notebook: an earlier execution's files must not pass for this one's."""
+    """Remove the files of an earlier execution, so that they cannot pass for those of this one."""
     for file in (f"{name}.ipynb", f"{name}.html", f"records/{name}.jsonl", f"logs/{name}.log"):
         (folder / file).unlink(missing_ok=True)
     for kind in ("figures", "tables"):
@@ -284,12 +283,12 @@ def clear(folder: Path, name: str) -> None:
 
 
 def _short_temporary() -> str | None:
-    """Unix sockets have to fit into about 100 characters; a very long TMPDIR would not."""
+    """A short temporary folder if TMPDIR is too long: paths of Unix sockets are limited to about 100 characters."""
     return "/tmp" if os.name == "posix" and len(tempfile.gettempdir()) > 60 else None
 
 
 def _oom_kills() -> int:
-    """How often Linux has killed for want of memory: in this control group, else on the machine; 0 if unknown."""
+    """Number of out-of-memory kills by Linux in this control group, else on the machine; 0 if unknown."""
     groups = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What a person sees while the suite runs: a live table on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live table on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -20,11 +20,11 @@ LOOK = {
     "skipped": ("↷", "yellow"),
     "not_run": ("○", "yellow"),
 }
-"""Sign and style for each status; the word stands beside them always."""
+"""Sign and style for each status, always shown with the word."""
 
 
 class Progress:
-    """Shows a run on ``console``; `silent` makes one that shows nothing."""
+    """Shows a run on ``console``; `silent` creates one that shows nothing."""
 
     def __init__(self, console: Console | None) -> None:
         self.console = console
@@ -47,7 +47,7 @@ class Progress:
 
     @contextlib.contextmanager
     def showing(self, names: Sequence[str], seconds_before: Mapping[str, float]) -> Iterator[None]:
-        """While it is open the display is alive; ``seconds_before`` (earlier times by name) allow an estimate."""
+        """Keep the display running; ``seconds_before`` (earlier times by name) allows an estimate of the time left."""
         self.names, self.before = list(names), seconds_before
         if not self.live:
             yield
@@ -56,7 +56,7 @@ class Progress:
             yield
 
     def started(self, name: str, why: str = "") -> None:
-        """A notebook has begun, and ``why`` no earlier result stands for it."""
+        """A notebook has started; ``why`` is the reason why no earlier result is reused."""
         self.began[name] = time.monotonic()
         if self.console and not self.live:
             usual = f" (took {clock(self.before[name])} before)" if name in self.before else ""
@@ -64,11 +64,11 @@ class Progress:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def at(self, name: str, place: str) -> None:
-        """Where in the notebook it is."""
+        """Show the current place in a notebook."""
         self.place[name] = place
 
     def ended(self, entry: Entry) -> None:
-        """A notebook has its status."""
+        """A notebook has ended."""
         self.done[entry.name] = entry
         if self.console and not self.live:
             how = "cached" if entry.cached else f"{entry.seconds:.1f} s, {entry.peak_mb:.0f} MB"
@@ -101,7 +101,7 @@ class Progress:
         return table
 
     def _seconds_left(self, now: float) -> float | None:
-        """Work left by the earlier times, or None if one of them is unknown."""
+        """Work left, estimated from earlier times; None if one of them is unknown."""
         left = 0.0
         for name in self.names:
             if name not in self.done:

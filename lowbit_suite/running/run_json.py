@@ -1,4 +1,4 @@
-"""run.json: what one run of the suite saw. Written only by the parent, atomically, after every notebook."""
+"""run.json: the results of one run of the suite. Written only by the parent, atomically, after every notebook."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ from lowbit_suite.records.record import decode, encode
 
 SCHEMA = 1
 STATUSES = ("passed", "failed", "timeout", "killed", "oom", "skipped", "not_run")
-"""How a notebook ended, as its parent process saw it."""
+"""Statuses of a notebook, as its parent process saw it end."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass
 class Run:
-    """A whole run: ``environment`` is what `lowbit.environment.describe` said at its start."""
+    """A whole run; ``environment`` is the result of `lowbit.environment.describe` at its start."""
 
     profile: str
     started: str
@@ -57,11 +57,11 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        """Whether every notebook that was asked for passed."""
+        """Whether every notebook of the run passed."""
         return bool(self.notebooks) and all(entry.status == "passed" for entry in self.notebooks)
 
     def fulfills(self, profile: Profile) -> bool:
-        """Whether every notebook passed, or was skipped with the profile's leave, and at least one passed."""
+        """Whether every notebook passed or was skipped as the profile allows, and at least one passed."""
         good = [e.status == "passed" or (e.status == "skipped" and profile.lets_skip(e.name)) for e in self.notebooks]
         return all(good) and any(entry.status == "passed" for entry in self.notebooks)
 
@@ -70,7 +70,7 @@ class Run:
         return next((entry for entry in self.notebooks if entry.name == name), None)
 
     def save(self, folder: Path) -> None:
-        """Writes ``folder/run.json`` so that a reader sees the old file or the new one, never half of one."""
+        """Write ``folder/run.json`` atomically: a reader sees the old file or the new one."""
         tree = {
             "schema": self.schema,
             "profile": self.profile,
@@ -85,7 +85,7 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """Reads ``folder/run.json``; a missing, broken or newer file is a `LowbitError`."""
+    """Read ``folder/run.json``; a missing, broken or newer file raises `LowbitError`."""
     path = folder / "run.json"
     if not path.exists():
         raise LowbitError(f"there is no {path.name} in {show_path(folder)}: make one with 'lowbit run --profile ...'")
@@ -121,7 +121,7 @@ def write_json(path: Path, tree: object) -> None:
 
 
 def show_path(path: Path) -> str:
-    """A path as short as it can be said: relative to the working folder where it lies below it."""
+    """The shortest form of a path: relative to the working folder if it is inside."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:

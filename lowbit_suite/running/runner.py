@@ -1,4 +1,4 @@
-"""Runs notebooks, some at once, each in a process of its own, and writes down what it saw."""
+"""Runs notebooks, several at a time, each in its own process, and records the results."""
 
 import contextlib
 import signal
@@ -24,12 +24,12 @@ from lowbit_suite.running.progress import Progress
 from lowbit_suite.running.run_json import Entry, Run
 
 TICK = 0.1
-"""Seconds between two looks at the running notebooks."""
+"""Seconds between two polls of the running notebooks."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything decided before anything runs. ``parameters`` holds what is handed to each notebook."""
+    """All decisions before the run. ``parameters`` holds the parameters of each notebook."""
 
     profile_name: str
     profile: profiles.Profile
@@ -38,17 +38,17 @@ class Plan:
     folder: Path
     jobs: int = 1
     fresh: bool = False
-    """Whether earlier results are dropped before anything runs."""
+    """Whether to drop earlier results before the run."""
     timeout: float = field(default=0.0)
     """Seconds a notebook may take."""
     executor: str = "local"
     """Where notebooks are executed: ``local`` or ``dask://HOST:PORT``."""
     trainings: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """For each notebook named here, journal lines that stand whatever has changed (`lowbit_suite.accepted.again`)."""
+    """By notebook, journal lines to keep whatever has changed (`lowbit_suite.accepted.again`)."""
 
 
 class Interrupted(Exception):
-    """The run was stopped by Ctrl-C or SIGTERM; ``run`` is what it had until then."""
+    """The run was stopped by Ctrl-C or SIGTERM; ``run`` holds the results until then."""
 
     def __init__(self, run: Run, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -67,20 +67,20 @@ def plan(
     executor: str = "local",
     out: Path | None = None,
 ) -> Plan:
-    """Checks all that was asked for; anything unknown or malformed is a `LowbitError` and nothing has run.
+    """Check all arguments before anything runs; unknown or malformed ones raise `LowbitError`.
 
-    An earlier result always stands if nothing that it depends on has changed, so ``resume`` only adds the check that
-    the folder holds a run of this profile. ``fresh`` drops all results first, so that whatever ends such a run early,
-    the next one finds only what this one has finished.
+    An earlier result is always reused if its dependencies are unchanged, so ``resume`` only adds the check that the
+    folder holds a run of this profile. ``fresh`` drops all results first. If such a run ends early, the next one finds
+    only the results of this one.
     """
     if jobs < 1:
-        raise LowbitError(f"-j {jobs}: at least one notebook has to run at a time")
+        raise LowbitError(f"-j {jobs}: give at least 1")
     if fresh and resume:
         raise LowbitError(
             "--fresh and --resume contradict each other: an interrupted --fresh run goes on with --resume alone"
         )
     if timeout_minutes is not None and not timeout_minutes > 0:
-        raise LowbitError(f"--timeout {timeout_minutes}: it has to be more than 0 minutes")
+        raise LowbitError(f"--timeout {timeout_minutes}: give more than 0 minutes")
     executors.check(executor)
     chosen = profiles.get(profile)
     selected = notebooks.select(names)
@@ -90,27 +90,27 @@ def plan(
     if resume and (earlier := _earlier(folder)) and earlier.profile != profile:
         raise LowbitError(
             f"--resume: the run in {run_json.show_path(folder)} has profile {earlier.profile!r}, not {profile!r}; give "
-            f"--profile {earlier.profile} to go on with it, or another folder with --out"
+            f"--profile {earlier.profile} to continue it, or another folder with --out"
         )
     minutes = timeout_minutes if timeout_minutes is not None else chosen.timeout_minutes
     return Plan(profile, chosen, selected, parameters, folder, jobs, fresh, minutes * 60, executor)
 
 
 def run_folder(profile: str) -> Path:
-    """Where the runs of a profile are kept: ``results/runs/<profile>``."""
+    """The default folder for runs of a profile: ``results/runs/<profile>``."""
     return paths.results() / "runs" / profile
 
 
 def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
-    """Runs the plan and writes run.json and an executed copy after every notebook, report.html at the end.
+    """Run the plan; write run.json and an executed copy after every notebook, and report.html at the end.
 
-    A notebook starts once those it comes after have passed; if one of them did not, it stays ``not_run``.
+    A notebook starts once those before it have passed; if one of them did not, it stays ``not_run``.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; running notebooks have been ended and what is left is ``not_run``.
-        LowbitError: another run is at work in the folder, or the executor cannot be reached, and nothing has run; or
-            the results cannot be written, for instance because the disk is full: running notebooks have been ended,
-            and run.json is as it was after the last one that could be written.
+        Interrupted: Ctrl-C or SIGTERM; running notebooks have been ended and the rest is ``not_run``.
+        LowbitError: another run uses the folder, or the executor cannot be reached: nothing has run. Or the results
+            cannot be written, for instance because the disk is full: running notebooks have been ended, and run.json
+            is as it was at the last successful write.
     """
     gpu = plan.profile.requires == "cuda"
     try:
@@ -123,20 +123,20 @@ def execute(plan: Plan, *, progress: Progress | None = None) -> Run:
     except OSError as error:
         raise LowbitError(
             f"the run stopped: {error.strerror or error} (its results go to {run_json.show_path(plan.folder)}). "
-            "What was written before is kept: mend that, then run again with --resume"
+            "Earlier results are kept: solve the problem, then run again with --resume"
         ) from error
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other runners out of the folder, and clears away what a killed one left."""
+    """Keep other runners out of the folder, and remove the processes and files that a killed one left."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise LowbitError(
-            f"another run is at work in {run_json.show_path(folder)}: wait for it, or give another folder with --out"
+            f"another run uses {run_json.show_path(folder)}: wait for it, or give another folder with --out"
         ) from None
     except NotImplementedError:
         pass  # some network file systems have no locks
@@ -179,10 +179,10 @@ class _Suite:
 
     def run(self) -> Run:
         self._save()
-        for stale in (report.FILE, junit.RUN, junit.CHECK):  # of an earlier run; this one's are made when it ends
+        for stale in (report.FILE, junit.RUN, junit.CHECK):  # from an earlier run; this run writes its own at the end
             (self.plan.folder / stale).unlink(missing_ok=True)
         before = {}
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        if threading.current_thread() is threading.main_thread():  # only the main thread may handle signals
             before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with self.progress.showing([item.name for item in self.plan.notebooks], self.seconds_before):
@@ -246,24 +246,24 @@ class _Suite:
         return ""
 
     def _reuse(self, item: notebooks.Notebook, entry: Entry) -> bool:
-        """Takes over the earlier outcome if nothing that it depends on has changed; says why or why not."""
+        """Reuse the earlier outcome if its dependencies are unchanged; note the reason either way."""
         if item.name in self.prints:
-            return False  # it has been looked at, and waits for its turn
+            return False  # it has been checked and waits for its turn
         before = {name: self.cache.stamp(name) for name in item.after}
         self.prints[item.name] = fingerprint.fingerprint(
             item, self.plan.parameters[item.name], self.executor.facts, self.plan.profile.threads, before
         )
         old = self.earlier.entry(item.name) if self.earlier else None
         if self.plan.fresh:
-            entry.why = "everything was to be executed (--fresh)"
+            entry.why = "--fresh executes every notebook"
         elif old and old.status in ("failed", "timeout", "killed", "oom"):
-            entry.why = f"it ended as {old.status} the last time"
+            entry.why = f"its last run ended as {old.status}"
         else:
             entry.why = self.cache.why_not(item.name, self.prints[item.name])
         if entry.why:
             return False
         kept = self.cache.kept[item.name]
-        entry.why = "its code, parameters, data and device, lowbit/ and the versions are as when it passed"
+        entry.why = "its code, parameters, data, device, lowbit/ and versions are unchanged since it passed"
         entry.cached, entry.seconds, entry.peak_mb = True, kept["seconds"], kept["peak_mb"]
         entry.metrics, _ = read_records(self.plan.folder / "records" / f"{item.name}.jsonl")
         self._show(entry)
@@ -282,7 +282,7 @@ class _Suite:
             entry.why = "; ".join(filter(None, (entry.why, outcome.note)))
             if entry.status == "skipped" and not self.plan.profile.lets_skip(name):
                 entry.status = "failed"
-                entry.reason = f"it asked to be skipped ({entry.reason}), and {profiles.FILE} has no leave for that"
+                entry.reason = f"it asked to be skipped ({entry.reason}), and {profiles.FILE} does not allow that"
             if entry.status == "passed":
                 self._keep(entry)
             self._show(entry)
@@ -290,10 +290,10 @@ class _Suite:
             self.progress.ended(entry)
 
     def _keep(self, entry: Entry) -> None:
-        """The result may stand for later runs, unless what it depends on has changed under it."""
+        """Keep the result for later runs, unless its dependencies changed while it ran."""
         then = {"code": self.prints[entry.name]["code"], "library": self.library}
         now = {"code": "", "library": fingerprint.library()}
-        with contextlib.suppress(LowbitError):  # it may have been moved away, or be half edited
+        with contextlib.suppress(LowbitError):  # it may have been moved away or be only partly written
             now["code"] = notebooks.read(next(n for n in self.plan.notebooks if n.name == entry.name).path).code_hash
         if changed := fingerprint.differing(then, now, now):
             entry.why += f"; {changed} changed while it ran, so the next run executes it again"
@@ -301,7 +301,7 @@ class _Suite:
             self.cache.keep(entry, self.prints[entry.name])
 
     def _show(self, entry: Entry) -> None:
-        """Fills in where the executed copy is, and renders it for reading."""
+        """Set the path of the executed copy, and render it as HTML."""
         path = self.plan.folder / f"{entry.name}.ipynb"
         if path.is_file():
             entry.output = path.name
@@ -309,7 +309,7 @@ class _Suite:
                 report.notebook_html(path)
 
     def _settle(self, entry: Entry, **fields: str) -> None:
-        """A notebook that needs no process."""
+        """Set the result of a notebook that needs no process."""
         self.waiting = [item for item in self.waiting if item.name != entry.name]
         for key, value in fields.items():
             setattr(entry, key, value)
@@ -319,7 +319,7 @@ class _Suite:
         said = f"the run was stopped by {signal.Signals(self.signum).name}"
         for name, execution in self.running.items():
             entry = self.result.entry(name)
-            entry.reason, entry.seconds = f"{said} while it was at work", round(execution.seconds, 2)
+            entry.reason, entry.seconds = f"{said} while it ran", round(execution.seconds, 2)
             execution.close()
         for item in self.waiting:
             self.result.entry(item.name).reason = said

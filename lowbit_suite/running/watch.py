@@ -1,6 +1,6 @@
-"""An IPython extension in every kernel that the suite starts: failures that Jupyter lets pass fail the notebook.
+"""An IPython extension in every kernel of the suite: errors that Jupyter ignores make the notebook fail.
 
-An exception in a thread ends only that thread, and a shell command (``!command``) that fails ends nothing.
+Without it, an exception in a thread ends only that thread, and a failing shell command (``!command``) has no effect.
 """
 
 import sys

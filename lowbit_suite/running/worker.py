@@ -1,6 +1,6 @@
 """The process that executes one notebook: ``python -m lowbit_suite.running.worker JOB.json``, started by the runner.
 
-Its exit code is its whole answer (`EXIT`); the JSON file it leaves only explains it in words.
+Only its exit code decides the status (`EXIT`); the JSON file that it writes explains it in words.
 """
 
 import json
@@ -25,11 +25,11 @@ OUT_OF_MEMORY = re.compile(
     r"|OSError: \[Errno 12\]",
     re.DOTALL,
 )
-"""What Python, numpy, torch and the system call it, as ``name: message`` of an exception."""
+"""Out-of-memory errors of Python, numpy, torch and the system, as ``name: message`` of an exception."""
 
 
 def main(job_path: str) -> int:
-    """Executes the notebook that the job file describes; returns the exit code."""
+    """Execute the notebook that the job file describes; return the exit code."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     private = Path(job_path).parent
     _die_with(job["parent"], private)
@@ -42,7 +42,7 @@ def main(job_path: str) -> int:
     from papermill.exceptions import PapermillExecutionError
 
     class Kernel(AsyncKernelManager):
-        """A kernel of this very interpreter, whatever the user's kernelspecs say, that needs no network port."""
+        """A kernel with this interpreter, regardless of the user's kernelspecs, that needs no network port."""
 
         process = None
 
@@ -51,7 +51,7 @@ def main(job_path: str) -> int:
             self.connection_file = str(private / "kernel.json")
             if sys.platform != "win32":
                 # Ports are picked first and bound later, so kernels that start together can pick the same one.
-                # Sockets in a folder of our own cannot meet.
+                # Sockets in a private folder cannot collide.
                 self.transport = "ipc"
                 self.ip = str(private / "k")
 
@@ -134,7 +134,7 @@ def _how(process) -> tuple[str, int]:
 
 
 def _die_with(parent: int, private: Path) -> None:
-    """Ends this process and its kernel when the runner is gone, however it went, and clears up after both."""
+    """End this process and its kernel once the runner has ended for any reason, and clean up after both."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -151,7 +151,7 @@ def _die_with(parent: int, private: Path) -> None:
 
 
 def _scrub(output: Path) -> None:
-    """Takes this machine's paths out of what papermill writes into the executed notebook's metadata."""
+    """Remove this machine's paths from the metadata that papermill writes into the executed notebook."""
     try:
         tree = json.loads(output.read_text(encoding="utf-8"))
         for key in ("input_path", "output_path"):
@@ -159,7 +159,7 @@ def _scrub(output: Path) -> None:
                 tree["metadata"]["papermill"][key] = output.name
         _write(output, tree)
     except (OSError, ValueError, KeyError):
-        pass  # half a file is what a crash leaves; the exit code tells
+        pass  # a crash leaves an incomplete file; the exit code decides
 
 
 def _literal(path: str) -> str:

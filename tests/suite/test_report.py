@@ -193,7 +193,7 @@ def test_broken_claims_are_told_and_break_nothing(page, project, text):
     project.results.mkdir()
     (project.results / "claims.json").write_text(text)
     found = page(entry(90.0))
-    assert "claims.json is not that of this version" in words(found.find(id="claims"))
+    assert "claims.json was not written by this version" in words(found.find(id="claims"))
     assert "✔ passed" in words(found.find("article"))
 
 

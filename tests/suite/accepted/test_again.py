@@ -159,7 +159,7 @@ def test_a_random_choice_is_repeatable_and_of_the_size_asked_for():
     ("wanted", "said"),
     [
         ("width=2", r"'width=2'.*names sweep, seed, bits, lr_factor"),
-        ("bits", "not of the form"),
+        ("bits", "does not have the form"),
         ("bits=7", "no training has bits=7; there are 2, 3"),
     ],
 )
@@ -188,14 +188,14 @@ def test_no_journal_and_one_of_something_else_are_refused(project):
     file = project.folder / "other.jsonl"
     journal.begin(file, {}, NAME, {"seeds": [7], "profile": "desk"}, lines())
     assert again.plan(NAME, "desk", file, []).run.parameters == {NAME: {"seeds": [7], "profile": "desk"}}
-    with pytest.raises(LowbitError, match="is of 05_sweep at desk, not of 06_other at desk"):
+    with pytest.raises(LowbitError, match="belongs to 05_sweep at desk, not to 06_other at desk"):
         again.plan("06_other", "desk", file, [])
-    with pytest.raises(LowbitError, match="is of 05_sweep at desk, not of 05_sweep at smoke"):
+    with pytest.raises(LowbitError, match="belongs to 05_sweep at desk, not to 05_sweep at smoke"):
         again.plan(NAME, "smoke", file, [])
-    with pytest.raises(LowbitError, match=r"'\*' means 2 notebooks, and a journal is of one"):
+    with pytest.raises(LowbitError, match=r"'\*' matches 2 notebooks, but a journal belongs to one"):
         again.plan("*", "desk", file, [])
     with pytest.raises(LowbitError, match="holds no training"):
         again.plan("*", "desk", None, [])
     journal.begin(file, {}, NAME, {"sedes": [7]}, lines())
-    with pytest.raises(LowbitError, match="'sedes', a parameter that 05_sweep has no more"):
+    with pytest.raises(LowbitError, match="'sedes', which 05_sweep no longer has"):
         again.plan(NAME, "desk", file, [])

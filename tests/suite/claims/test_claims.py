@@ -281,7 +281,7 @@ def test_the_study_pairs_what_is_there_and_names_the_rest(judged):
     table = rows({2: 1.0, 3: 1.0}, seeds=7)
     found = judged([row for row in table if (row["arm"], row["seed"]) != ("b", 6)])
     assert found.verdict == "reproduced" and found.seeds == 6
-    assert "left out, for want of a pair: seeds 6" in found.statements[0].note
+    assert "left out because their pair is missing: seeds 6" in found.statements[0].note
     alone = [row for row in table if (row["arm"] == "a") == (row["seed"] < 3)]
     assert judged(alone).verdict == "not tested"
     hole = [row | ({"accuracy, %": None} if (row["arm"], row["seed"]) == ("b", 2) else {}) for row in table]
@@ -308,7 +308,7 @@ def test_a_run_is_looked_at_by_its_own_tables_and_nothing_is_written(tmp_path, p
     assert not (project.results / "claims.md").exists()
     (folder / "02_accuracy.csv").unlink()
     result = CliRunner().invoke(app, ["claims", "--out", str(folder.parents[1])])
-    assert result.exit_code != 0 and "no table of the run" in result.output
+    assert result.exit_code != 0 and "has no table that a claim uses" in result.output
 
 
 def test_four_seeds_decide_nothing(judged):
@@ -392,7 +392,7 @@ def test_seeds_without_their_pair_are_refused_of_a_finished_run(judged):
     [
         ({"unti": "points"}, "unti"),
         ({"expected": "larger"}, "larger"),
-        ({"role": "main"}, "role 'main' is not allowed; primary, secondary are"),
+        ({"role": "main"}, "role 'main' is not allowed; give one of primary, secondary"),
         ({"role": "secondary"}, "no primary statement"),
         ({"descriptive": True}, "contradicts itself"),
         ({"slope": "seed", "at": "bits == 2"}, "contradicts itself"),
@@ -409,7 +409,7 @@ def test_a_wrong_statement_is_refused(judged, change, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"value": "mAP"}, "no column 'mAP'"), ({"a": "arm === 'a'"}, "cannot be asked")],
+    [({"value": "mAP"}, "no column 'mAP'"), ({"a": "arm === 'a'"}, "fails")],
 )
 def test_a_wrong_name_is_refused_of_a_finished_run_and_waited_for_in_the_study(judged, change, message):
     with pytest.raises(LowbitError, match=message):

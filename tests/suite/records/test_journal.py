@@ -147,5 +147,5 @@ def test_two_sweeps_with_the_same_arms_do_not_share_results(file):
 
 
 def test_what_json_has_no_form_for_is_refused_with_the_run_named():
-    with pytest.raises(LowbitError, match=r"seed=0 failed: TypeError: it returned a set; numbers"):
+    with pytest.raises(LowbitError, match=r"seed=0 failed: TypeError: it returned a set; return numbers"):
         sweep(lambda seed: {"y": {1}}, [{}], [0], workers=1)

@@ -44,7 +44,7 @@ def test_what_is_not_one_number_is_refused(lines, value):
 
 @pytest.mark.parametrize("name", ["", "1a", "a b", "a/", "a//b", "é", "a" * 101, 3])
 def test_bad_names_are_refused(name):
-    with pytest.raises(LowbitError, match="is not a name"):
+    with pytest.raises(LowbitError, match="is not a valid name"):
         record(name, 1)
 
 

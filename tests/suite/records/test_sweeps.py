@@ -84,7 +84,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
 
 
 def test_nothing_to_run_is_refused():
-    with pytest.raises(LowbitError, match="1 arms, 0 seeds"):
+    with pytest.raises(LowbitError, match="1 arms and 0 seeds"):
         sweep(dot, [{"scale": 1.0}], [])
     with pytest.raises(LowbitError, match="workers=0"):
         sweep(dot, [{"scale": 1.0}], [0], workers=0)

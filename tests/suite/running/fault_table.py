@@ -110,7 +110,7 @@ NOTEBOOKS = {
         Fault(
             "a notebook without leave asks to be skipped",
             ("import lowbit; lowbit.skip('no data')",),
-            reason="it asked to be skipped (no data), and profiles.yaml has no leave for that",
+            reason="it asked to be skipped (no data), and profiles.yaml does not allow that",
         ),
     ],
     "the kernel dies": [
@@ -328,8 +328,8 @@ def numbers(folder: Path) -> list[Seen]:
 
 @does(
     Fault("`kill -9` the runner", (), "not_run", "not started yet", -signal.SIGKILL),
-    Fault("`kill` the runner", (), "not_run", "stopped by SIGTERM while it was at work", 143),
-    Fault("Ctrl-C", (), "not_run", "stopped by SIGINT while it was at work", 130),
+    Fault("`kill` the runner", (), "not_run", "stopped by SIGTERM while it ran", 143),
+    Fault("Ctrl-C", (), "not_run", "stopped by SIGINT while it ran", 130),
 )
 def ended_from_outside(folder: Path) -> list[Seen]:
     seen = []
@@ -392,7 +392,9 @@ def full_disk(folder: Path) -> list[Seen]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@does(Fault("Linux ends the kernel, which needs more than its control group may", (), "oom", "for want of memory", 1))
+@does(
+    Fault("Linux ends the kernel, which needs more than its control group may", (), "oom", "because memory ran out", 1)
+)
 def control_group(folder: Path) -> list[Seen]:
     project = Project(folder)
     project.add("a", "x = [bytearray(b'1' * 2**20) for _ in range(2**12)]", "1")

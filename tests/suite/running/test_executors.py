@@ -194,7 +194,7 @@ def test_a_scheduler_that_is_not_there_is_told_before_anything_runs(course, monk
 )
 def test_an_unknown_executor_is_refused(course, where):
     course()
-    with pytest.raises(LowbitError, match="it is 'local' or 'dask://HOST:PORT'"):
+    with pytest.raises(LowbitError, match="give 'local' or 'dask://HOST:PORT'"):
         runner.plan(executor=where)
 
 
@@ -206,7 +206,7 @@ def test_machines_may_differ_in_data_and_compiled_kernels_only():
 @pytest.mark.parametrize(
     ("error", "status", "reason"),
     [
-        (KilledWorker("x", None, 3), "killed", "one worker after another was lost while it was at work (attempt 4)"),
+        (KilledWorker("x", None, 3), "killed", "one worker after another was lost while it ran (attempt 4)"),
         (OSError("disk full"), "failed", "the worker could not execute it: OSError: disk full"),
     ],
 )

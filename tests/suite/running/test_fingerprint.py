@@ -29,7 +29,7 @@ def parts(project):
         ({"code": "2"}, "the notebook's code"),
         ({"given": {"seed": 1}}, "the parameters (seed)"),
         ({"threads": 2}, "the number of threads"),
-        ({"before": {"first": "x"}}, "what it comes after (first)"),
+        ({"before": {"first": "x"}}, "the notebooks before it (first)"),
         (
             {"facts": {**FACTS, "library": {"a.py": "1", "b.py": "3", "c.py": "4"}}},
             "the library or the suite (b.py, c.py)",

@@ -151,7 +151,7 @@ def test_only_what_changed_or_did_not_pass_runs_again(project):
     second = runner.execute(runner.plan())
     a, b = second.notebooks
     assert (a.status, a.cached, a.metrics) == ("passed", True, first.notebooks[0].metrics)
-    assert (b.status, b.cached, b.why) == ("passed", False, "it ended as failed the last time")
+    assert (b.status, b.cached, b.why) == ("passed", False, "its last run ended as failed")
     project.add("a", "import lowbit; lowbit.record('x', 2)")
     third = runner.execute(runner.plan())
     a, b = third.notebooks
@@ -182,7 +182,7 @@ def test_what_comes_after_a_notebook_that_ran_again_runs_again(project):
     assert runner.execute(runner.plan()).passed
     a, b = runner.execute(runner.plan(assignments=["a:seed=1"])).notebooks
     assert (a.cached, a.why) == (False, "the parameters (seed) changed")
-    assert (b.cached, b.why) == (False, "what it comes after (a) changed")
+    assert (b.cached, b.why) == (False, "the notebooks before it (a) changed")
     a, b = runner.execute(runner.plan(assignments=["a:seed=1"])).notebooks
     assert a.cached and b.cached
 

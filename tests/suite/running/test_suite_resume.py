@@ -149,5 +149,5 @@ def test_what_cannot_be_gone_on_with_is_refused(course):
 
 def test_two_runners_do_not_share_a_folder(course):
     folder = course.results / "runs" / "smoke"
-    with runner._alone(folder), pytest.raises(LowbitError, match=r"another run is at work in .*--out"):
+    with runner._alone(folder), pytest.raises(LowbitError, match=r"another run uses .*--out"):
         runner.execute(runner.plan())
