@@ -8,6 +8,7 @@ that fail in the copy without any fault notice nothing: they are asked first wit
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -162,5 +163,7 @@ def _ask(mutation: Mutation, copy: Path) -> Outcome:
         return Outcome(mutation, "caught", failed[1])
     if done.returncode == 2 and failed:  # the tests cannot even be collected
         return Outcome(mutation, "caught", failed[1])
+    if done.returncode < 0:
+        return Outcome(mutation, "caught", f"{signal.Signals(-done.returncode).name} ended the tests")
     tail = " ".join((done.stdout + done.stderr).split()[-30:])
     return Outcome(mutation, "error", f"pytest ended with {done.returncode}: {tail}")
