@@ -10,7 +10,8 @@ import torch
 from kernel_helpers import randn, random_weight
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import compiled, reference, shift_conv2d, shift_linear
+from lowbit.kernels import compiled, pack_weight, reference, shift_conv2d, shift_linear
+from lowbit.kernels.ops import check_weight
 
 
 class Net(torch.nn.Module):
@@ -174,6 +175,16 @@ def form(request):
     """Refusals are alike in all forms."""
     request.getfixturevalue("no_library" if request.param == "pytorch form" else "library")
     return request.param
+
+
+def test_from_two_levels_to_as_many_as_the_bits_can_tell_apart():
+    weight = pack_weight(torch.tensor([[0, 1, 1, 0]], dtype=torch.int16), torch.tensor([-1.0, 1.0]))
+    assert shift_linear(torch.ones(1, 4, dtype=torch.int8), weight, x_scale=torch.ones(1)).item() == 0
+    data = weight.data, weight.scale, None, 2, 4
+    check_weight(data[0], (0, 1, 2, 3), *data[1:])
+    for levels in ((1,), (0, 1, 2, 3, 4)):
+        with pytest.raises(LowbitError, match="2 to 4 integers"):
+            check_weight(data[0], levels, *data[1:])
 
 
 W = random_weight("denseshift3", (20, 70))

@@ -1,5 +1,7 @@
 """The packed layout: by hand, there and back, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,6 +124,15 @@ def test_the_bound_of_k():
     assert pack_weight(torch.zeros(1, bound, dtype=torch.int16), whole).sums.item() == bound * -128
     with pytest.raises(LowbitError, match=rf"K={bound + 1} .*K={bound};"):
         pack_weight(torch.zeros(1, bound + 1, dtype=torch.int16), whole)
+
+
+def test_every_code_that_has_a_level_is_allowed_and_no_other():
+    codes = torch.tensor([[0, 1, 2, 1]], dtype=torch.int16)
+    weight = pack_weight(codes, torch.tensor([-1.0, 0.0, 1.0]))
+    weight.check()
+    weight = replace(weight, data=pack(codes + 1, 2))
+    with pytest.raises(LowbitError, match="codes go from 1 to 3; there are 3 levels"):
+        weight.check()
 
 
 CODES = torch.zeros(4, 8, dtype=torch.int16)

@@ -21,6 +21,11 @@ def test_mask_by_hand():
     w = torch.tensor([[0.01, -0.26, 0.49, 0.52, -0.5, 0.74, 1.24, -0.24]])
     assert torch.isclose(w.abs().mean(), torch.tensor(0.5))
     # distances in y:   0.02    0.48   0.02   0.04   0    0.48  1 (clipped: y = 2, nearest k is 1)  0.48
+    for bits in (0, 9, 2.0):
+        with pytest.raises(LowbitError, match=f"bits={bits} is not allowed: StatsQ takes 1 to 8 bits"):
+            cga_mask(w, bits, 0.03)
+    assert torch.equal(cga_mask(w, 1, 0.5), w.abs() <= 0.5)  # y = clip(w) has one boundary, 0
+    assert cga_mask(w, 8, 0.5).shape == w.shape
     assert cga_mask(w, 2, 0.03).tolist() == [[True, False, True, False, True, False, False, False]]
     assert cga_mask(w, 2, 0.05).tolist() == [[True, False, True, True, True, False, False, False]]
     assert cga_mask(w, 2, 0.5).tolist() == [[True] * 6 + [False, True]]

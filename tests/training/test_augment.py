@@ -147,6 +147,9 @@ def test_erasing_changes_a_rectangle_and_nothing_else():
     inside = changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     assert 0.01 < changed.double().mean() < 0.4 and inside.double().mean() > 0.95
     assert torch.equal(augment.Erase(0.0)(x), x)
+    noise = augment.Erase(1.0)(torch.full((3, 256, 256), 7, dtype=torch.uint8)).double()
+    noise = noise[(noise != 7).any(0).expand(3, -1, -1)]
+    assert 115 < noise.mean() < 125 and 50 < noise.std() < 60  # 120 and 58, less what leaves 0 to 255
 
 
 def test_copies_of_an_image_are_augmented_differently_and_repeatably():

@@ -23,6 +23,7 @@ def test_an_mlp_learns_digits(digits, mlp):
     record = train(model, digits, TrainConfig(epochs=6, batch_size=64, lr=0.01, progress=False), device="cpu")
     assert record.final["test_acc"] > 0.9  # chance is 0.1
     assert record.frame["train_loss"].is_monotonic_decreasing
+    assert 0.9 < record.final["train_acc"] <= 1
     assert list(record.frame["epoch"]) == [1, 2, 3, 4, 5, 6]
     # What the record says is what the model does.
     x = (digits.test.x / 255 - digits.mean[0]) / digits.std[0]
