@@ -130,6 +130,9 @@ def test_every_code_that_has_a_level_is_allowed_and_no_other():
     codes = torch.tensor([[0, 1, 2, 1]], dtype=torch.int16)
     weight = pack_weight(codes, torch.tensor([-1.0, 0.0, 1.0]))
     weight.check()
+    for levels in ((-1, -1, 1), (1, 0, -1)):
+        with pytest.raises(LowbitError, match="not ascending"):
+            replace(weight, levels=levels).check()
     weight = replace(weight, data=pack(codes + 1, 2))
     with pytest.raises(LowbitError, match="codes go from 1 to 3; there are 3 levels"):
         weight.check()

@@ -58,6 +58,10 @@ def test_draw_and_apply(kind, shape):
             assert kept.sum() == shape[0] * (shape[1] - abs(down)) * (shape[2] - abs(right))
 
 
+def test_how_far_a_shift_reaches():
+    assert augment.reach((3, 32, 16)) == (4, 2) and augment.reach((8000,)) == (800,)
+
+
 def test_a_share_of_the_batch_is_the_same_share_of_the_whole():
     x = ramp(6)
     drawn = augment.draw("crop_flip", 6, (1, 8, 8), torch.Generator().manual_seed(0))

@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from lowbit.errors import CheckpointError
 from lowbit.training import checkpoint, train
@@ -39,6 +40,12 @@ def test_foreign_files_are_refused(tmp_path):
     torch.save({"model": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not written by lowbit"):
         checkpoint.load(path)
+
+
+def test_another_model_is_refused_with_the_first_two_differences(tmp_path):
+    state = nn.Linear(2, 3).state_dict()
+    with pytest.raises(CheckpointError, match=r"another model \(size mismatch for weight.*size mismatch for bias"):
+        checkpoint.load_model(nn.Linear(2, 4), state, tmp_path)
 
 
 def test_newer_schemas_are_refused(saved):
