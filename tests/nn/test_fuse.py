@@ -451,3 +451,22 @@ def test_what_is_refused():
 
     with pytest.raises(LowbitError, match=r"Small cannot be fused, .* other results for the example"):
         lowbit.fuse(small(through_a_view), SMALL)
+
+
+def test_the_example_that_fuse_makes_tells_graphs_apart_that_agree_at_zero():
+    class Traced(nn.Module):
+        """Doubles its output when torch.fx traces it; without a bias zeros give zeros either way."""
+
+        example_shape = (8,)
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4, bias=False)
+
+        def forward(self, x):
+            return self.layer(x) * (1 if isinstance(x, torch.Tensor) else 2)
+
+    torch.manual_seed(0)
+    model = lowbit.quantize_(Traced(), lowbit.QuantConfig(StatsQ(bits=2), first_last="same"))
+    with pytest.raises(LowbitError, match="gives other results"):
+        lowbit.fuse(lowbit.pack(model, torch.randn(2, 8)))
