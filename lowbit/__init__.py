@@ -14,6 +14,7 @@ _lazy, _dir, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "data",
+        "engine",
         "environment",
         "functional",
         "kernels",
@@ -25,6 +26,7 @@ _lazy, _dir, __all__ = lazy_loader.attach(
         "training",
     ],
     submod_attrs={
+        "engine": ["Plan", "load_plan", "plan"],
         "errors": ["LowbitError"],
         "nn": ["QuantConfig", "calibrate", "quantize_"],
         "nn.deploy": ["pack"],
@@ -50,6 +52,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     # The aliases mark the names as public: type checkers ignore plain imports of a package.
     from lowbit import data as data
+    from lowbit import engine as engine
     from lowbit import environment as environment
     from lowbit import functional as functional
     from lowbit import kernels as kernels
@@ -59,6 +62,9 @@ if TYPE_CHECKING:
     from lowbit import paths as paths
     from lowbit import quantizers as quantizers
     from lowbit import training as training
+    from lowbit.engine import Plan as Plan
+    from lowbit.engine import load_plan as load_plan
+    from lowbit.engine import plan as plan
     from lowbit.errors import LowbitError as LowbitError
     from lowbit.nn import QuantConfig as QuantConfig
     from lowbit.nn import calibrate as calibrate

@@ -92,7 +92,7 @@ LAYERS = (
     {"lowbit.container", "lowbit.kernels", "lowbit.quantizers"},
     {"lowbit.nn"},
     {"lowbit.models"},
-    {"lowbit.serialization"},
+    {"lowbit.serialization", "lowbit.engine"},
 )
 COMMANDS = ("lowbit.kernels.cli",)  # it stands beside what it runs, and uses all of the library
 

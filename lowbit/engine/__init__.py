@@ -12,11 +12,12 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["format"],
-    submod_attrs={"lower": ["plan"], "runtime": ["Plan", "load_plan"]},
+    submod_attrs={"lower": ["plan"], "module": ["PlanModule"], "runtime": ["Plan", "load_plan"]},
 )
 
 if TYPE_CHECKING:
     from lowbit.engine import format as format
     from lowbit.engine.lower import plan as plan
+    from lowbit.engine.module import PlanModule as PlanModule
     from lowbit.engine.runtime import Plan as Plan
     from lowbit.engine.runtime import load_plan as load_plan

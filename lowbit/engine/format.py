@@ -10,7 +10,23 @@ VERSION = 1
 ALIGNED = 64
 FLOATS, MAP = 0, 1
 KINDS = tuple(
-    "quantize product copy add affine pool norm gelu mel attention depthwise round matmul softmax".split()
+    [
+        "quantize",
+        "product",
+        "copy",
+        "add",
+        "affine",
+        "pool",
+        "norm",
+        "gelu",
+        "mel",
+        "attention",
+        "depthwise",
+        "round",
+        "matmul",
+        "softmax",
+        "conv",
+    ]
 )
 """Operations by their number in the file."""
 TAIL = 128  # bytes behind a map that products may read
@@ -24,8 +40,10 @@ TENSOR = np.dtype(
     + [(name, "<i8") for name in ("height", "width", "channels", "place", "offset")]
 )
 OP = np.dtype(
-    [("kind", "<i4"), ("reserved", "<i4"), ("in", "<i4", 4), ("out", "<i4", 2), ("n", "<i8", 16), ("f", "<f8", 4)]
-    + [("data", "<i8", (5, 2))]
+    [
+        *(("kind", "<i4"), ("reserved", "<i4"), ("in", "<i4", 4), ("out", "<i4", 2)),
+        *(("n", "<i8", 16), ("f", "<f8", 4), ("data", "<i8", (5, 2))),
+    ]
 )
 
 

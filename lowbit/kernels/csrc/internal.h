@@ -75,7 +75,7 @@ typedef struct {
   void (*mel)(const lb_mel *m, const float *const x[16], float *room, float *out);
   void (*standardize)(float *x, int64_t n, float room);
   void (*round)(const float *x, int64_t n, const lb_rounding *r, float *y);
-  void (*depthwise)(const uint8_t *map, const int64_t *tap, int64_t taps, const int8_t *weights, int64_t n,
+  void (*depthwise)(const uint8_t *map, const int64_t *tap, int64_t taps, const int16_t *weights, int64_t n,
                     int is_signed, int32_t *sums);
 } lb_vector_table;
 

@@ -328,7 +328,7 @@ static int check_depthwise(checker *c, const lb_plan_op *op) {
     return refuse(c, "a padding larger than the border");
   const int64_t height = out_height(op, x), width = out_width(op, x), n = x->channels;
   if (!height || !width || height * width > MOST) return refuse(c, "a kernel larger than its input");
-  if (!has_data(c, op, 0, op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * n) || !has_data(c, op, 1, 4 * n) ||
+  if (!has_data(c, op, 0, op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * n * 2) || !has_data(c, op, 1, 4 * n) ||
       !has_data(c, op, 2, 4 * n) || !has_data_or_none(c, op, 3, 4 * n) || !has_data_or_none(c, op, 4, 8 * n))
     return refuse(c, "weights of another size");
   if (op->in[2] != -1) {
@@ -373,6 +373,27 @@ static int check_softmax(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows_of(y), y->channels);
 }
 
+/* data: weights [outputs / 16][k][16], k = (ky, kx, channel); bias */
+static int check_conv(checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS);
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  const int64_t *n = op->n;
+  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  if (!x || !y || !is_window(op) || !is_between(n[LB_N_RELU], 0, 1) || !is_between(n[LB_N_HEIGHT], 1, MOST) ||
+      !is_between(n[LB_N_WIDTH], 1, MOST) || !is_between(n[LB_N_CHANNELS], 1, MOST))
+    return refuse(c, "wrong tensors or numbers");
+  const lb_plan_tensor seen = {.height = n[LB_N_HEIGHT], .width = n[LB_N_WIDTH]};
+  const int64_t rows = out_height(op, &seen) * out_width(op, &seen), k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * n[LB_N_CHANNELS];
+  if (!rows || rows != rows_of(y)) return refuse(c, "an output of another shape");
+  if (n[LB_N_OFFSET] + (n[LB_N_HEIGHT] - 1) * n[LB_N_STEP_Y] + (n[LB_N_WIDTH] - 1) * n[LB_N_STEP] +
+          (n[LB_N_CHANNELS] - 1) * n[LB_N_STEP_C] >= values_of(x))
+    return refuse(c, "an input of another shape");
+  if (k > MOST || !has_data(c, op, 0, (y->channels + 15) / 16 * k * 64) || !has_data_or_none(c, op, 1, 4 * y->channels))
+    return refuse(c, "weights of another size");
+  if (op->in[0] == op->out[0]) return refuse(c, "an input that is written");
+  return check_outputs(c, op, rows, y->channels);
+}
+
 static int check_op(checker *c, const lb_plan_op *op) {
   for (int i = 0; i < 16; i++)
     if (!is_between(op->n[i], 0, (int64_t)1 << 31)) return refuse(c, "an impossible number");
@@ -395,6 +416,7 @@ static int check_op(checker *c, const lb_plan_op *op) {
     case LB_OP_ROUND: return check_round(c, op);
     case LB_OP_MATMUL: return check_matmul(c, op);
     case LB_OP_SOFTMAX: return check_softmax(c, op);
+    case LB_OP_CONV: return check_conv(c, op);
     default: return refuse(c, "of unknown kind");
   }
 }
@@ -961,6 +983,50 @@ static void depthwise_rows(void *argument, int64_t begin, int64_t end) {
   }
 }
 
+static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
+
+/* 16 rows of outputs at a time: their windows are copied side by side. */
+static void conv_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t *n = op->n, channels = n[LB_N_CHANNELS];
+  const lb_plan_tensor seen = {.height = n[LB_N_HEIGHT], .width = n[LB_N_WIDTH]};
+  const lb_plan_tensor *y = r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0];
+  const int64_t width = out_width(op, &seen), rows = rows_of(y), outputs = y->channels, panels = panels_of(outputs);
+  const int64_t k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * channels;
+  const float *bias = data_of(r->plan, op, 1);
+  float *windows = lb_scratch(LB_SLOT_LINE, (size_t)(16 * (k + panels * 16)) * sizeof *windows);
+  if (!windows) {
+    atomic_store(&r->status, LB_NO_MEMORY);
+    return;
+  }
+  float *result = windows + 16 * k;
+  for (int64_t group = begin; group < end; group++) {
+    const int64_t first = group * 16, count = lb_min(16, rows - first);
+    float *to = windows;
+    for (int64_t row = first; row < first + count; row++)
+      for (int64_t i = 0; i < n[LB_N_KERNEL_Y]; i++)
+        for (int64_t j = 0; j < n[LB_N_KERNEL_X]; j++, to += channels) {
+          const int64_t at_y = row / width * n[LB_N_STRIDE_Y] - n[LB_N_PADDING_Y] + i * n[LB_N_DILATION_Y];
+          const int64_t at_x = row % width * n[LB_N_STRIDE_X] - n[LB_N_PADDING_X] + j * n[LB_N_DILATION_X];
+          if (!is_between(at_y, 0, seen.height - 1) || !is_between(at_x, 0, seen.width - 1)) {
+            memset(to, 0, (size_t)channels * sizeof *to);
+            continue;
+          }
+          const float *from = r->in + n[LB_N_OFFSET] + at_y * n[LB_N_STEP_Y] + at_x * n[LB_N_STEP];
+          if (n[LB_N_STEP_C] == 1) memcpy(to, from, (size_t)channels * sizeof *to);
+          else for (int64_t c = 0; c < channels; c++) to[c] = from[c * n[LB_N_STEP_C]];
+        }
+    r->isa->vector->multiply(count, panels, k, windows, k, data_of(r->plan, op, 0), k * 16, 16, result, panels * 16);
+    for (int64_t row = 0; row < count; row++) {
+      float *from = result + row * panels * 16;
+      if (bias || n[LB_N_RELU]) r->isa->vector->affine(from, NULL, bias, outputs, (int)n[LB_N_RELU], most_of(op), from);
+      if (r->out) memcpy(r->out + (first + row) * outputs, from, (size_t)outputs * sizeof *from);
+      if (r->map) store_row(r, first + row, 0, from, outputs, (float)op->f[1]);
+    }
+  }
+}
+
 static void round_rows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
@@ -1077,8 +1143,6 @@ static void run_mel(run *r) {
 
 enum { QUERIES = 16 };
 
-static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
-
 /* Values of whole vectors are read where they lie. */
 static int values_in_place(const lb_plan_op *op) { return op->n[LB_N_SIZE] % 16 == 0; }
 
@@ -1194,6 +1258,9 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
         parallel(&r, rows_of(rows), op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * rows->channels, depthwise_rows, &r);
         break;
       case LB_OP_ROUND: parallel(&r, rows_of(rows), rows->channels * 4, round_rows, &r); break;
+      case LB_OP_CONV:
+        parallel(&r, panels_of(rows_of(rows)), op->data[0].bytes * 4, conv_rows, &r);
+        break;
       case LB_OP_SOFTMAX: parallel(&r, rows_of(rows), rows->channels * 16, softmax_rows, &r); break;
       case LB_OP_MATMUL:
         parallel(&r, op->n[LB_N_COUNT] * ((op->n[LB_N_M] + 15) / 16), 16 * op->n[LB_N_K] * op->n[LB_N_N], matmul, &r);

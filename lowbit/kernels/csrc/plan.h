@@ -36,10 +36,11 @@ enum {
   LB_OP_GELU,         /* floats -> floats and/or map */
   LB_OP_MEL,          /* log-mel features of sound: floats -> floats */
   LB_OP_ATTENTION,    /* softmax(q k^T * scale) v of floats -> floats and/or map */
-  LB_OP_DEPTHWISE,    /* map x int8 weights, channel by channel -> floats and/or map */
+  LB_OP_DEPTHWISE,    /* map x int16 weights, channel by channel -> floats and/or map */
   LB_OP_ROUND,        /* floats, rounded to steps -> floats */
   LB_OP_MATMUL,       /* floats x floats -> floats, for each of a number of matrices */
   LB_OP_SOFTMAX,      /* rows of floats -> floats */
+  LB_OP_CONV,         /* convolution or linear layer in full precision: floats -> floats and/or map */
   LB_OPS
 };
 
@@ -57,6 +58,9 @@ enum { LB_N_LOW = 2, LB_N_HIGH = 3 };                                     /* rou
 enum { LB_N_COUNT = 2, LB_N_M = 3, LB_N_K = 4, LB_N_N = 5, LB_N_A_COUNT = 6, LB_N_B_OFFSET = 7, LB_N_B_COUNT = 8,
        LB_N_B_K = 9, LB_N_B_N = 10 }; /* matmul: of matrix i, a[m][k] is at offset + i * a_count + m * step + k,
                                        * b[k][n] at b_offset + i * b_count + k * b_k + n * b_n */
+
+enum { LB_N_STEP_Y = 2, LB_N_HEIGHT = 12, LB_N_WIDTH = 13, LB_N_CHANNELS = 14, LB_N_STEP_C = 15 };
+/* conv, with the window of product: x[y][z][c] is at offset + y * step_y + z * step + c * step_c */
 
 typedef struct {
   char magic[12];

@@ -328,13 +328,16 @@ static void vector_round(const float *x, int64_t n, const lb_rounding *r, float 
 }
 
 typedef uint8_t lb_u16 __attribute__((vector_size(16)));
+typedef int16_t lb_w16 __attribute__((vector_size(32)));
 
+/* 16 stored activations, and 16 weights, as integers. */
 #if defined(LB_VECTOR_512)
-LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
+LB_INLINE lb_i16 bytes16(lb_u16 x, int is_signed) {
   return (lb_i16)(is_signed ? _mm512_cvtepi8_epi32((__m128i)x) : _mm512_cvtepu8_epi32((__m128i)x));
 }
+LB_INLINE lb_i16 words16(lb_w16 x) { return (lb_i16)_mm512_cvtepi16_epi32((__m256i)x); }
 #elif defined(LB_VECTOR_256)
-LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
+LB_INLINE lb_i16 bytes16(lb_u16 x, int is_signed) {
   union {
     lb_i16 all;
     __m256i half[2];
@@ -344,29 +347,44 @@ LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
   y.half[1] = is_signed ? _mm256_cvtepi8_epi32(high) : _mm256_cvtepu8_epi32(high);
   return y.all;
 }
+LB_INLINE lb_i16 words16(lb_w16 x) {
+  union {
+    lb_i16 all;
+    __m256i half[2];
+  } y;
+  y.half[0] = _mm256_cvtepi16_epi32(_mm256_castsi256_si128((__m256i)x));
+  y.half[1] = _mm256_cvtepi16_epi32(_mm256_extracti128_si256((__m256i)x, 1));
+  return y.all;
+}
 #else
-LB_INLINE lb_i16 widen16(lb_u16 x, int is_signed) {
+LB_INLINE lb_i16 bytes16(lb_u16 x, int is_signed) {
   lb_i16 y;
   for (int i = 0; i < 16; i++) y[i] = is_signed ? (int8_t)x[i] : x[i];
   return y;
 }
+LB_INLINE lb_i16 words16(lb_w16 x) {
+  lb_i16 y;
+  for (int i = 0; i < 16; i++) y[i] = x[i];
+  return y;
+}
 #endif
 
-LB_INLINE void depthwise_part(const uint8_t *map, const int64_t *tap, int64_t taps, const int8_t *weights, int64_t n,
+LB_INLINE void depthwise_part(const uint8_t *map, const int64_t *tap, int64_t taps, const int16_t *weights, int64_t n,
                               int64_t i, const size_t count, int is_signed, int32_t *sums) {
   lb_i16 sum = {0};
   for (int64_t t = 0; t < taps; t++) {
-    lb_u16 x = {0}, w = {0};
+    lb_u16 x = {0};
+    lb_w16 w = {0};
     memcpy(&x, map + tap[t] + i, count);
-    memcpy(&w, weights + t * n + i, count);
-    sum += widen16(x, is_signed) * widen16(w, 1);
+    memcpy(&w, weights + t * n + i, count * 2);
+    sum += bytes16(x, is_signed) * words16(w);
   }
   memcpy(sums + i, &sum, count * 4);
 }
 
 /* One place of a depthwise convolution: sums over taps of stored activations times weights, for n channels; a tap's
  * activations start at map + tap[i], its weights at weights + i * n. */
-static void vector_depthwise(const uint8_t *map, const int64_t *tap, int64_t taps, const int8_t *weights, int64_t n,
+static void vector_depthwise(const uint8_t *map, const int64_t *tap, int64_t taps, const int16_t *weights, int64_t n,
                              int is_signed, int32_t *sums) {
   int64_t i = 0;
   if (is_signed)

@@ -1,0 +1,321 @@
+"""What lowering knows: the values of a graph as numbers of elements, and the operations so far."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.engine import format as file_format
+from lowbit.engine.format import Op
+from lowbit.engine.format import Tensor as Stored
+from lowbit.errors import LowbitError
+
+SKEW = 512
+"""From so many bytes on, rows of a linear layer are 64 bytes apart, out of each other's cache sets."""
+SHIFT = 40
+"""The bits of an element's number that say where in its tensor it is."""
+
+
+class Value:
+    """A tensor of the graph: which elements of which stored tensors it consists of.
+
+    Args:
+        ids: int64, of the tensor's shape with a batch of one: ``number of the stored tensor << 40 | element``.
+    """
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape, with a batch of one."""
+        return self.ids.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims."""
+        return self.ids.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32: values between layers are floats."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Request:
+    """An operation's wish for a map: the view of rows ``[rows, channels]`` it reads, and how it is rounded."""
+
+    op: Op
+    source: Stored
+    offset: int
+    step: int
+    planar: bool
+    size: tuple[int, int, int]
+    border: tuple[int, int]
+    scale: float | None
+    dynamic: int
+    low: int
+    high: int
+    before: bytes
+    tight: bool
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Requests with the same key are served by one map."""
+        view = (id(self.source), self.offset, self.step, self.planar, self.size)
+        return (*view, self.scale, self.dynamic, self.low, self.high, self.before, self.tight)
+
+
+class Lowering:
+    """The operations so far, and what is known of their values."""
+
+    def __init__(self, shape: Sequence[int]):
+        height, width = (shape[1], shape[2]) if len(shape) == 3 else (1, math.prod(shape[1:]) if shape else 1)
+        self.x = Stored(height, width, shape[0] if shape else 1)
+        self.shape = tuple(shape)
+        self.stored: list[Stored | np.ndarray] = []
+        self.ops: list[Op] = []
+        self.made: dict[Stored, Op] = {}
+        self.requests: list[Request] = []
+        self.exact = True  # whether there are only operations that are the same to the bit in PyTorch
+
+    # ---- values ----
+
+    def number(self, stored: Stored | np.ndarray) -> int:
+        """Its number in ids."""
+        for i, other in enumerate(self.stored):
+            if other is stored:
+                return i
+        self.stored.append(stored)
+        return len(self.stored) - 1
+
+    def value(self, stored: Stored | np.ndarray, shape: Sequence[int]) -> Value:
+        """All elements of a stored tensor, in order, with that shape."""
+        count = stored.size if isinstance(stored, np.ndarray) else stored.rows * stored.channels
+        ids = torch.arange(count) + (self.number(stored) << SHIFT)
+        return Value(ids.reshape(tuple(shape)))
+
+    def of(self, x: Any) -> Value:
+        """A value of the graph, or a constant tensor as one."""
+        if isinstance(x, Value):
+            return x
+        array = np.ascontiguousarray(x.detach().float().cpu().numpy())
+        return self.value(array, x.shape)
+
+    def constant(self, ids: Tensor) -> np.ndarray | None:
+        """The numbers, if all of these elements are constants."""
+        numbers = ids.flatten() >> SHIFT
+        if not all(isinstance(self.stored[i], np.ndarray) for i in numbers.unique().tolist()):
+            return None
+        flat = ids.flatten()
+        out = np.empty(flat.numel(), np.float32)
+        for i in numbers.unique().tolist():
+            mask = (numbers == i).numpy()
+            out[mask] = self.stored[i].reshape(-1)[(flat[numbers == i] - (i << SHIFT)).numpy()]
+        return out
+
+    def add(self, op: Op) -> None:
+        """Append an operation."""
+        self.ops.append(op)
+        if op.floats is not None:
+            self.made[op.floats] = op
+
+    # ---- how operations read ----
+
+    def view(self, rows: Tensor) -> tuple[Stored, int, int] | None:
+        """The tensor, offset and step of ids ``[rows, channels]``, if they lie in memory like that."""
+        first = int(rows[0, 0])
+        stored = self.stored[first >> SHIFT]
+        step = int(rows[1, 0]) - first if len(rows) > 1 else rows.shape[1]
+        if isinstance(stored, np.ndarray) or step < 0:
+            return None
+        expected = first + step * torch.arange(len(rows))[:, None] + torch.arange(rows.shape[1])
+        return (stored, first & ((1 << SHIFT) - 1), step) if torch.equal(rows, expected) else None
+
+    def dense(self, ids: Tensor, size: tuple[int, int, int]) -> Stored:
+        """A tensor that holds exactly these elements in order: the one they come from, or a copy."""
+        flat = ids.flatten()
+        stored = self.stored[int(flat[0]) >> SHIFT]
+        inside = isinstance(stored, Stored) and stored is not self.x and stored.rows * stored.channels == flat.numel()
+        whole = inside and not int(flat[0]) & ((1 << SHIFT) - 1)
+        if isinstance(stored, Stored) and whole and torch.equal(flat, int(flat[0]) + torch.arange(flat.numel())):
+            return stored
+        return self.copy(flat, size)
+
+    def copy(self, flat: Tensor, size: tuple[int, int, int]) -> Stored:
+        """A new tensor of these elements, of whatever tensors."""
+        jumps = torch.nonzero(flat[1:] != flat[:-1] + 1).flatten() + 1
+        begins = [0, *jumps.tolist()]
+        ends = [*begins[1:], flat.numel()]
+        sources: list[Stored] = []
+        constants: list[np.ndarray] = []
+        pieces = []
+        for begin, end in zip(begins, ends, strict=True):
+            first = int(flat[begin])
+            stored, at = self.stored[first >> SHIFT], first & ((1 << SHIFT) - 1)
+            if isinstance(stored, np.ndarray):
+                source, at_source = 4, sum(array.size for array in constants)
+                constants.append(stored.reshape(-1)[at : at + end - begin])
+                at = at_source
+            else:
+                if not any(stored is other for other in sources):
+                    sources.append(stored)
+                source = next(i for i, other in enumerate(sources) if other is stored)
+            pieces.append((begin, source, at, end - begin))
+        if len(sources) > 4:
+            raise LowbitError("a concatenation of more than 4 tensors is not an operation of plans")
+        made = Stored(*size)
+        data = {0: np.array(pieces, np.int64)}
+        if constants:
+            data[1] = np.concatenate(constants).astype(np.float32)
+        self.add(Op("copy", [*sources], made, data=data))
+        return made
+
+    def rows_of(self, ids: Tensor) -> tuple[Stored, int, int]:
+        """Where ids ``[rows, channels]`` lie, after a copy if need be."""
+        found = self.view(ids)
+        if found is None:
+            made = self.copy(ids.flatten(), (1, len(ids), ids.shape[1]))
+            found = (made, 0, ids.shape[1])
+        return found
+
+    def ask(
+        self,
+        op: Op,
+        ids: Tensor,
+        border: tuple[int, int],
+        scale: Tensor | None,
+        low: int,
+        high: int,
+        before: Tensor | None,
+        tight: bool,
+    ) -> None:
+        """Let ``op`` read the elements ``[height, width, channels]`` from a map as its first input.
+
+        ``tight``: without pads between the places, though the number of channels is not a multiple of 4.
+        """
+        height, width, channels = ids.shape
+        rows = ids.reshape(-1, channels)
+        planes = ids.permute(2, 0, 1).flatten()
+        first = self.stored[int(planes[0]) >> SHIFT]
+        planar = (
+            isinstance(first, Stored)
+            and rows.shape[0] > 1
+            and channels > 1
+            and first.rows * first.channels == planes.numel()
+            and torch.equal(planes, int(planes[0]) + torch.arange(planes.numel()))
+        )
+        if planar:
+            assert isinstance(first, Stored)
+            source, offset, step = first, 0, channels
+        else:
+            source, offset, step = self.rows_of(rows)
+        dynamic = 0
+        if scale is None:
+            dynamic = 1 if op.name == "linear" else 2
+        kept = b"" if before is None else before.detach().float().reshape(-1).numpy().tobytes()
+        step_size = None if scale is None else float(scale)
+        size = (height, width, channels)
+        self.requests.append(
+            Request(op, source, offset, step, planar, size, border, step_size, dynamic, low, high, kept, tight)
+        )
+
+    # ---- the end ----
+
+    def finish(self, y: Any) -> bytes:
+        """Serve the requests for maps, and write the file."""
+        if not isinstance(y, Value):
+            raise LowbitError(f"the model returns a {type(y).__name__}; plans return one tensor")
+        out = self.dense(y.ids, (1, 1, y.ids.numel())) if y.ids.numel() else None
+        if out is None or out is self.x:
+            raise LowbitError("the model returns nothing that it computed")
+        self._merge_affine(out)
+        maps: dict[tuple[Any, ...], Stored] = {}
+        groups: dict[tuple[Any, ...], list[Request]] = {}
+        for request in self.requests:
+            groups.setdefault(request.key, []).append(request)
+        for key, group in groups.items():
+            maps[key] = self._serve(group)
+        for request in self.requests:
+            request.op.inputs[0] = maps[request.key]
+        read = {tensor for op in self.ops for tensor in op.inputs if tensor is not None} | {out}
+        for op in self.ops:
+            if op.map is not None and op.kind != "quantize" and op.floats not in read:
+                op.floats = None
+        return file_format.write(self.ops, self.x, out)
+
+    def _merge_affine(self, out: Stored) -> None:
+        """Let depthwise convolutions take in a BatchNorm and a ReLU that alone read them, as `fuse` does for others."""
+        for op in list(self.ops):
+            if op.kind != "affine" or op not in self.ops:
+                continue
+            source = op.inputs[0]
+            before = None if source is None else self.made.get(source)
+            if source is None or before is None or source is out or op.floats is None:
+                continue
+            readers = sum(source in other.inputs for other in self.ops) + sum(r.source is source for r in self.requests)
+            whole = not op.n[0] and op.n[1] == source.channels and op.floats.channels == source.channels
+            if before.kind in ("affine", "conv") and whole and readers == 1 and not before.n[11] and not op.data:
+                before.n[11], before.f[2] = op.n[11], op.f[2]
+            elif before.kind == "depthwise" and whole and readers == 1 and not before.n[11]:
+                if op.data and (4 in before.data or len(op.data) < 2):
+                    continue
+                before.n[11], before.f[2] = op.n[11], op.f[2]
+                if op.data:
+                    before.data[4] = np.stack([op.data[0], op.data[1]])
+            else:
+                continue
+            made = op.floats
+            made.height, made.width = source.height, source.width
+            before.floats = made
+            self.made[made] = before
+            self.ops.remove(op)
+
+    def _serve(self, group: list[Request]) -> Stored:
+        """The map for requests that agree; written by the operation before, or by one of its own."""
+        first = group[0]
+        height, width, channels = first.size
+        border = (max(r.border[0] for r in group), max(r.border[1] for r in group))
+        place = channels if first.tight else -(-channels // 4) * 4
+        if border == (0, 0) and place >= SKEW and place % SKEW == 0:
+            place += 64
+        made = Stored(height, width, channels, file_format.MAP, border, place, first.low, first.high)
+        before = self.made.get(first.source)
+        whole = first.offset == 0 and first.step == channels and not first.planar
+        if (
+            before is not None
+            and before.kind in ("product", "norm", "gelu", "attention", "depthwise", "conv")
+            and before.map is None
+            and whole
+            and not first.dynamic
+            and not first.before
+            and first.source.rows == height * width
+            and first.source.channels == channels
+        ):
+            before.map = made
+            assert first.scale is not None
+            before.f[1] = first.scale
+            return made
+        op = Op("quantize", [first.source], None, made, n={0: first.offset, 1: first.step})
+        op.n |= {2: int(first.planar), 3: first.dynamic}
+        if first.before:
+            op.data[0] = np.frombuffer(first.before, np.float32)
+        if first.dynamic:
+            op.floats = Stored(1, height * width if first.dynamic == 1 else 1, 1)
+            for request in group:
+                request.op.inputs[2] = op.floats
+        else:
+            assert first.scale is not None
+            op.f[0] = first.scale
+        self.ops.insert(min(self.ops.index(request.op) for request in group), op)
+        return made

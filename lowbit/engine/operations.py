@@ -1,0 +1,624 @@
+"""How the functions and modules of PyTorch become operations of a plan."""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.engine.format import Op
+from lowbit.engine.format import Tensor as Stored
+from lowbit.engine.lowering import SHIFT, Lowering, Value
+from lowbit.errors import LowbitError
+from lowbit.kernels.packing import integer_levels, weight_codes
+from lowbit.kernels.packing import pack as pack_codes
+from lowbit.nn.attention import INPUT
+from lowbit.nn.calls import computes_as
+from lowbit.nn.deploy import HOOKS
+from lowbit.nn.fuse import as_floats, plain_attention
+from lowbit.nn.packed import PackedConv2d, PackedLinear, is_stored
+from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
+
+FACTS: dict[Any, Callable[..., Any]] = {
+    "size": lambda x, dim=None: x.shape if dim is None else x.shape[dim],
+    "dim": lambda x: x.ndim,
+    "numel": lambda x: x.ids.numel(),
+    len: lambda x: len(x.ids),
+}
+
+
+def _image(ids: Tensor) -> Tensor:
+    """Ids ``[height, width, channels]`` of an image ``[1, channels, height, width]``."""
+    if ids.ndim != 4 or len(ids) != 1:
+        raise LowbitError(f"a tensor {list(ids.shape)} where plans take one image [1, channels, height, width]")
+    return ids[0].permute(1, 2, 0)
+
+
+def _back(lowering: Lowering, stored: Stored) -> Value:
+    """The image ``[1, channels, height, width]`` of a stored tensor."""
+    size = (stored.height, stored.width, stored.channels)
+    return Value(lowering.value(stored, size).ids.permute(2, 0, 1)[None])
+
+
+def _product(
+    lowering: Lowering,
+    ids: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    *,
+    name: str,
+    packed: Tensor,
+    levels: Sequence[int],
+    scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    bits: int,
+    low: int,
+    high: int,
+    relu: bool = False,
+    add: Any = None,
+    before: Tensor | None = None,
+) -> Stored:
+    channels, outputs = ids.shape[2], len(scale)
+    # 8-bit weights have a zero for pads, so the taps of a line of the kernel may follow each other without any.
+    tight = bits == 8 and kernel[1] > 1 and channels % 4 != 0 and dilation[1] == 1
+    packed = _repack(packed, bits, (outputs, channels, kernel[0], kernel[1]), tight)
+    size = [(ids.shape[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    made = Stored(size[0], size[1], outputs)
+    numbers = [bits, *kernel, *stride, *padding, *dilation, int(relu)]
+    table = np.zeros(16, np.int16)
+    table[: len(levels)] = levels
+    data = {0: packed.numpy(), 1: scale.detach().numpy(), 2: sums.numpy(), 4: table}
+    if bias is not None:
+        data[3] = bias.detach().numpy()
+    op = Op("product", [None, None, None], made, n=dict(enumerate(numbers, 2)), data=data, name=name)
+    if x_scale is not None:
+        op.f[0] = float(x_scale)
+    lowering.ask(op, ids, (padding[0], padding[1]), x_scale, low, high, before, tight)
+    if add is not None:
+        order = add.ids[0].permute(1, 2, 0) if name == "convolution" else add.ids
+        op.inputs[1] = lowering.dense(order, (made.height, made.width, outputs))
+    lowering.add(op)
+    return made
+
+
+def _repack(packed: Tensor, bits: int, shape: tuple[int, int, int, int], tight: bool) -> Tensor:
+    """Packed bytes for taps of a multiple of 4 channels, or without pads between the taps of a line."""
+    outputs, channels, height, width = shape
+    if height * width == 1 or (channels % 64 == 0 and not tight):
+        return packed
+    codes = weight_codes(packed, bits, shape).permute(0, 2, 3, 1)
+    if tight:
+        codes = codes.reshape(outputs, height, -1)
+    codes = F.pad(codes, (0, -codes.shape[-1] % 4)).reshape(outputs, -1)
+    return pack_codes(codes.long() % 256 if bits == 8 else codes, bits)
+
+
+def _conv2d(lowering: Lowering, **kwargs: Any) -> Value:
+    x = kwargs.pop("x")
+    window = (kwargs.pop("kernel_size"), *(kwargs.pop(name) for name in ("stride", "padding", "dilation")))
+    for name in ("out_scale", "out_low", "out_high", "add_scale"):
+        kwargs.pop(name, None)
+    return _back(lowering, _product(lowering, _image(x.ids), *window, name="convolution", **kwargs))
+
+
+def _linear(lowering: Lowering, **kwargs: Any) -> Value:
+    x = kwargs.pop("x")
+    for name in ("out_scale", "out_low", "out_high", "add_scale"):
+        kwargs.pop(name, None)
+    rows = x.ids.reshape(1, -1, x.shape[-1])
+    made = _product(lowering, rows, (1, 1), (1, 1), (0, 0), (1, 1), name="linear", **kwargs)
+    return lowering.value(made, (*x.shape[:-1], made.channels))
+
+
+def _packed_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
+    """A packed layer that `fuse` left as a module: its input has an offset, or a step for each token."""
+    if layer.x_scale is not None and layer.x_scale.numel() > 1:
+        raise LowbitError("a packed layer with a step for each token is not an operation of plans")
+    kwargs = {"packed": layer.data, "levels": layer.weight.table, "scale": layer.scale, "sums": layer.sums}
+    kwargs |= {"bias": layer.bias, "x_scale": layer.x_scale, "bits": layer.bits, "low": layer.low, "high": layer.high}
+    kwargs |= {"x": x, "before": layer.before}
+    if isinstance(layer, PackedConv2d):
+        window = {name: list(getattr(layer, name)) for name in ("stride", "padding", "dilation")}
+        return _conv2d(lowering, kernel_size=list(layer.kernel_size), **window, **kwargs)
+    return _linear(lowering, **kwargs)
+
+
+def _rows(lowering: Lowering, kind: str, x: Value, **more: Any) -> Value:
+    """An operation from rows to rows of the last dim."""
+    ids = x.ids.reshape(-1, x.shape[-1])
+    source, offset, step = lowering.rows_of(ids)
+    made = Stored(1, len(ids), ids.shape[1])
+    n = {0: offset, 1: step} | more.pop("n", {})
+    lowering.add(Op(kind, [source], made, n=n, **more))
+    lowering.exact = False
+    return lowering.value(made, x.shape)
+
+
+def _gelu(lowering: Lowering, x: Value, approximate: str = "none") -> Value:
+    if approximate != "none":
+        raise LowbitError(f"GELU with approximate={approximate!r} is not an operation of plans")
+    return _rows(lowering, "gelu", x)
+
+
+def _layer_norm(
+    lowering: Lowering,
+    x: Value,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Value:
+    if len(normalized_shape) != 1:
+        raise LowbitError(f"LayerNorm over {len(normalized_shape)} dims is not an operation of plans")
+    data = {i: t.detach().float().numpy() for i, t in enumerate((weight, bias)) if t is not None}
+    return _rows(lowering, "norm", x, f={0: eps}, data=data)
+
+
+def _add(lowering: Lowering, a: Any, b: Any, relu: bool = False) -> Any:
+    a, b = lowering.of(a), lowering.of(b)
+    if lowering.constant(a.ids) is not None:
+        a, b = b, a
+    ids = torch.broadcast_tensors(a.ids, b.ids)
+    last = ids[0].shape[-1]
+    size = (1, ids[0].numel() // last, last)
+    order = _memory_order(ids[0])
+    first, second = (part.permute(order).flatten() for part in ids)
+    made = Stored(*size)
+    constant = lowering.constant(second)
+    source = lowering.dense(first, size)
+    op = Op("add", [source], made, n={11: int(relu)})
+    if constant is not None:
+        op.data[0] = constant
+    else:
+        op.inputs.append(lowering.dense(second, size))
+    lowering.add(op)
+    return _ordered(lowering, made, ids[0], order)
+
+
+def _memory_order(ids: Tensor) -> list[int]:
+    """The dims from the slowest to the fastest in memory, by the elements' numbers."""
+    steps = []
+    for dim, size in enumerate(ids.shape):  # at the end, since a class token is put before the others
+        step = ids.select(dim, -1) - ids.select(dim, -2) if size > 1 else None
+        steps.append((-(1 << 62) if step is None else -abs(int(step.flatten()[-1])), dim))
+    return [dim for _, dim in sorted(steps)]
+
+
+def _ordered(lowering: Lowering, made: Stored, like: Tensor, order: list[int]) -> Value:
+    """The value of ``made``, which holds the elements of ``like`` permuted by ``order``."""
+    shape = [like.shape[dim] for dim in order]
+    back = [order.index(dim) for dim in range(like.ndim)]
+    made.height, made.width, made.channels = 1, math.prod(shape[:-1]), shape[-1]
+    return Value(lowering.value(made, shape).ids.permute(back))
+
+
+def _relu(lowering: Lowering, x: Value, inplace: bool = False) -> Value:
+    return _affine(lowering, x, None, None, relu=True, order=_memory_order(x.ids))
+
+
+def _pad(lowering: Lowering, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
+    if mode != "constant":
+        raise LowbitError(f"padding with mode={mode!r} is not an operation of plans")
+    filler = lowering.value(np.full(1, value or 0.0, np.float32), (1,))
+    return Value(F.pad(x.ids, tuple(pad), value=int(filler.ids[0])))
+
+
+def _hardtanh(
+    lowering: Lowering, x: Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Value:
+    if min_val != 0 or max_val <= 0:
+        raise LowbitError(f"hardtanh from {min_val} is not an operation of plans; ReLU6, from 0, is")
+    return _affine(lowering, x, None, None, relu=True, order=_memory_order(x.ids), most=max_val)
+
+
+def _affine(
+    lowering: Lowering,
+    x: Value,
+    gain: np.ndarray | None,
+    bias: np.ndarray | None,
+    relu: bool = False,
+    dim: int = -1,
+    order: list[int] | None = None,
+    most: float = 0.0,
+) -> Value:
+    """``x·gain + bias`` by channel; ``order``: the dims as they lie in memory, channels last; ``most``: as of ReLU6."""
+    order = order or [*(d for d in range(x.ndim) if d != dim % x.ndim), dim % x.ndim]
+    ids = x.ids.permute(order)
+    rows = ids.reshape(-1, ids.shape[-1])
+    source, offset, step = lowering.rows_of(rows)
+    made = Stored(1, len(rows), rows.shape[1])
+    data = {i: array for i, array in enumerate((gain, bias)) if array is not None}
+    lowering.add(Op("affine", [source], made, n={0: offset, 1: step, 11: int(relu)}, f={2: most}, data=data))
+    return _ordered(lowering, made, x.ids, order)
+
+
+def _pool(
+    lowering: Lowering,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] = (0, 0),
+    largest: bool = False,
+    divisor: int = 0,
+) -> Value:
+    ids = _image(x.ids)
+    height, width, channels = ids.shape
+    if padding[0] * 2 > kernel[0] or padding[1] * 2 > kernel[1]:
+        raise LowbitError("pooling with a padding of more than half its window is not an operation of plans")
+    size = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((height, width), kernel, stride, padding, strict=True)]
+    source = lowering.dense(ids, (height, width, channels))
+    if (source.height, source.width) != (height, width):  # its lines are not the image's
+        source = lowering.copy(ids.flatten(), (height, width, channels))
+    made = Stored(size[0], size[1], channels)
+    numbers = {2: int(largest), **dict(enumerate([*kernel, *stride, *padding, 1, 1, divisor], 3))}
+    lowering.add(Op("pool", [source], made, n=numbers))
+    if not largest:
+        lowering.exact = False
+    return _back(lowering, made)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _max_pool2d(
+    lowering: Lowering,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Value:
+    if ceil_mode or return_indices or _pair(dilation) != [1, 1]:
+        raise LowbitError("max-pooling with ceil_mode, dilation or indices is not an operation of plans")
+    kernel = _pair(kernel_size)
+    return _pool(lowering, x, kernel, _pair(stride) if stride else kernel, _pair(padding), largest=True)
+
+
+def _avg_pool2d(
+    lowering: Lowering,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Value:
+    if ceil_mode:
+        raise LowbitError("average pooling with ceil_mode is not an operation of plans")
+    kernel = _pair(kernel_size)
+    divisor = divisor_override or (kernel[0] * kernel[1] if count_include_pad else 0)
+    return _pool(lowering, x, kernel, _pair(stride) if stride else kernel, _pair(padding), divisor=divisor)
+
+
+def _adaptive_avg_pool2d(lowering: Lowering, x: Value, output_size: Any) -> Value:
+    wanted = [n if n is not None else x.shape[2 + i] for i, n in enumerate(_pair(output_size))]
+    kernel = [x.shape[2 + i] // n for i, n in enumerate(wanted)]
+    if any(x.shape[2 + i] % n for i, n in enumerate(wanted)):
+        raise LowbitError(f"adaptive pooling of {list(x.shape[2:])} to {wanted} is not an operation of plans")
+    return _pool(lowering, x, kernel, kernel)
+
+
+def _mean(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    dims = sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else list(dim or range(x.ndim))))
+    rest = [d for d in range(x.ndim) if d not in dims]
+    if not rest or 0 in dims or len(x.shape) != len(x.ids.shape) or x.shape[0] != 1:
+        raise LowbitError("a mean over the batch is not an operation of plans")
+    ids = x.ids.permute(*dims, *rest).reshape(math.prod(x.shape[d] for d in dims), -1)
+    pooled = _pool(lowering, Value(ids.t()[None, :, :, None]), (len(ids), 1), (1, 1))
+    shape = [1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims]
+    return Value(pooled.ids.reshape(shape))
+
+
+def _attention(
+    lowering: Lowering,
+    q: Value,
+    k: Value,
+    v: Value,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Value:
+    if dropout_p or is_causal or any(others.values()):
+        raise LowbitError("causal attention is not an operation of plans")
+    if attn_mask is not None or len(q.ids) != 1 or not q.shape == k.shape == v.shape:
+        return _masked_attention(lowering, q, k, v, attn_mask, scale)
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or len(q.ids) != 1:
+        raise LowbitError(
+            f"attention of {list(q.shape)}, {list(k.shape)}, {list(v.shape)} is not an operation of plans"
+        )
+    _, heads, tokens, size = q.shape
+    rows = [x.ids[0].transpose(0, 1).reshape(tokens, heads * size) for x in (q, k, v)]
+    views = [lowering.view(each) for each in rows]
+    if any(found is None for found in views) or len({(id(found[0]), found[2]) for found in views if found}) > 1:
+        made = lowering.copy(torch.cat(rows, 1).flatten(), (1, tokens, 3 * heads * size))
+        views = [(made, i * heads * size, 3 * heads * size) for i in range(3)]
+    (source, at_q, step), (_, at_k, _), (_, at_v, _) = (found for found in views if found)
+    out = Stored(1, tokens, heads * size)
+    n = {0: at_q, 1: step, 2: heads, 3: size, 4: at_k, 5: at_v}
+    lowering.add(Op("attention", [source], out, n=n, f={0: size**-0.5 if scale is None else scale}))
+    lowering.exact = False
+    ids = lowering.value(out, (tokens, heads, size)).ids
+    return Value(ids.transpose(0, 1)[None])
+
+
+def _log_mel(lowering: Lowering, front: Any, x: Value) -> Value:
+    """`lowbit.models.speech.LogMel`."""
+    samples = x.ids.numel()
+    source = lowering.stored[int(x.ids.flatten()[0]) >> SHIFT]
+    if x.ndim != 2 or not isinstance(source, Stored) or not torch.equal(x.ids, lowering.value(source, x.shape).ids):
+        raise LowbitError("log-mel features of anything but the whole input are not an operation of plans")
+    made = Stored(front.bands.shape[1], 1 + samples // front.hop, 1)
+    angles = 2 * np.pi * np.arange(front.n_fft) / front.n_fft
+    data = {0: front.window.numpy(), 1: front.bands.numpy(), 2: np.cos(angles).astype(np.float32)}
+    lowering.add(Op("mel", [source], made, n={2: front.n_fft, 3: front.hop}, f={0: front.top_db}, data=data))
+    lowering.exact = False
+    return Value(lowering.value(made, (1, made.height, made.width)).ids[None])
+
+
+def _stored_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
+    """A layer that `pack` left with codes: a depthwise convolution on integers, others on floats."""
+    quantizer = getattr(layer, INPUT, None)
+    form = None if quantizer is None else quantizer.integer()
+    if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
+        whole = form is not None and form.scale.numel() == 1 and form.after is None
+        levels, divisor = integer_levels(layer.get_buffer("levels"))
+        if form is not None and whole and max(map(abs, levels)) <= 255 and isinstance(layer.padding, tuple):
+            return _depthwise(lowering, layer, x, form, torch.tensor(levels), divisor)
+    return _float_layer(lowering, layer, x if quantizer is None else _rounded(lowering, quantizer, x))
+
+
+def _depthwise(
+    lowering: Lowering, layer: nn.Conv2d, x: Value, form: IntegerForm, levels: Tensor, divisor: float
+) -> Value:
+    padding: Any = layer.padding
+    ids = _image(x.ids)
+    channels = layer.in_channels
+    weights = levels[layer.get_buffer("codes").long()].reshape(channels, -1)
+    scale = layer.get_buffer("row_scale").reshape(-1).expand(channels) / divisor
+    size = [
+        (ids.shape[i] + 2 * padding[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
+        for i in range(2)
+    ]
+    made = Stored(size[0], size[1], channels)
+    numbers = [*layer.kernel_size, *layer.stride, *padding, *layer.dilation, 0]
+    data = {0: weights.t().to(torch.int16).numpy(), 1: scale.numpy(), 2: weights.sum(1).to(torch.int32).numpy()}
+    if layer.bias is not None:
+        data[3] = layer.bias.detach().numpy()
+    op = Op("depthwise", [None, None, None], made, n=dict(enumerate(numbers, 3)), data=data, name="convolution")
+    op.f[0] = float(form.scale)
+    lowering.ask(op, ids, (padding[0], padding[1]), form.scale, form.low, form.high, form.before, tight=False)
+    lowering.add(op)
+    lowering.exact = False
+    return _back(lowering, made)
+
+
+def _float_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
+    """A convolution or linear layer in full precision."""
+    weight = layer.weight.detach().float()
+    bias = None if layer.bias is None else layer.bias.detach().float().numpy()
+    if isinstance(layer, nn.Linear):
+        rows = x.ids.reshape(1, -1, x.shape[-1])
+        made = _float_product(lowering, rows, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1))
+        return lowering.value(made, (*x.shape[:-1], made.channels))
+    if layer.groups != 1 or layer.padding_mode != "zeros" or not isinstance(layer.padding, tuple):
+        raise LowbitError("a convolution in full precision of groups, or padded by other than zeros")
+    window = (layer.stride, layer.padding, layer.dilation)
+    return _back(lowering, _float_product(lowering, _image(x.ids), weight, bias, *window))
+
+
+def _float_product(
+    lowering: Lowering,
+    ids: Tensor,
+    weight: Tensor,
+    bias: np.ndarray | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Stored:
+    kernel, outputs = weight.shape[2:], len(weight)
+    size = [(ids.shape[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    found = _strided(lowering, ids)
+    if found is None:
+        found = (lowering.copy(ids.flatten(), (ids.shape[0], ids.shape[1], ids.shape[2])), 0, (ids.shape[1] * ids.shape[2], ids.shape[2], 1))
+    source, offset, (step_y, step, step_c) = found
+    made = Stored(size[0], size[1], outputs)
+    flat = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
+    panels = F.pad(flat, (0, 0, 0, -outputs % 16)).reshape(-1, 16, flat.shape[1]).transpose(1, 2)
+    n = {0: offset, 1: step, 2: step_y, **dict(enumerate([*kernel, *stride, *padding, *dilation, 0], 3))}
+    n |= {12: ids.shape[0], 13: ids.shape[1], 14: ids.shape[2], 15: step_c}
+    data = {0: panels.contiguous().numpy()}
+    if bias is not None:
+        data[1] = bias
+    lowering.add(Op("conv", [source], made, n=n, data=data))
+    lowering.exact = False
+    return made
+
+
+def _rounded(lowering: Lowering, quantizer: ActivationQuantizer, x: Value) -> Value:
+    """An activation quantizer of its own: one factor of attention."""
+    form = quantizer.integer()
+    if form is None:
+        raise LowbitError(f"{type(quantizer).__name__} has no integer form, so it is not an operation of plans")
+    order = _memory_order(x.ids)
+    ids = x.ids.permute(order)
+    channels = ids.shape[-1]
+    source = lowering.dense(ids, (1, ids.numel() // channels, channels))
+    made = Stored(1, ids.numel() // channels, channels)
+    data = {}
+    for i, part in enumerate((form.scale, form.scale, form.before, form.after)):
+        if part is not None:
+            whole = part.float() if part.numel() == 1 else part.float().broadcast_to(x.ids.shape).permute(order)
+            data[i] = _least(whole.reshape(-1, channels) if part.numel() > 1 else whole.reshape(1, 1))
+    lowering.add(Op("round", [source], made, n={2: form.low + 256, 3: form.high}, data=data))
+    lowering.exact = False
+    return _ordered(lowering, made, x.ids, order)
+
+
+def _least(rows: Tensor) -> np.ndarray:
+    """Rows of numbers, or one row where all are equal."""
+    return (rows[:1] if torch.equal(rows, rows[:1].expand_as(rows)) else rows).contiguous().numpy()
+
+
+def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
+    """A product with constants."""
+    if not isinstance(x, Value):
+        x, y = y, x
+    if isinstance(y, int | float):
+        y = torch.tensor(float(y))
+    constant = None if isinstance(y, Value) else y.detach().float()
+    if constant is None and (array := lowering.constant(y.ids)) is not None:
+        constant = torch.from_numpy(array).reshape(y.ids.shape)
+    if constant is None:
+        raise LowbitError("a product of two tensors, element by element, is not an operation of plans")
+    if constant.numel() == 1:
+        order = _memory_order(x.ids)
+        channels = x.ids.permute(order).shape[-1]
+        gain = np.full(channels, float(constant), np.float32)
+        return _affine(lowering, x, gain, None, order=order)
+    shape = [1] * (x.ndim - constant.ndim) + list(constant.shape)
+    dims = [d for d, n in enumerate(shape) if n > 1]
+    if len(dims) != 1 or shape[dims[0]] != x.shape[dims[0]]:
+        raise LowbitError("a product with constants that differ along more than one dim is not an operation of plans")
+    return _affine(lowering, x, constant.reshape(-1).numpy(), None, dim=dims[0])
+
+
+def _softmax(lowering: Lowering, x: Value, dim: int | None = -1, _stacklevel: int = 3, dtype: Any = None) -> Value:
+    if dim is None or dim % x.ndim != x.ndim - 1:
+        raise LowbitError("a softmax over another than the last dim is not an operation of plans")
+    return _rows(lowering, "softmax", x)
+
+
+def _matmul(lowering: Lowering, a: Value, b: Value) -> Value:
+    a, b = lowering.of(a), lowering.of(b)
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (Value(x.ids.expand(*outer, *x.shape[-2:])) for x in (a, b))
+    outer, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    left, right = a.ids.reshape(-1, m, k), b.ids.reshape(-1, k, n)
+    first, second = _strided(lowering, left), _strided(lowering, right)
+    if first is None or first[2][2] != 1:
+        first = (lowering.copy(left.flatten(), (1, len(left) * m, k)), 0, (m * k, k, 1))
+    if second is None:
+        second = (lowering.copy(right.flatten(), (1, len(left) * k, n)), 0, (k * n, n, 1))
+    made = Stored(1, len(left) * m, n)
+    numbers = {0: first[1], 1: first[2][1], 2: len(left), 3: m, 4: k, 5: n, 6: first[2][0]}
+    numbers |= {7: second[1], 8: second[2][0], 9: second[2][1], 10: second[2][2]}
+    lowering.add(Op("matmul", [first[0], second[0]], made, n=numbers))
+    lowering.exact = False
+    return lowering.value(made, (*outer, m, n))
+
+
+def _strided(lowering: Lowering, ids: Tensor) -> tuple[Stored, int, tuple[int, ...]] | None:
+    """The tensor, offset and steps of ids, if they lie at equal distances along each dim."""
+    first = int(ids.flatten()[0])
+    stored = lowering.stored[first >> SHIFT]
+    expected = torch.tensor(first)
+    steps = []
+    for dim, size in enumerate(ids.shape):
+        step = int(ids.select(dim, 1).flatten()[0]) - first if size > 1 else (1 if dim == ids.ndim - 1 else 0)
+        steps.append(step)
+        expected = expected[..., None] + step * torch.arange(size)
+    if isinstance(stored, np.ndarray) or min(steps) < 0 or not torch.equal(ids, expected):
+        return None
+    return stored, first & ((1 << SHIFT) - 1), tuple(steps)
+
+
+def _masked_attention(lowering: Lowering, q: Value, k: Value, v: Value, mask: Any, scale: float | None) -> Value:
+    """Attention in its parts, with constants that are added to the logits."""
+    scaled = _scaled(lowering, q, q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = _matmul(lowering, scaled, Value(k.ids.transpose(-2, -1)))
+    logits = logits if mask is None else _add(lowering, logits, mask)
+    return _matmul(lowering, _softmax(lowering, logits), v)
+
+
+def _getattr(lowering: Lowering, x: Value, name: str) -> Any:
+    return getattr(x, name)
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.lowbit.shift_conv2d.default: _conv2d,
+    torch.ops.lowbit.shift_linear.default: _linear,
+    as_floats: lambda lowering, x: x,
+    "float": lambda lowering, x: x,
+    "to": lambda lowering, x, *args, **kwargs: x,
+    getattr: _getattr,
+    F.gelu: _gelu,
+    F.layer_norm: _layer_norm,
+    F.scaled_dot_product_attention: _attention,
+    plain_attention: _attention,
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _scaled),
+    operator.truediv: lambda lowering, x, y: _scaled(lowering, x, 1 / y),
+    **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"), _matmul),
+    **dict.fromkeys((torch.softmax, F.softmax, "softmax"), _softmax),
+    F.max_pool2d: _max_pool2d,
+    torch.max_pool2d: _max_pool2d,
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
+    **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),
+    F.pad: _pad,
+    F.hardtanh: _hardtanh,
+    F.relu6: lambda lowering, x, inplace=False: _hardtanh(lowering, x, 0.0, 6.0),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys((F.dropout, F.dropout2d), lambda lowering, x, *args, **kwargs: x),
+    # timm's functions around the mask of its attention, which is not there in inference
+    "resolve_self_attn_mask": lambda lowering, tokens, attention, mask=None, causal=False: mask,
+    "maybe_add_mask": lambda lowering, x, mask=None: x if mask is None else _add(lowering, x, mask),
+    **{name: partial(lambda f, lowering, *args, **kwargs: f(*args, **kwargs), f) for name, f in FACTS.items()},
+}
+"""How functions, and methods by their names, are lowered; rearrangements are `_VIEWS`."""
+
+
+def lower_known(lowering: Lowering, module: nn.Module, x: Value) -> Value | None:
+    """A call of a module that plans know; None for others."""
+    if isinstance(module, PackedLinear | PackedConv2d):
+        return _packed_layer(lowering, module, x)
+    if isinstance(module, ActivationQuantizer):
+        return _rounded(lowering, module, x)
+    if any(is_stored(module) and computes_as(module, kind, HOOKS) for kind in (nn.Linear, nn.Conv2d)):
+        return _stored_layer(lowering, module, x)
+    if any(computes_as(module, kind) for kind in (nn.Linear, nn.Conv2d)):
+        return _float_layer(lowering, module, x)
+    if isinstance(module, nn.LayerNorm):
+        shape = module.normalized_shape
+        return _layer_norm(lowering, x, shape, module.weight, module.bias, module.eps)
+    if isinstance(module, nn.GELU):
+        return _gelu(lowering, x, module.approximate)
+    if isinstance(module, nn.ReLU):
+        return _relu(lowering, x)
+    if isinstance(module, nn.Identity | nn.Dropout):
+        return x
+    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and module.running_var is not None:
+        assert module.running_mean is not None
+        inverse = 1 / torch.sqrt(module.running_var + module.eps)
+        gain = inverse if module.weight is None else module.weight * inverse
+        shift = -module.running_mean * gain + (0 if module.bias is None else module.bias)
+        lowering.exact = False
+        return _affine(lowering, x, gain.detach().float().numpy(), shift.detach().float().numpy(), dim=1)
+    if isinstance(module, nn.MaxPool2d):
+        window = (module.kernel_size, module.stride, module.padding, module.dilation)
+        return _max_pool2d(lowering, x, *window, module.ceil_mode, module.return_indices)
+    if isinstance(module, nn.AvgPool2d):
+        window = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
+        return _avg_pool2d(lowering, x, *window, module.count_include_pad, module.divisor_override)
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return _adaptive_avg_pool2d(lowering, x, module.output_size)
+    if type(module).__name__ == "LogMel" and type(module).__module__ == "lowbit.models.speech":
+        return _log_mel(lowering, module, x)
+    if isinstance(module, nn.Flatten):
+        return Value(x.ids.flatten(module.start_dim, module.end_dim))
+    return None
