@@ -21,7 +21,8 @@ PYTEST_ARGS ?=
 # A folder for the test results as JUnit XML; the suite's are always beside its run.json.
 JUNIT ?=
 
-.PHONY: setup suite test lint lab bench notebooks lock versions clean
+# make runner: build lowbit-run, which runs plans without Python
+.PHONY: runner setup suite test lint lab bench notebooks lock versions clean
 
 setup: $(VENV)/.installed lowbit/kernels/_native.so
 
@@ -62,6 +63,10 @@ lint: setup
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+# What runs plans without Python: build/lowbit-run and build/liblowbit.a. CC names the compiler, also one for another processor.
+runner:
+	$(PYTHON) lowbit/kernels/build.py --runner build
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'

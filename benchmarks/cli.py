@@ -87,7 +87,7 @@ def models(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano or kws_resnet; repeat for several; default all "
+            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; default all "
             "but deit-small"
         ),
     ] = None,
@@ -112,7 +112,7 @@ def agreement(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano or kws_resnet; repeat for several; default all"
+            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; default all"
         ),
     ] = None,
     bits: Annotated[list[int] | None, typer.Option(min=2, max=4, help="repeat for several; default 2, 3, 4")] = None,

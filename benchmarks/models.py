@@ -71,6 +71,7 @@ MODELS = {
     "resnet20": Model("resnet20", 32, 10),
     "vit_nano": Model("vit_nano", 32, 10),
     "kws_resnet": Model("kws_resnet", None, 10),
+    "ds_cnn": Model("ds_cnn", None, 10),
 }
 """By the names that ``--model`` takes."""
 OPTIONAL = frozenset({"deit-small"})
@@ -152,13 +153,13 @@ class _Cast(nn.Module):
         return x.to(self.dtype)
 
 
-def quantized(model: Model, bits: int) -> nn.Module:
-    """DenseShift weights with a scale by channel, 8-bit LSQ inputs, 8 bits in first and last layers; calibrated."""
+def quantized(model: Model, bits: int, activation: int = 8) -> nn.Module:
+    """DenseShift weights with a scale by channel, LSQ inputs, 8 bits in first and last layers; calibrated."""
     import lowbit
     from lowbit.quantizers import LSQ, DenseShift
 
     config = lowbit.QuantConfig(
-        weight=DenseShift(bits=bits, scale="statistical", init="project"), activation=LSQ(bits=8), first_last=8
+        weight=DenseShift(bits=bits, scale="statistical", init="project"), activation=LSQ(bits=activation), first_last=8
     )
     made, x = model.create(), model.inputs(CALIBRATION)
     lowbit.calibrate(lowbit.quantize_(made, config), x)
@@ -181,6 +182,18 @@ def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = 
     run = torch.compile(made) if compile else lowbit.fuse(made, x) if fuse else made
     facts["error"] = check_close(run(x), expected, PACKED)
     return Built(partial(run, x), facts=facts)
+
+
+def planned(model: Model, threads: int, folder: Path, bits: int, activation: int = 8) -> Built:
+    """The packed model as a plan: one native call; ``activation``: bits of the layers' inputs."""
+    import lowbit
+
+    _begin(threads)
+    made, x = quantized(model, bits, activation), model.inputs()
+    expected = made(x)
+    plan = lowbit.plan(lowbit.pack(made, x), x, threads)
+    facts = {"mb": len(plan.content) / 1e6, "error": check_close(plan(x), expected, PACKED)}
+    return Built(partial(plan, x), facts=facts)
 
 
 def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
@@ -282,6 +295,8 @@ ENGINES = {
     **{f"lowbit {bits}-bit": partial(packed, bits=bits) for bits in (2, 3, 4)},
     **{f"lowbit {bits}-bit fused": partial(packed, bits=bits, fuse=True) for bits in (2, 3, 4)},
     **{f"lowbit {bits}-bit compiled": partial(packed, bits=bits, compile=True) for bits in (2, 3, 4)},
+    **{f"lowbit {bits}-bit plan": partial(planned, bits=bits) for bits in (2, 3, 4)},
+    "lowbit 3-bit plan, 4-bit inputs": partial(planned, bits=3, activation=4),
     "onnxruntime fp32": onnxruntime_model,
     "onnxruntime int8 static": partial(onnxruntime_model, kind="static"),
     "onnxruntime int8 dynamic": partial(onnxruntime_model, kind="dynamic"),

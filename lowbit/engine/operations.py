@@ -434,7 +434,8 @@ def _float_product(
     size = [(ids.shape[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     found = _strided(lowering, ids)
     if found is None:
-        found = (lowering.copy(ids.flatten(), (ids.shape[0], ids.shape[1], ids.shape[2])), 0, (ids.shape[1] * ids.shape[2], ids.shape[2], 1))
+        height, width, channels = ids.shape
+        found = (lowering.copy(ids.flatten(), (height, width, channels)), 0, (width * channels, channels, 1))
     source, offset, (step_y, step, step_c) = found
     made = Stored(size[0], size[1], outputs)
     flat = weight.permute(0, 2, 3, 1).reshape(outputs, -1)

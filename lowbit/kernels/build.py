@@ -7,6 +7,7 @@ neither torch nor the rest of `lowbit`.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,9 @@ FLAGS = (
     "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi",
 )  # fmt: skip
 LIBRARY = "_native.so"
+# In a program for small devices size counts. The products are written out in intrinsics, and no faster with -O3.
+RUNNER_FLAGS = ("-O2", "-ffunction-sections", "-fno-asynchronous-unwind-tables")
+SMALL = ("portable.c", "plan.c", "dispatch.c", "threads.c")  # -Os: what they spend their time in lies elsewhere
 
 
 def compiler() -> str | None:
@@ -80,6 +84,55 @@ def build(
     return output
 
 
+RUNNER, ARCHIVE = "lowbit-run", "liblowbit.a"
+
+
+def build_runner(folder: Path, *, cc: str | None = None, extra: tuple[str, ...] = ()) -> Path:
+    """Builds what runs plans without Python: the program ``lowbit-run`` and the library ``liblowbit.a``.
+
+    The program is static where the system's C library allows that.
+
+    Args:
+        folder: where to write both; made if it is missing.
+        cc: the compiler, possibly one for another processor; None takes `compiler()`.
+        extra: further flags.
+
+    Returns:
+        The program.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; the message holds what it said.
+    """
+    cc = cc or compiler()
+    if cc is None:
+        raise RuntimeError("no C compiler is here: install gcc or clang, or name one in the environment variable CC")
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAGS, *RUNNER_FLAGS, *extra, f"-I{FOLDER / 'csrc'}"]
+    archiver = re.sub(r"(gcc|clang|cc)(-[\d.]+)?$", "ar", cc) if cc.endswith(("gcc", "clang")) else "ar"
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+        objects = []
+        for source in sources():
+            made = str(Path(inside, f"{source.stem}.o"))
+            _compile([cc, *flags, *(["-Os"] if source.name in SMALL else []), "-c", str(source), "-o", made])
+            objects.append(made)
+        archive, program = Path(inside, ARCHIVE), Path(inside, RUNNER)
+        _compile([shutil.which(archiver) or "ar", "rcs", str(archive), *objects])
+        link = [cc, *flags, str(FOLDER / "csrc" / "runner.c"), str(archive), "-lm", "-s", "-o", str(program)]
+        try:
+            _compile([*link, "-static", "-Wl,--gc-sections,-z,noseparate-code,-z,norelro"])
+        except RuntimeError:  # macOS has neither
+            _compile(link)
+        for made in (archive, program):
+            os.replace(made, folder / made.name)
+    return folder / RUNNER
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+
+
 def main() -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m lowbit.kernels.build", description=__doc__.splitlines()[0])
@@ -87,8 +140,12 @@ def main() -> None:
     parser.add_argument("--cc", help="C compiler (default: $CC, cc, gcc or clang)")
     parser.add_argument("--emulate-amx", action="store_true", help="C functions in place of the AMX instructions")
     parser.add_argument("--sanitize", action="store_true", help="address and undefined-behavior sanitizers")
+    parser.add_argument("--runner", type=Path, metavar="DIR", help="build lowbit-run and liblowbit.a there instead")
     options = parser.parse_args()
     try:
+        if options.runner:
+            print(f"built {build_runner(options.runner, cc=options.cc)}")
+            return
         made = build(options.output, cc=options.cc, emulate_amx=options.emulate_amx, sanitize=options.sanitize)
     except RuntimeError as error:
         sys.exit(str(error))

@@ -103,6 +103,11 @@ LB_INLINE __m256i load(const int8_t *w) { return _mm256_load_si256((const __m256
 
 LB_INLINE __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
+/* Once for all tiles: it is long. */
+static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int64_t block, const int32_t sums[16]) {
+  lb_finish(job, row, block, sums);
+}
+
 LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row, int64_t block, const int8_t *w,
                     const lb_extra *extra) {
   const uint8_t *a[TILE];
@@ -154,7 +159,7 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
     int32_t sums[16] __attribute__((aligned(32)));
     _mm256_store_si256((__m256i *)sums, acc[r][0]);
     _mm256_store_si256((__m256i *)(sums + 8), acc[r][1]);
-    lb_finish(job, row + r, block, sums);
+    finish(job, row + r, block, sums);
   }
 }
 

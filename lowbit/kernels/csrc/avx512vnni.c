@@ -27,6 +27,12 @@ LB_INLINE __m512i four(const uint8_t *a) {
   return _mm512_set1_epi32(bytes);
 }
 
+/* Once for all tiles of fewer rows: it is long. */
+static __attribute__((noinline)) void finish_some(const lb_job *job, int64_t row, int rows, int64_t block,
+                                                  const __m512i *acc) {
+  lb_finish512(job, row, rows, block, acc, 4);
+}
+
 /* R rows by B blocks, one or two. `spread`: spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few sums neighboring rows of weights add into different registers, to keep the
  * multipliers busy: U of them for each result. `two`: weights beyond int8 have a second table, looked up for all; else
  * extra[] lists them, if there are any. */
@@ -99,7 +105,8 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) acc[h][r][0] = _mm512_dpbusd_epi32(acc[h][r][0], four(a[r] + k), rest);
       }
-    lb_finish512(job, row, R, block + h, acc[h][0], 4);
+    if (R == TILE) lb_finish512(job, row, R, block + h, acc[h][0], 4);
+    else finish_some(job, row, R, block + h, acc[h][0]);
   }
 }
 
@@ -109,20 +116,17 @@ typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const 
       const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) { \
     tile(BITS, TWO, B, R, SPREAD, job, row, block, t, extra); \
   }
-#define EACH_ROWS(DO, BITS, TWO, B, SPREAD) \
-  DO(BITS, TWO, B, 1, SPREAD) DO(BITS, TWO, B, 2, SPREAD) DO(BITS, TWO, B, 3, SPREAD) DO(BITS, TWO, B, 4, SPREAD) \
-  DO(BITS, TWO, B, 5, SPREAD) DO(BITS, TWO, B, 6, SPREAD) DO(BITS, TWO, B, 7, SPREAD) DO(BITS, TWO, B, 8, SPREAD)
+#define EACH_ROWS(DO, BITS, TWO, B) DO(BITS, TWO, B, 1, 1) DO(BITS, TWO, B, 2, 1) DO(BITS, TWO, B, 4, 1) DO(BITS, TWO, B, 8, 1)
 #define KERNELS(BITS, TWO) \
-  EACH_ROWS(KERNEL, BITS, TWO, 1, 0) EACH_ROWS(KERNEL, BITS, TWO, 2, 0) \
-  EACH_ROWS(KERNEL, BITS, TWO, 1, 1) EACH_ROWS(KERNEL, BITS, TWO, 2, 1)
+  EACH_ROWS(KERNEL, BITS, TWO, 1) EACH_ROWS(KERNEL, BITS, TWO, 2) KERNEL(BITS, TWO, 1, 1, 0) KERNEL(BITS, TWO, 2, 1, 0)
 KERNELS(2, 0) KERNELS(3, 0) KERNELS(4, 0) KERNELS(4, 1) KERNELS(8, 0)
 #define NAME(BITS, TWO, B, R, SPREAD) tile_##BITS##_##TWO##_##B##_##R##_##SPREAD,
 #define TABLE(BITS, TWO) \
-  {{{EACH_ROWS(NAME, BITS, TWO, 1, 0)}, {EACH_ROWS(NAME, BITS, TWO, 2, 0)}}, \
-   {{EACH_ROWS(NAME, BITS, TWO, 1, 1)}, {EACH_ROWS(NAME, BITS, TWO, 2, 1)}}}
+  {{EACH_ROWS(NAME, BITS, TWO, 1) tile_##BITS##_##TWO##_1_1_0}, {EACH_ROWS(NAME, BITS, TWO, 2) tile_##BITS##_##TWO##_2_1_0}}
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
-  static tile_fn *const kernels[5][2][2][TILE] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
+  /* tiles of 1, 2, 4 and 8 rows; and of one whose spans are whole groups of rows of weights */
+  static tile_fn *const kernels[5][2][5] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
   int spread = 0;
   for (int s = 0; s < job->n_spans; s++) spread |= job->spans[s].length % 32 != 0;
   const lb_tables t = lb_make_tables(job);
@@ -134,8 +138,16 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
     /* for few rows a list does not pay */
     const int dense = two && job->bits == 4 && (row1 - row0 <= TILE || lb_mostly_extra(job, b, &t));
     for (int h = 0; two && !dense && h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
-    for (int64_t m = row0; m < row1; m += TILE)
-      kernels[dense ? 3 : kind][spread][blocks - 1][lb_min(TILE, row1 - m) - 1](job, m, b, &t, extra);
+    tile_fn *const *of = kernels[dense ? 3 : kind][blocks - 1];
+    int64_t m = row0;
+    for (; m + TILE <= row1; m += TILE) of[3](job, m, b, &t, extra);
+    if (m > row0 && row1 - m > 2) { /* a few rows once more, with the same results */
+      of[3](job, row1 - TILE, b, &t, extra);
+      continue;
+    }
+    for (; row1 - m >= 4; m += 4) of[2](job, m, b, &t, extra);
+    for (; row1 - m >= 2; m += 2) of[1](job, m, b, &t, extra);
+    if (m < row1) of[spread ? 0 : 4](job, m, b, &t, extra);
   }
   return LB_OK;
 }

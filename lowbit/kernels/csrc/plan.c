@@ -11,7 +11,7 @@
 
 #include "internal.h"
 
-enum { MOST = 1 << 24, LEAST_WORK = 1 << 19, MOST_TAPS = 1 << 16, MOST_K = 1 << 16, TAIL = 128 };
+enum { MOST = 1 << 24, LEAST_WORK = 1 << 19, MOST_TAPS = 1 << 16, MOST_K = 1 << 16, MOST_ROWS = 1 << 24, TAIL = 128 };
 static const int64_t MOST_BYTES = (int64_t)1 << 34;
 
 /* What one run works in. */
@@ -64,6 +64,7 @@ typedef struct {
   char *why;
   int64_t why_bytes;
   int op; /* the operation at hand; -1: none */
+  int64_t rows; /* of all operations so far: each has a place in a table */
 } checker;
 
 static int refuse(const checker *c, const char *text) {
@@ -127,6 +128,7 @@ static int view_fits(const lb_plan_op *op, const lb_plan_tensor *t, int64_t offs
 /* Outputs of `rows` by `channels`: floats, a map or both. Marks them as written. */
 static int check_outputs(checker *c, const lb_plan_op *op, int64_t rows, int64_t channels) {
   if (op->out[0] < 0 && op->out[1] < 0) return refuse(c, "no output");
+  if ((c->rows += rows) > MOST_ROWS) return refuse(c, "more than 2^24 places in all");
   for (int i = 0; i < 2; i++) {
     if (op->out[i] == -1) continue;
     const lb_plan_tensor *t = tensor_at(c, op->out[i], i ? LB_TENSOR_MAP : LB_TENSOR_FLOATS);
@@ -593,6 +595,27 @@ void lb_plan_free(lb_plan *plan) {
 
 int64_t lb_plan_inputs(const lb_plan *plan) { return plan->inputs; }
 int64_t lb_plan_outputs(const lb_plan *plan) { return plan->outputs; }
+static int64_t work_of(const lb_plan *plan, const lb_plan_op *op) {
+  const int32_t written = op->out[1] >= 0 ? op->out[1] : op->out[0];
+  const int64_t rows = rows_of(plan->tensors + written), values = values_of(plan->tensors + written), *n = op->n;
+  switch (op->kind) {
+    case LB_OP_PRODUCT: return rows * (op->data[0].bytes * 8 / n[LB_N_BITS]);
+    case LB_OP_CONV: return rows * (op->data[0].bytes / 4);
+    case LB_OP_DEPTHWISE:
+    case LB_OP_POOL: return values * n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X];
+    case LB_OP_ATTENTION: return 2 * values * rows;
+    case LB_OP_MATMUL: return values * n[LB_N_K];
+    case LB_OP_MEL: return values * n[LB_N_FFT];
+    default: return values;
+  }
+}
+
+int64_t lb_plan_work(const lb_plan *plan) {
+  int64_t work = 0; /* of at most 2^16 operations, each below 2^46 */
+  for (int i = 0; i < plan->header->ops; i++) work += lb_min(work_of(plan, plan->ops + i), (int64_t)1 << 46);
+  return work;
+}
+
 int64_t lb_plan_arena(const lb_plan *plan) { return plan->header->arena_bytes; }
 
 const double *lb_plan_times(lb_plan *plan, int on) {

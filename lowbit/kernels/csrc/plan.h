@@ -14,6 +14,9 @@
  * - a map of stored activations, bytes: lines and places with a border of places around them, `place` bytes from one to
  *   the next. It holds integers q of the range low ... high; the border holds q = 0.
  *
+ * Limits: 2^16 tensors and operations, 2^24 places of a tensor and of all outputs together, sums of 2^16 products, an
+ * arena and a file of 2^34 bytes.
+ *
  * All tensors but the input and the output lie in one arena at the offsets given. */
 #ifndef LOWBIT_PLAN_H
 #define LOWBIT_PLAN_H
@@ -95,6 +98,7 @@ LB_PUBLIC void lb_plan_free(lb_plan *plan);
 LB_PUBLIC int64_t lb_plan_inputs(const lb_plan *plan);  /* floats of one item */
 LB_PUBLIC int64_t lb_plan_outputs(const lb_plan *plan); /* floats of one item */
 LB_PUBLIC int64_t lb_plan_arena(const lb_plan *plan);   /* bytes that a run works in, for each thread of a batch */
+LB_PUBLIC int64_t lb_plan_work(const lb_plan *plan);  /* about how many multiplications one item takes */
 /* Seconds that each operation took in the last run with LB_PLAN_TIMES; NULL: none yet. */
 LB_PUBLIC const double *lb_plan_times(lb_plan *plan, int on);
 
