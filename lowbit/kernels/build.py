@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dispatch.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c", "plan.c")
+SOURCES = ("dispatch.c", "winograd.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c", "plan.c")
 # No fused multiply-add: the epilogue rounds after each operation, on every processor. The other two take no liberty
 # with values; they only let loops over floats be vectorized.
 FLAGS = (

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
-ABI = 3
+ABI = 4
 # lb_args: 8 pointers, integers, 2 scales, 16 levels. Packing bytes is a good deal quicker than a ctypes structure.
 _ARGS = struct.Struct("=8Q 25q 2d 16h")
 _UNUSED = (0,) * 16  # levels

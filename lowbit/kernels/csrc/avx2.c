@@ -246,6 +246,91 @@ static void quantize(const float *x, int64_t n, float scale, float low, float hi
   lb_generic_quantize(x, n, scale, low, high, zero, out);
 }
 
+/* ---- Winograd's form ---- */
+
+#define LB_WINOGRAD_BYTES 32
+enum { LB_TILES = 4, LB_BLOCKS = 1 };
+#include "winograd.h"
+
+static void decode_block(const lb_job *job, int64_t block, int8_t *plane) {
+  const tables t = make_tables(job);
+  lb_extra none = {0}; /* levels of these weights are small */
+  if (job->bits == 2) decode_bits(2, job, block, &t, plane, &none);
+  else decode_bits(3, job, block, &t, plane, &none);
+}
+
+static void sum_rows(const int8_t *w, int64_t rows, int32_t sums[16]) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  __m256i s0 = _mm256_setzero_si256(), s1 = s0;
+  for (int64_t r = 0; r < rows; r++, w += LB_ROW) {
+    s0 = _mm256_add_epi32(s0, widen(_mm256_maddubs_epi16(ones, load(w))));
+    s1 = _mm256_add_epi32(s1, widen(_mm256_maddubs_epi16(ones, load(w + 32))));
+  }
+  _mm256_storeu_si256((__m256i *)sums, s0);
+  _mm256_storeu_si256((__m256i *)(sums + 8), s1);
+}
+
+/* One point; N pairs of products are added before they are widened. */
+LB_INLINE void point_of(const int T, const int N, const lb_points *p, int point, int32_t *m) {
+  const int64_t rows = p->channels / 4;
+  const uint8_t *v = p->v + point * p->v_point;
+  const int8_t *u = p->u + point * rows * LB_ROW;
+  const __m256i *start = (const __m256i *)(p->start + point * 16);
+  __m256i acc[LB_TILES][2];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) acc[t][0] = _mm256_load_si256(start), acc[t][1] = _mm256_load_si256(start + 1);
+  int64_t r = 0;
+  for (; r + N <= rows; r += N, u += N * LB_ROW)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      __m256i s0 = _mm256_setzero_si256(), s1 = s0;
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) {
+        const __m256i x = four(v + t * p->channels + 4 * (r + i));
+        s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(x, load(u + i * LB_ROW)));
+        s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(x, load(u + i * LB_ROW + 32)));
+      }
+      acc[t][0] = _mm256_add_epi32(acc[t][0], widen(s0));
+      acc[t][1] = _mm256_add_epi32(acc[t][1], widen(s1));
+    }
+  for (; r < rows; r++, u += LB_ROW)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const __m256i x = four(v + t * p->channels + 4 * r);
+      acc[t][0] = _mm256_add_epi32(acc[t][0], widen(_mm256_maddubs_epi16(x, load(u))));
+      acc[t][1] = _mm256_add_epi32(acc[t][1], widen(_mm256_maddubs_epi16(x, load(u + 32))));
+    }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++, m += 16) {
+    _mm256_store_si256((__m256i *)m, acc[t][0]);
+    _mm256_store_si256((__m256i *)(m + 8), acc[t][1]);
+  }
+}
+
+LB_INLINE void points_of(const int T, const lb_points *p, int32_t *m) {
+  static const int size[4] = {2, 3, 3, 2}; /* of a row of 2G */
+  for (int point = 0; point < LB_POINTS; point++, m += T * 16) {
+    const int pair = 2 * 2 * LB_OFFSET * p->largest * size[point / 4] * size[point % 4]; /* at most */
+    if (4 * pair < 1 << 15) point_of(T, 4, p, point, m);
+    else if (2 * pair < 1 << 15) point_of(T, 2, p, point, m);
+    else point_of(T, 1, p, point, m);
+  }
+}
+
+#define POINTS(T) \
+  static __attribute__((noinline)) void points_##T(const lb_points *p, int32_t *m) { points_of(T, p, m); }
+POINTS(1) POINTS(2) POINTS(3) POINTS(4)
+
+static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
+  static void (*const kernels[LB_TILES])(const lb_points *, int32_t *) = {points_1, points_2, points_3, points_4};
+  (void)blocks; /* one */
+  kernels[tiles - 1](p, m);
+}
+
+static void finish(const lb_job *job, int64_t row, int rows, int64_t block, const int32_t *acc, int step) {
+  for (int r = 0; r < rows; r++) lb_finish(job, row + r, block, acc + 16 * step * r);
+}
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -257,5 +342,6 @@ static int available(void) {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* asks CPUID and XCR0 */
 }
 
-const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4, &vector_table};
+const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4, &vector_table,
+    winograd_weights, winograd_run, 64};
 #endif

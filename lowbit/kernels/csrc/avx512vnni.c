@@ -179,6 +179,93 @@ static void quantize(const float *x, int64_t n, float scale, float low, float hi
   }
 }
 
+/* ---- Winograd's form ---- */
+
+#define LB_WINOGRAD_BYTES 64
+enum { LB_TILES = 8, LB_BLOCKS = 2 };
+#include "winograd.h"
+
+static void decode_block(const lb_job *job, int64_t block, int8_t *plane) {
+  const lb_tables t = lb_make_tables(job);
+  lb_decode(job, block, 0, job->k / 4, &t, plane);
+}
+
+static void sum_rows(const int8_t *w, int64_t rows, int32_t sums[16]) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i acc[4];
+  for (int i = 0; i < 4; i++) acc[i] = _mm512_setzero_si512();
+  for (int64_t r = 0; r < rows; r++, w += LB_ROW)
+    acc[r & 3] = _mm512_dpbusd_epi32(acc[r & 3], ones, _mm512_load_si512(w));
+  _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3])));
+}
+
+LB_INLINE void points_of(const int T, const int B, const lb_points *p, int32_t *m) {
+  const int64_t rows = p->channels / 4, block = LB_POINTS * rows * LB_ROW;
+  const int U = T == 1 ? 4 : T == 2 || B == 1 ? 2 : 1; /* as in tile() */
+  const int8_t *u = p->u;
+  for (int point = 0; point < LB_POINTS; point++, u += rows * LB_ROW) {
+    const uint8_t *v = p->v + point * p->v_point;
+    const int32_t *start = p->start + point * 16;
+    __m512i acc[2][8][4];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+      for (int h = 0; h < B; h++) {
+        acc[h][t][0] = _mm512_load_si512(start + h * LB_POINTS * 16);
+#pragma GCC unroll 4
+        for (int i = 1; i < U; i++) acc[h][t][i] = _mm512_setzero_si512();
+      }
+    int64_t r = 0;
+    for (; r + U <= rows; r += U) {
+#pragma GCC unroll 4
+      for (int i = 0; i < U; i++) {
+        __m512i w[2];
+#pragma GCC unroll 2
+        for (int h = 0; h < B; h++) w[h] = _mm512_load_si512(u + h * block + (r + i) * LB_ROW);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+          const __m512i x = four(v + t * p->channels + 4 * (r + i));
+#pragma GCC unroll 2
+          for (int h = 0; h < B; h++) acc[h][t][i] = _mm512_dpbusd_epi32(acc[h][t][i], x, w[h]);
+        }
+      }
+    }
+    for (; r < rows; r++) /* what is left of U rows */
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) {
+        const __m512i x = four(v + t * p->channels + 4 * r);
+#pragma GCC unroll 2
+        for (int h = 0; h < B; h++)
+          acc[h][t][0] = _mm512_dpbusd_epi32(acc[h][t][0], x, _mm512_load_si512(u + h * block + r * LB_ROW));
+      }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++, m += LB_BLOCKS * 16)
+#pragma GCC unroll 2
+      for (int h = 0; h < B; h++) {
+#pragma GCC unroll 4
+        for (int i = 1; i < U; i++) acc[h][t][0] = _mm512_add_epi32(acc[h][t][0], acc[h][t][i]);
+        _mm512_store_si512(m + h * 16, acc[h][t][0]);
+      }
+  }
+}
+
+#define POINTS(T) \
+  static __attribute__((noinline)) void points_1_##T(const lb_points *p, int32_t *m) { points_of(T, 1, p, m); } \
+  static __attribute__((noinline)) void points_2_##T(const lb_points *p, int32_t *m) { points_of(T, 2, p, m); }
+POINTS(1) POINTS(2) POINTS(3) POINTS(4) POINTS(5) POINTS(6) POINTS(7) POINTS(8)
+
+static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
+  static void (*const kernels[LB_BLOCKS][LB_TILES])(const lb_points *, int32_t *) = {
+      {points_1_1, points_1_2, points_1_3, points_1_4, points_1_5, points_1_6, points_1_7, points_1_8},
+      {points_2_1, points_2_2, points_2_3, points_2_4, points_2_5, points_2_6, points_2_7, points_2_8}};
+  kernels[blocks - 1][tiles - 1](p, m);
+}
+
+static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int rows, int64_t block,
+                                             const int32_t *acc, int step) {
+  lb_finish512(job, row, rows, block, (const __m512i *)acc, step);
+}
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -197,5 +284,6 @@ int lb_avx512_available(void) {
 }
 
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product,
-                                    lb_avx2_float_product, 4, &lb_vector512};
+                                    lb_avx2_float_product, 4, &lb_vector512,
+    winograd_weights, winograd_run, 64};
 #endif

@@ -60,6 +60,21 @@ int lb_select(const char *name) {
   return LB_UNKNOWN_ISA;
 }
 
+static const char *const forms[] = {"auto", "direct", "winograd"};
+enum { AUTO, DIRECT, WINOGRAD, FORMS };
+static atomic_int form;
+
+const char *lb_form(void) { return forms[atomic_load(&form)]; }
+
+int lb_select_form(const char *name) {
+  for (int i = 0; i < FORMS; i++)
+    if (!strcmp(name ? name : forms[AUTO], forms[i])) {
+      atomic_store(&form, i);
+      return LB_OK;
+    }
+  return LB_UNKNOWN_FORM;
+}
+
 /* ---- one call ----
  * The input is taken in parts of a few images. Of a part, a padded copy of bytes is made ("map"): images, lines and
  * places as in the input, with the border around each image and the pad channels behind each place. A row of the
@@ -83,6 +98,8 @@ typedef struct {
   lb_span *window;
   int n_window;
   int64_t splits, rows, blocks; /* of the product */
+  void *weights; /* if not NULL: Winograd's form, with these */
+  lb_winograd winograd;
   atomic_int status;
 } run;
 
@@ -205,6 +222,29 @@ static void multiply(void *argument, int64_t begin, int64_t end) {
   }
 }
 
+/* Ranges of tile rows, or of pairs of blocks, as in `multiply`. */
+static void multiply_winograd(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const int64_t rows = lb_winograd_rows(&r->winograd);
+  for (int64_t i = begin; i < end; i++) {
+    int64_t row0 = 0, row1 = rows, block0 = 0, block1 = r->blocks;
+    if (r->splits > 0) {
+      row0 = rows * i / r->splits, row1 = rows * (i + 1) / r->splits;
+    } else {
+      block0 = -2 * r->splits * i;
+      block1 = lb_min(r->blocks, block0 - 2 * r->splits);
+    }
+    const int status = lb_winograd_run(r->isa, &r->job, &r->winograd, r->weights, row0, row1, block0, block1);
+    if (status) atomic_store(&r->status, status);
+  }
+}
+
+static void transform_weights(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const int status = lb_winograd_weights(r->isa, &r->job, r->winograd.channels, begin, end, r->weights);
+  if (status) atomic_store(&r->status, status);
+}
+
 static int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
   const int64_t room = size + 2 * padding - (kernel - 1) * dilation - 1;
   return room < 0 ? 0 : room / stride + 1;
@@ -252,6 +292,36 @@ static int describe_window(const run *r, lb_span *spans) {
   return count;
 }
 
+static int within(const uint8_t *x, int64_t n, uint8_t mask) {
+  for (int64_t i = 0; i < n;) {
+    uint8_t beyond = 0;
+    for (const int64_t stop = lb_min(n, i + 4096); i < stop; i++) beyond |= x[i];
+    if (beyond & ~mask) return 0;
+  }
+  return 1;
+}
+
+/* Whether this call takes Winograd's form. Integer activations of 8 bits may all be small: they are looked at. */
+static int takes_winograd(run *r) {
+  const lb_args *a = r->args;
+  const int asked = atomic_load(&form);
+  if (asked == DIRECT || a->kernel_y != 3 || a->kernel_x != 3 || a->stride_y != 1 || a->stride_x != 1 ||
+      a->dilation_y != 1 || a->dilation_x != 1)
+    return 0;
+  r->winograd = (lb_winograd){.line = r->map_width * r->place, .place = r->place,
+                              .image = r->map_height * r->map_width * r->place, .images = a->batch,
+                              .height = r->out_height, .width = r->out_width, .channels = a->padded_channels};
+  lb_job job = r->job;
+  const int is_float = a->x_type == LB_FLOAT32;
+  if (!is_float) job.zero = 0;
+  const int64_t high = !is_float ? 0 : a->low < 0 ? INT64_MAX : a->high;
+  if (!lb_winograd_fits(&job, a->padded_channels, high)) return 0;
+  if (asked == AUTO && !lb_winograd_pays(r->isa, &job, &r->winograd, 0)) return 0;
+  if (!is_float && !within(a->x, a->batch * a->height * a->width * a->channels, LB_WINOGRAD_HIGH)) return 0;
+  r->job.zero = 0;
+  return 1;
+}
+
 static int run_part(run *r, int64_t threads) {
   const lb_args *a = r->args;
   const int64_t in_values = r->images * a->height * a->width * a->channels;
@@ -282,6 +352,16 @@ static int run_part(run *r, int64_t threads) {
         r->row_scale[row] = r->image_scale[image];
       }
   r->rows = row;
+  if (r->weights) {
+    const int64_t tile_rows = r->images * ((r->out_height + 1) / 2), pairs = (r->blocks + 1) / 2;
+    r->winograd.images = r->images;
+    threads = lb_max(1, lb_min(threads, r->rows * r->blocks * 16 * r->job.used_k / LEAST_WORK));
+    const int by_rows = threads == 1 || tile_rows >= 4 * threads || pairs < threads;
+    const int64_t each = lb_max(1, pairs / (threads * 4));
+    r->splits = by_rows ? lb_min(threads, tile_rows) : -each;
+    lb_parallel(threads, by_rows ? r->splits : (pairs + each - 1) / each, 1, multiply_winograd, r);
+    return atomic_load(&r->status);
+  }
   if (r->windows) lb_parallel(fill_threads, row, lb_max(1, (1 << 14) / r->job.k), copy_windows, r);
   const int64_t pairs = (r->blocks + 1) / 2;
   const int64_t work = r->rows * r->blocks * 16 * r->job.used_k;
@@ -341,7 +421,8 @@ int lb_run(const lb_args *a) {
   } else {
     r.n_window = describe_window(&r, r.window);
   }
-  for (int s = 0; s < r.n_window; s++) apart |= r.window[s].length % r.isa->span != 0;
+  const int winograd = takes_winograd(&r);
+  for (int s = 0; s < r.n_window && !winograd; s++) apart |= r.window[s].length % r.isa->span != 0;
   r.job.map = r.map;
   r.job.spans = r.window;
   r.job.n_spans = r.n_window;
@@ -358,6 +439,12 @@ int lb_run(const lb_args *a) {
     for (int64_t i = 0; i < r.job.spans[s].length; i += 4) *offset++ = r.job.spans[s].offset + i;
   r.job.row_start = r.row_start, r.job.row_scale = r.row_scale;
   memset(r.map + part * image_bytes, 0, 128);
+  if (winograd) {
+    r.weights = lb_scratch(LB_SLOT_WINDOWS, (size_t)lb_winograd_bytes(a->padded_channels, a->outputs));
+    if (!r.weights) return LB_NO_MEMORY;
+    lb_parallel(r.blocks * r.job.used_k < 1 << 15 ? 1 : lb_max(1, a->threads), r.blocks, 1, transform_weights, &r);
+    if (atomic_load(&r.status)) return atomic_load(&r.status);
+  }
 
   int status = LB_OK;
   const size_t out_bytes = (size_t)(image_rows * a->outputs) * (a->out_type == LB_FLOAT32 ? 4 : 1);

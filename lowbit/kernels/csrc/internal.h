@@ -78,6 +78,12 @@ typedef struct {
   void (*depthwise)(const uint8_t *map, const int64_t *tap, int64_t taps, const int16_t *weights, int64_t n,
                     int is_signed, int32_t *sums);
 } lb_vector_table;
+/* A 3x3 convolution with stride 1 by Winograd's form: where its map lies and what comes out; see winograd.h. */
+typedef struct {
+  int64_t line, place, image;     /* bytes in job->map from one line, place or image to the next */
+  int64_t images, height, width;  /* of the outputs; the map has two more lines and places */
+  int64_t channels;               /* as packed: a multiple of 4 */
+} lb_winograd;
 
 typedef struct {
   const char *name;
@@ -90,7 +96,30 @@ typedef struct {
   int (*float_product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
   int span; /* all spans are multiples of this many bytes, 4 at least; used_k then is too */
   const lb_vector_table *vector;
+  int (*winograd_weights)(const lb_job *job, int64_t channels, int64_t block0, int64_t block1, void *weights);
+  int (*winograd_run)(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1,
+                      int64_t block0, int64_t block1);
+  int winograd_channels; /* from this many on Winograd's form is faster; 0: never */
 } lb_isa_table;
+
+/* Winograd's form of a 3x3 convolution with stride 1 and dilation 1: the same bits as `product`, with 16 products for
+ * 36. Of the job all but row_start, spans and k_offset count. */
+
+/* Whether it can be used: weights of 2 or 3 bits with |level| <= 8, activations stored as they are (`zero` is 0), all of
+ * them 0 ... 31. `high` is the caller's promise about the map. */
+enum { LB_WINOGRAD_HIGH = 31 };
+int lb_winograd_fits(const lb_job *job, int64_t channels, int64_t high);
+/* Whether it is also expected to be faster, with weights that are transformed beforehand (prepared != 0) or each time. */
+int lb_winograd_pays(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, int prepared);
+/* Bytes of transformed weights. They belong to the instruction set that made them. */
+int64_t lb_winograd_bytes(int64_t channels, int64_t outputs);
+/* Transforms blocks block0 ... block1-1 of the weights into `weights`, of lb_winograd_bytes, aligned to 64 bytes. */
+int lb_winograd_weights(const lb_isa_table *isa, const lb_job *job, int64_t channels, int64_t block0, int64_t block1,
+                        void *weights);
+/* Rows row0 ... row1-1 of tiles, of lb_winograd_rows, and blocks block0 ... block1-1 of the outputs. */
+int64_t lb_winograd_rows(const lb_winograd *w);
+int lb_winograd_run(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0,
+                    int64_t row1, int64_t block0, int64_t block1);
 
 extern const lb_isa_table lb_portable;
 const lb_isa_table *lb_isa_in_use(void);

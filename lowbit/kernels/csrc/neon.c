@@ -10,6 +10,7 @@
 #include "floats.h"
 #define LB_VECTOR_NEON
 #include "vector.h"
+#include "winograd_generic.h"
 
 enum { TILE = 4 };
 
@@ -166,8 +167,8 @@ static int available(void) { return 1; }
 
 const lb_isa_table lb_neon = {
     "neon", available, 1, lb_generic_absmax, lb_generic_quantize, product, float_product, 4,
-    &vector_table};
+    &vector_table, winograd_weights, winograd_run, 0};
 const lb_isa_table lb_neon_plain = {
     "neon_plain", available, 1, lb_generic_absmax, lb_generic_quantize, product_plain, float_product, 4,
-    &vector_table};
+    &vector_table, winograd_weights, winograd_run, 0};
 #endif

@@ -1,6 +1,7 @@
 /* Plain C for any processor: no intrinsics, nothing assumed. */
 #include "floats.h"
 #include "vector.h"
+#include "winograd_generic.h"
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
   const int64_t used_rows = job->used_k / 4;
@@ -34,4 +35,5 @@ static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64
 static int available(void) { return 1; }
 
 const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product,
-                                  float_product, 4, &vector_table};
+                                  float_product, 4, &vector_table,
+    winograd_weights, winograd_run, 0};

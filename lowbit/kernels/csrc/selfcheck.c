@@ -1,6 +1,8 @@
 /* A program of its own, for sanitizers and for other processors under an emulator: runs random problems through every
  * instruction set on one to four threads, and compares each output with sums made here, code by code, in 64 bits.
  *
+ * A part of the problems allows Winograd's form; those are run in both forms.
+ *
  *   selfcheck [problems] [seed]      exits with 1 at the first difference */
 #include <math.h>
 #include <stdio.h>
@@ -84,10 +86,11 @@ static int problem(int number) {
                                         {-128, -64, -32, -16, -8, -4, -2, -1, 1, 2, 4, 8, 16, 32, 64, 128},
                                         {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15}};
   static const int counts[6] = {4, 4, 8, 7, 16, 16};
-  const int table = (int)draw(7), bytes = table == 6;
+  const int winograd = draw(3) == 0; /* what that form can be used for, mostly */
+  const int table = (int)draw(winograd ? 4 : 7), bytes = table == 6;
   lb_args a = {.bits = bytes ? 8 : 2 + table / 2};
   if (!bytes) memcpy(a.levels, tables[table], sizeof a.levels);
-  const int linear = (int)draw(2);
+  const int linear = !winograd && draw(2);
   a.batch = 1 + draw(linear ? 50 : 3);
   a.height = linear ? 1 : 1 + draw(9);
   a.width = linear ? 1 : 1 + draw(20);
@@ -97,6 +100,7 @@ static int problem(int number) {
   a.stride_y = 1 + draw(2), a.stride_x = 1 + draw(2);
   a.padding_y = linear ? 0 : draw(3), a.padding_x = linear ? 0 : draw(3);
   a.dilation_y = 1 + draw(2), a.dilation_x = 1 + draw(2);
+  if (winograd) a.kernel_y = a.kernel_x = 3, a.stride_y = a.stride_x = a.dilation_y = a.dilation_x = 1;
   const int64_t room_y = a.height + 2 * a.padding_y - (a.kernel_y - 1) * a.dilation_y - 1;
   const int64_t room_x = a.width + 2 * a.padding_x - (a.kernel_x - 1) * a.dilation_x - 1;
   if (room_y < 0 || room_x < 0) return 0;
@@ -106,7 +110,8 @@ static int problem(int number) {
   const int64_t k_padded = round_up(taps * a.padded_channels, 64), blocks = (a.outputs + 15) / 16;
   a.x_type = draw(3), a.out_type = draw(3);
   a.x_scales = draw(3) == 0 && a.x_type == LB_FLOAT32 ? 0 : draw(2) ? 1 : a.batch;
-  a.low = draw(2) ? -128 : 0, a.high = a.low ? 127 : draw(2) ? 255 : 7;
+  a.low = draw(winograd ? 5 : 2) ? 0 : -128, a.high = a.low ? 127 : winograd ? 31 : draw(2) ? 255 : 7;
+  const uint32_t below = winograd && draw(5) ? 32 : 256; /* of activations that are integers */
   a.relu = draw(2);
   a.out_low = a.out_type == LB_UINT8 ? 0 : -128, a.out_high = a.out_type == LB_UINT8 ? 255 : 127;
   a.out_scale = a.out_type == LB_FLOAT32 ? 1.0 : 0.37;
@@ -123,7 +128,7 @@ static int problem(int number) {
   char *out = get(outs * out_size), *expected = get(outs * out_size);
   for (size_t i = 0; i < values; i++) {
     if (a.x_type == LB_FLOAT32) ((float *)x)[i] = (float)((int)draw(2001) - 1000) * 0.01f;
-    else ((uint8_t *)x)[i] = (uint8_t)draw(256);
+    else ((uint8_t *)x)[i] = (uint8_t)draw(below);
   }
   for (int64_t i = 0; i < a.x_scales; i++) x_scale[i] = 0.01f * (float)(1 + draw(20));
   for (size_t i = 0; i < packed_bytes; i++) packed[i] = 0;
@@ -193,8 +198,11 @@ static int problem(int number) {
   snprintf(names, sizeof names, "%s", lb_isas(0));
   for (char *name = strtok(names, ","); name && !wrong; name = strtok(NULL, ",")) {
     lb_select(name);
-    for (a.threads = 1; a.threads <= 4 && !wrong; a.threads += 3) {
+    for (int run = 0; run < (winograd ? 4 : 2) && !wrong; run++) {
+      const char *form = run < 2 ? "direct" : "winograd";
+      a.threads = run % 2 ? 4 : 1;
       memset(out, 0x5a, outs * out_size);
+      lb_select_form(form);
       const int status = lb_run(&a);
       for (size_t i = 0; i < outs && !wrong; i++) {
         if (a.out_type == LB_FLOAT32) wrong = ((float *)out)[i] != ((float *)expected)[i];
@@ -202,8 +210,8 @@ static int problem(int number) {
       }
       wrong |= status;
       if (wrong)
-        printf("problem %d differs: %s, %d threads, %d bits, status %d\n", number, name, (int)a.threads, (int)a.bits,
-               status);
+        printf("problem %d differs: %s, %s, %d threads, %d bits, status %d\n", number, name, form, (int)a.threads,
+               (int)a.bits, status);
     }
   }
   if (linear && a.x_type == LB_FLOAT32 && !wrong) wrong = floats_differ(a, number, levels, expected);

@@ -1,0 +1,30 @@
+/* Winograd's form of 3x3 convolutions: when it can be used, when it pays, and the calls; winograd.h has the form. */
+#include "internal.h"
+
+enum { POINTS = 16, MOST_LEVEL = 8, MOST_CHANNELS = 1 << 17 }; /* 4 * 9 * 8 * 31 * channels < 2^31 */
+
+int lb_winograd_fits(const lb_job *job, int64_t channels, int64_t high) {
+  return (job->bits == 2 || job->bits == 3) && job->largest <= MOST_LEVEL && job->zero == 0 && high <= LB_WINOGRAD_HIGH &&
+         channels > 0 && channels % 4 == 0 && channels <= MOST_CHANNELS;
+}
+
+int64_t lb_winograd_bytes(int64_t channels, int64_t outputs) {
+  return (outputs + 15) / 16 * POINTS * (channels / 4 * LB_ROW + 16 * (int64_t)sizeof(int32_t));
+}
+
+int64_t lb_winograd_rows(const lb_winograd *w) { return w->images * ((w->height + 1) / 2); }
+
+int lb_winograd_pays(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, int prepared) {
+  (void)job; (void)w; (void)prepared;
+  return isa->winograd_channels && w->channels >= isa->winograd_channels;
+}
+
+int lb_winograd_weights(const lb_isa_table *isa, const lb_job *job, int64_t channels, int64_t block0, int64_t block1,
+                        void *weights) {
+  return isa->winograd_weights(job, channels, block0, block1, weights);
+}
+
+int lb_winograd_run(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0,
+                    int64_t row1, int64_t block0, int64_t block1) {
+  return isa->winograd_run(job, w, weights, row0, row1, block0, block1);
+}
