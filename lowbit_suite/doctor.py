@@ -95,12 +95,12 @@ def _examine_kernels() -> Finding:
         if native.available():
             return Finding("ok", "compiled kernels", f"{native.isa()} (of {', '.join(native.isas())})")
         return Finding("note", "compiled kernels", "none: packed models run in PyTorch, slowly", native.why_not())
-    except Exception as error:  # doctor has to finish whatever is broken; LOWBIT_ISA may name an unsupported set
+    except Exception as error:  # doctor has to finish whatever is broken; a variable may name what is not here
         return Finding(
             "missing",
             "compiled kernels",
             str(error),
-            "unset LOWBIT_ISA, or name a supported set",
+            "unset LOWBIT_ISA and LOWBIT_FORM, or name what is here",
         )
 
 

@@ -2,7 +2,8 @@
 
 Environment: ``LOWBIT_NATIVE=0`` does without them, or names a library to load; ``LOWBIT_ISA`` chooses the instruction
 set (``portable``, ``avx2``, ``avx512vnni``, ``amx``, ``neon``, ``neon_plain``) that otherwise follows from the
-processor.
+processor; ``LOWBIT_FORM`` chooses how convolutions are computed (``auto``, ``direct``, ``winograd``), with the same
+result.
 """
 
 import contextlib
@@ -38,10 +39,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{path} cannot be used ({error}): build it anew by python -m lowbit.kernels.build"
     if abi != ABI:
         return None, f"{path} is of another version ({abi}, not {ABI}): build it anew by python -m lowbit.kernels.build"
-    library.lb_isas.restype = library.lb_isa.restype = ctypes.c_char_p
+    library.lb_isas.restype = library.lb_isa.restype = library.lb_form.restype = ctypes.c_char_p
+    library.lb_form_taken.restype = ctypes.c_char_p
     library.lb_select.argtypes = library.lb_run.argtypes = library.lb_run_floats.argtypes = [ctypes.c_char_p]
+    library.lb_select_form.argtypes = [ctypes.c_char_p]
     if name := os.environ.get("LOWBIT_ISA"):
         _select(library, name)
+    if name := os.environ.get("LOWBIT_FORM"):
+        _select_form(library, name)
     return library, ""
 
 
@@ -62,11 +67,18 @@ def _select(library: ctypes.CDLL, name: str | None) -> None:
         raise LowbitError(f"instruction set {name!r} (LOWBIT_ISA): {what}; here are {there}")
 
 
+def _select_form(library: ctypes.CDLL, name: str) -> None:
+    if library.lb_select_form(name.encode()):
+        raise LowbitError(
+            f"the form of convolutions {name!r} (LOWBIT_FORM) is not allowed: auto, direct and winograd are"
+        )
+
+
 def available() -> bool:
     """Whether the compiled kernels are there and usable.
 
     Raises:
-        LowbitError: ``LOWBIT_ISA`` names an instruction set that is not.
+        LowbitError: ``LOWBIT_ISA`` names an instruction set that is not, or ``LOWBIT_FORM`` an unknown form.
     """
     return _load()[0] is not None
 
@@ -102,6 +114,36 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _select(library, before)
+
+
+@contextlib.contextmanager
+def use_form(name: str) -> Iterator[None]:
+    """Inside ``with use_form("direct"):`` the whole process computes convolutions in that form.
+
+    Args:
+        name: ``"direct"``; ``"winograd"``, wherever it can be used (3x3 kernels with stride and dilation 1, weights of
+            2 or 3 bits with levels up to 8, activations from 0 to at most 31), and the direct form elsewhere; or
+            ``"auto"``, the one expected to be faster. All give the same bits.
+
+    Raises:
+        LowbitError: the form is unknown, or there are no compiled kernels.
+    """
+    library = loaded()
+    before = library.lb_form().decode()
+    _select_form(library, name)
+    try:
+        yield
+    finally:
+        _select_form(library, before)
+
+
+def form_taken() -> str:
+    """``"direct"`` or ``"winograd"``: how this thread's last call of `run` was computed.
+
+    Raises:
+        LowbitError: there are no compiled kernels.
+    """
+    return loaded().lb_form_taken().decode()
 
 
 def loaded() -> ctypes.CDLL:

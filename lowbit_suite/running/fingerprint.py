@@ -30,7 +30,7 @@ SAYS = {
 EXTRAS = ("", "course", "onnx", "bench")
 """The optional dependencies that notebooks use if they are installed."""
 
-SWITCHES = ("LOWBIT_ISA", "LOWBIT_NATIVE")
+SWITCHES = ("LOWBIT_FORM", "LOWBIT_ISA", "LOWBIT_NATIVE")
 """The environment variables that select kernels."""
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_random_problems_in_c(tmp_path, sanitizer):
     problems = "150" if sanitizer else "400"  # each takes several times as long with it
     done = subprocess.run([made, problems, "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.search(r"(\d+) runs of them in Winograd's form", done.stdout)[1]) > 100
     print(done.stdout)
 
 

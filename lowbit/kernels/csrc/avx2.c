@@ -104,7 +104,7 @@ LB_INLINE __m256i load(const int8_t *w) { return _mm256_load_si256((const __m256
 LB_INLINE __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
 /* Once for all tiles: it is long. */
-static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int64_t block, const int32_t sums[16]) {
+static __attribute__((noinline)) void finish_row(const lb_job *job, int64_t row, int64_t block, const int32_t sums[16]) {
   lb_finish(job, row, block, sums);
 }
 
@@ -159,7 +159,7 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
     int32_t sums[16] __attribute__((aligned(32)));
     _mm256_store_si256((__m256i *)sums, acc[r][0]);
     _mm256_store_si256((__m256i *)(sums + 8), acc[r][1]);
-    finish(job, row + r, block, sums);
+    finish_row(job, row + r, block, sums);
   }
 }
 
@@ -343,5 +343,5 @@ static int available(void) {
 }
 
 const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4, &vector_table,
-    winograd_weights, winograd_run, 64};
+    winograd_weights, winograd_run, 16};
 #endif

@@ -285,5 +285,5 @@ int lb_avx512_available(void) {
 
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product,
                                     lb_avx2_float_product, 4, &lb_vector512,
-    winograd_weights, winograd_run, 64};
+    winograd_weights, winograd_run, 8};
 #endif

@@ -63,6 +63,9 @@ int lb_select(const char *name) {
 static const char *const forms[] = {"auto", "direct", "winograd"};
 enum { AUTO, DIRECT, WINOGRAD, FORMS };
 static atomic_int form;
+static _Thread_local int form_taken = DIRECT;
+
+const char *lb_form_taken(void) { return forms[form_taken]; }
 
 const char *lb_form(void) { return forms[atomic_load(&form)]; }
 
@@ -316,7 +319,7 @@ static int takes_winograd(run *r) {
   if (!is_float) job.zero = 0;
   const int64_t high = !is_float ? 0 : a->low < 0 ? INT64_MAX : a->high;
   if (!lb_winograd_fits(&job, a->padded_channels, high)) return 0;
-  if (asked == AUTO && !lb_winograd_pays(r->isa, &job, &r->winograd, 0)) return 0;
+  if (asked == AUTO && !lb_winograd_pays(r->isa, &r->winograd, 0)) return 0;
   if (!is_float && !within(a->x, a->batch * a->height * a->width * a->channels, LB_WINOGRAD_HIGH)) return 0;
   r->job.zero = 0;
   return 1;
@@ -422,6 +425,7 @@ int lb_run(const lb_args *a) {
     r.n_window = describe_window(&r, r.window);
   }
   const int winograd = takes_winograd(&r);
+  form_taken = winograd ? WINOGRAD : DIRECT;
   for (int s = 0; s < r.n_window && !winograd; s++) apart |= r.window[s].length % r.isa->span != 0;
   r.job.map = r.map;
   r.job.spans = r.window;

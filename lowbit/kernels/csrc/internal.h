@@ -99,18 +99,18 @@ typedef struct {
   int (*winograd_weights)(const lb_job *job, int64_t channels, int64_t block0, int64_t block1, void *weights);
   int (*winograd_run)(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1,
                       int64_t block0, int64_t block1);
-  int winograd_channels; /* from this many on Winograd's form is faster; 0: never */
+  int winograd_channels; /* from this many on Winograd's form may be faster; 0: never, or not measured */
 } lb_isa_table;
 
 /* Winograd's form of a 3x3 convolution with stride 1 and dilation 1: the same bits as `product`, with 16 products for
  * 36. Of the job all but row_start, spans and k_offset count. */
 
-/* Whether it can be used: weights of 2 or 3 bits with |level| <= 8, activations stored as they are (`zero` is 0), all of
- * them 0 ... 31. `high` is the caller's promise about the map. */
+/* Whether it can be used: weights of 2 or 3 bits with |level| <= 8, activations stored as they are (`zero` is 0), and
+ * all of them 0 ... 31: `high` is what the caller promises of the map. */
 enum { LB_WINOGRAD_HIGH = 31 };
 int lb_winograd_fits(const lb_job *job, int64_t channels, int64_t high);
-/* Whether it is also expected to be faster, with weights that are transformed beforehand (prepared != 0) or each time. */
-int lb_winograd_pays(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, int prepared);
+/* Whether it is expected to be faster too, with weights transformed beforehand (prepared != 0) or for each call. */
+int lb_winograd_pays(const lb_isa_table *isa, const lb_winograd *w, int prepared);
 /* Bytes of transformed weights. They belong to the instruction set that made them. */
 int64_t lb_winograd_bytes(int64_t channels, int64_t outputs);
 /* Transforms blocks block0 ... block1-1 of the weights into `weights`, of lb_winograd_bytes, aligned to 64 bytes. */

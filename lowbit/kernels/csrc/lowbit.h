@@ -4,7 +4,7 @@
 #define LOWBIT_H
 #include <stdint.h>
 
-#define LB_ABI 4 /* raise with every change of lb_args, of what it means, or of the functions; native.py asks for the same number */
+#define LB_ABI 4 /* raise with every change of lb_args, its meaning or the functions; native.py asks for the same */
 
 #if defined(__GNUC__)
 #define LB_PUBLIC __attribute__((visibility("default")))
@@ -13,7 +13,9 @@
 #endif
 
 enum { LB_FLOAT32 = 0, LB_INT8 = 1, LB_UINT8 = 2 };
-enum { LB_OK = 0, LB_NO_MEMORY = 1, LB_WRONG_ARGS = 2, LB_UNKNOWN_ISA = 3, LB_UNAVAILABLE_ISA = 4, LB_UNKNOWN_FORM = 5 };
+enum {
+  LB_OK = 0, LB_NO_MEMORY = 1, LB_WRONG_ARGS = 2, LB_UNKNOWN_ISA = 3, LB_UNAVAILABLE_ISA = 4, LB_UNKNOWN_FORM = 5
+};
 
 /* A convolution of x [batch][height][width][channels] (channels fastest) with the packed weights, to
  * out [batch][height'][width'][outputs]. A linear layer is one with 1x1 images and a 1x1 kernel. All fields have 8
@@ -53,6 +55,7 @@ LB_PUBLIC int lb_select(const char *name);  /* NULL: the best */
  * expected to be faster. All give the same bits. */
 LB_PUBLIC int lb_select_form(const char *name);
 LB_PUBLIC const char *lb_form(void);
+LB_PUBLIC const char *lb_form_taken(void); /* by this thread's last lb_run: "direct" or "winograd" */
 LB_PUBLIC int lb_run(const lb_args *args);  /* safe from several threads at once */
 /* A linear layer whose activations stay float32 (kernels/floats.py): of the arguments only x, packed, scale, bias, out,
  * bits, batch (rows), channels (K), outputs, levels and threads count. */

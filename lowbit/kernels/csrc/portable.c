@@ -36,4 +36,4 @@ static int available(void) { return 1; }
 
 const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product,
                                   float_product, 4, &vector_table,
-    winograd_weights, winograd_run, 0};
+    winograd_weights, winograd_run, 4};

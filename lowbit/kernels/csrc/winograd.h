@@ -50,7 +50,8 @@ LB_INLINE int32_t *starts_of(const lb_job *job, int64_t channels, void *weights)
 #define LOAD(TO, FROM) memcpy(&(TO), (FROM), sizeof(TO))
 #define STORE(TO, FROM) memcpy((TO), &(FROM), sizeof(FROM))
 /* One row of (2G) g: z of three. */
-#define TWO_G(Z, G0, G1, G2) (Z[0] = (G0) + (G0), Z[1] = (G0) + (G1) + (G2), Z[2] = (G0) - (G1) + (G2), Z[3] = (G2) + (G2))
+#define TWO_G(Z, G0, G1, G2) \
+  (Z[0] = (G0) + (G0), Z[1] = (G0) + (G2) + (G1), Z[2] = (G0) + (G2) - (G1), Z[3] = (G2) + (G2))
 
 static int winograd_weights(const lb_job *job, int64_t channels, int64_t block0, int64_t block1, void *weights) {
   const int64_t rows = channels / 4, tap = rows * LB_ROW;
@@ -186,8 +187,8 @@ static int winograd_run(const lb_job *job, const lb_winograd *w, const void *wei
       const int blocks = (int)lb_min(LB_BLOCKS, block1 - b);
       for (int64_t g = 0; g < groups; g++) {
         const int64_t t0 = tiles * g / groups, t1 = tiles * (g + 1) / groups;
-        const lb_points p = {v + t0 * c, (const int8_t *)weights + b * u_bytes(c), start + b * LB_POINTS * 16, v_point, c,
-                             job->largest};
+        const lb_points p = {.v = v + t0 * c, .v_point = v_point, .channels = c, .largest = job->largest,
+                             .u = (const int8_t *)weights + b * u_bytes(c), .start = start + b * LB_POINTS * 16};
         const int count = (int)(t1 - t0);
         points(&p, count, blocks, m);
         for (int t = 0; t < count; t++)
