@@ -154,6 +154,17 @@ def test_what_it_cannot_do_takes_the_direct_form(isa, library, case):
     assert torch.equal(y, reference.conv2d(x.to(dtype), weight, **(kwargs | pairs)))
 
 
+@pytest.mark.parametrize(("largest", "form"), [(8, "winograd"), (9, "direct")])
+def test_levels_beyond_8_take_the_direct_form(isa, library, largest, form):
+    levels = torch.tensor([-float(largest), -1.0, 1.0, largest])
+    weight = pack_weight(torch.full((20, 40, 3, 3), 3), levels)
+    x = torch.full((1, 40, 6, 6), 31, dtype=torch.uint8)
+    with library.use_form("winograd"):
+        y = shift_conv2d(x, weight, x_scale=torch.tensor(1.0))
+        assert library.form_taken() == form
+    assert (y == 31 * largest * 360).all()
+
+
 def test_auto_takes_it_for_large_maps_only(library):
     weight = random_weight("denseshift3", (64, 64, 3, 3))
     for isa, large in {"portable": "winograd", "avx2": "winograd", "avx512vnni": "winograd", "amx": "direct"}.items():
