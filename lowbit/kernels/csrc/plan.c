@@ -29,6 +29,8 @@ typedef struct {
   int64_t rows, k, used_k;
   int largest;
   int16_t levels[16];
+  const lb_isa_table *winograd_isa; /* whose transformed weights there are, or NULL */
+  void *winograd;
 } prepared;
 
 struct lb_plan {
@@ -112,7 +114,7 @@ static const lb_plan_tensor *read_at(const checker *c, int32_t i, int kind) {
 
 static int has_data(const checker *c, const lb_plan_op *op, int i, int64_t bytes) {
   const lb_plan_data d = op->data[i];
-  return d.bytes == bytes && d.bytes <= c->size && d.offset >= 0 && d.offset % 64 == 0 &&
+  return d.bytes == bytes && d.bytes >= 0 && d.bytes <= c->size && d.offset >= 0 && d.offset % 64 == 0 &&
          d.offset <= c->size - d.bytes;
 }
 
@@ -505,6 +507,43 @@ static int prepare_product(const lb_plan *plan, const lb_plan_op *op, prepared *
   return LB_OK;
 }
 
+/* A product by its tables. Winograd's form needs what lb_winograd says of the map beside it. */
+static lb_job job_of(const lb_plan *plan, const lb_plan_op *op, const prepared *p) {
+  lb_job job = {
+      .packed = data_of(plan, op, 0), .k = p->k, .block_bytes = p->k * 2 * op->n[LB_N_BITS],
+      .bits = (int)op->n[LB_N_BITS], .largest = p->largest, .row_start = p->row_start, .spans = p->spans,
+      .n_spans = p->n_spans, .used_k = p->used_k, .k_offset = p->k_offset, .row_scale = p->row_scale,
+      .scale = data_of(plan, op, 1), .sums = data_of(plan, op, 2), .bias = data_of(plan, op, 3),
+      .relu = (int)op->n[LB_N_RELU], .out_type = LB_FLOAT32, .add_type = LB_FLOAT32,
+      .outputs = op->data[1].bytes / 4, .out_scale = (float)op->f[1],
+  };
+  memcpy(job.levels, p->levels, sizeof job.levels);
+  return job;
+}
+
+static lb_winograd winograd_of(const lb_plan *plan, const lb_plan_op *op) {
+  const lb_plan_tensor *x = plan->tensors + op->in[0];
+  return (lb_winograd){.line = (x->width + 2 * x->border_x) * x->place, .place = x->place, .images = 1,
+                       .height = out_height(op, x), .width = out_width(op, x), .channels = lb_round_up(x->channels, 4)};
+}
+
+/* Transforms the weights for the instruction set in use, where Winograd's form is possible and faster. */
+static int prepare_winograd(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
+  const lb_plan_tensor *x = plan->tensors + op->in[0];
+  const lb_isa_table *isa = lb_isa_in_use();
+  const int64_t *n = op->n;
+  const lb_winograd w = winograd_of(plan, op);
+  const lb_job job = job_of(plan, op, p);
+  if (n[LB_N_KERNEL_Y] != 3 || n[LB_N_KERNEL_X] != 3 || n[LB_N_STRIDE_Y] != 1 || n[LB_N_STRIDE_X] != 1 ||
+      n[LB_N_DILATION_Y] != 1 || n[LB_N_DILATION_X] != 1 || x->low < 0 || is_tight(x) || isa->signed_bytes ||
+      !lb_winograd_fits(&job, w.channels, x->high) || !lb_winograd_pays(isa, &w, 1))
+    return LB_OK;
+  p->winograd = aligned_alloc(64, (size_t)lb_round_up(lb_winograd_bytes(w.channels, job.outputs), 64));
+  if (!p->winograd) return LB_NO_MEMORY;
+  p->winograd_isa = isa;
+  return lb_winograd_weights(isa, &job, w.channels, 0, (job.outputs + 15) / 16, p->winograd);
+}
+
 static int prepare_depthwise(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
   const lb_plan_tensor *x = plan->tensors + op->in[0];
   const int64_t *n = op->n, line = (x->width + 2 * x->border_x) * x->place;
@@ -538,7 +577,9 @@ static int prepare(lb_plan *plan) {
   if (!plan->prepared || !plan->times) return LB_NO_MEMORY;
   for (int i = 0; i < h->ops; i++) {
     const lb_plan_op *op = plan->ops + i;
-    if (op->kind == LB_OP_PRODUCT && prepare_product(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
+    if (op->kind == LB_OP_PRODUCT &&
+        (prepare_product(plan, op, plan->prepared + i) || prepare_winograd(plan, op, plan->prepared + i)))
+      return LB_NO_MEMORY;
     if (op->kind == LB_OP_DEPTHWISE && prepare_depthwise(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->kind == LB_OP_MEL && prepare_mel(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->out[1] >= 0 && !(plan->prepared[i].next_start = starts_of(plan->tensors + op->out[1]))) return LB_NO_MEMORY;
@@ -585,6 +626,7 @@ void lb_plan_free(lb_plan *plan) {
   for (int i = 0; plan->prepared && i < plan->header->ops; i++) {
     prepared *p = plan->prepared + i;
     free(p->row_start), free(p->k_offset), free(p->next_start), free(p->row_scale), free(p->spans);
+    free(p->winograd);
   }
   pthread_mutex_destroy(&plan->mutex);
   free(plan->prepared);
@@ -642,6 +684,7 @@ typedef struct {
   const lb_plan_tensor *map_tensor;
   float *panels; /* of attention: keys and values */
   int64_t splits, blocks;
+  lb_winograd winograd;
   atomic_int status;
 } run;
 
@@ -851,6 +894,12 @@ static int copy_windows(run *r, lb_span *whole, int64_t **starts) {
   return LB_OK;
 }
 
+static void multiply_winograd(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const int status = lb_winograd_run(r->isa, &r->job, &r->winograd, r->ready->winograd, begin, end, 0, r->blocks);
+  if (status) atomic_store(&r->status, status);
+}
+
 static void run_product(run *r) {
   const lb_plan_op *op = r->op;
   const prepared *p = r->ready;
@@ -858,16 +907,9 @@ static void run_product(run *r) {
   const lb_plan_tensor *x = plan->tensors + op->in[0];
   const int64_t outputs = op->data[1].bytes / 4;
   lb_job *job = &r->job;
-  *job = (lb_job){
-      .packed = data_of(plan, op, 0), .k = p->k, .block_bytes = p->k * 2 * op->n[LB_N_BITS],
-      .bits = (int)op->n[LB_N_BITS], .largest = p->largest,
-      .map = memory_of(r, op->in[0]), .row_start = p->row_start, .spans = p->spans, .n_spans = p->n_spans,
-      .used_k = p->used_k, .k_offset = p->k_offset, .zero = zero_of(r, x), .row_scale = p->row_scale,
-      .scale = data_of(plan, op, 1), .sums = data_of(plan, op, 2), .bias = data_of(plan, op, 3),
-      .relu = (int)op->n[LB_N_RELU], .out_type = LB_FLOAT32, .add_type = LB_FLOAT32, .outputs = outputs,
-      .add = memory_of(r, op->in[1]), .out = r->out, .out_scale = (float)op->f[1],
-  };
-  memcpy(job->levels, p->levels, sizeof job->levels);
+  *job = job_of(plan, op, p);
+  job->map = memory_of(r, op->in[0]), job->zero = zero_of(r, x);
+  job->add = memory_of(r, op->in[1]), job->out = r->out;
   if (r->map_tensor) {
     job->next = r->map, job->next_start = p->next_start, job->next_zero = zero_of(r, r->map_tensor);
     job->out_low = (float)r->map_tensor->low, job->out_high = (float)r->map_tensor->high;
@@ -886,6 +928,16 @@ static void run_product(run *r) {
       job->row_scale = all;
     }
   }
+  r->blocks = (outputs + 15) / 16;
+  if (p->winograd_isa == r->isa) {
+    job->map += (x->border_y - op->n[LB_N_PADDING_Y]) * (x->width + 2 * x->border_x) * x->place +
+                (x->border_x - op->n[LB_N_PADDING_X]) * x->place;
+    r->winograd = winograd_of(plan, op);
+    const int64_t rows = lb_winograd_rows(&r->winograd), work = p->rows * r->blocks * 16 * p->used_k;
+    const int64_t threads = lb_max(1, lb_min(r->threads, work / LEAST_WORK));
+    lb_parallel(lb_min(threads, rows), rows, (rows + threads - 1) / threads, multiply_winograd, r);
+    return;
+  }
   lb_span whole;
   int64_t *starts;
   int apart = 0;
@@ -894,7 +946,6 @@ static void run_product(run *r) {
     atomic_store(&r->status, LB_NO_MEMORY);
     return;
   }
-  r->blocks = (outputs + 15) / 16;
   const int64_t pairs = (r->blocks + 1) / 2, work = p->rows * r->blocks * 16 * p->used_k;
   const int64_t threads = lb_max(1, lb_min(r->threads, work / LEAST_WORK));
   if (threads == 1) {
