@@ -2,7 +2,7 @@
  *
  *   make runner
  *   cc -Ilowbit/kernels/csrc examples/digit.c build/liblowbit.a -pthread -lm -o digit
- *   ./digit digits.lbp < image.raw                 # 64 numbers of 4 bytes, 0 to 1 */
+ *   ./digit digits.lbp < image.raw                 # 64 numbers of 4 bytes, as the network was trained on them */
 #include <stdio.h>
 #include <stdlib.h>
 

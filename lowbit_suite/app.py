@@ -12,6 +12,7 @@ with extra("train", "the lowbit command"):
     import typer
 
     from lowbit.data import cli as data
+    from lowbit.engine import cli as engine
     from lowbit.kernels import cli as kernels
     from lowbit.training import cli as training
     from lowbit_suite import cli as suite
@@ -39,6 +40,7 @@ COMMANDS = (
     suite.doctor,
     training.train,
     kernels.pack,
+    engine.export,
 )
 GROUPS = {
     "data": (data.app, "The data sets: list, fetch and verify them."),

@@ -193,8 +193,8 @@ lowbit.functional.denseshift(torch.ones(2), torch.ones(2))
 def test_the_core_works_without_any_extra():
     """Every module but those of an extra can be imported; a network of one's own is quantized, trained and packed."""
     assert set(ast.literal_eval(run(OWN_NETWORK, OPTIONAL))) <= {
-        "environment", "yamls", "data.cli", "kernels.cli", "training.cli", "training.runfile", "data.images",
-        "data.torchvision_sets", "models.detection", "models.resnet", "models.speech",
+        "environment", "yamls", "data.cli", "kernels.cli", "engine.cli", "training.cli", "training.runfile",
+        "data.images", "data.torchvision_sets", "models.detection", "models.resnet", "models.speech",
     }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ LAYERS = (
     {"lowbit.models"},
     {"lowbit.serialization", "lowbit.engine"},
 )
-COMMANDS = ("lowbit.kernels.cli",)  # it stands beside what it runs, and uses all of the library
+COMMANDS = ("lowbit.kernels.cli", "lowbit.engine.cli")  # they stand beside what they run, and use all of the library
 
 
 def test_the_library_s_layers_go_one_way():

@@ -106,9 +106,10 @@ class Lowering:
         return Value(ids.reshape(tuple(shape)))
 
     def of(self, x: Any) -> Value:
-        """A value of the graph, or a constant tensor as one."""
+        """A value of the graph, or a constant tensor or number as one."""
         if isinstance(x, Value):
             return x
+        x = torch.as_tensor(x)
         array = np.ascontiguousarray(x.detach().float().cpu().numpy())
         return self.value(array, x.shape)
 

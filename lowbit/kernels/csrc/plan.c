@@ -225,7 +225,6 @@ static int check_product(checker *c, const lb_plan_op *op) {
     if (!scales || (values_of(scales) != 1 && values_of(scales) != height * width))
       return refuse(c, "scales of another shape");
   }
-  if (op->in[1] != -1 && op->in[1] == op->out[0]) return refuse(c, "a summand that is written");
   return check_outputs(c, op, height * width, outputs);
 }
 
@@ -240,7 +239,7 @@ static int check_copy(checker *c, const lb_plan_op *op) {
     int64_t there = op->data[1].bytes / 4;
     if (piece[1] < 4) {
       const lb_plan_tensor *x = read_at(c, op->in[piece[1]], LB_TENSOR_FLOATS);
-      if (!x || op->in[piece[1]] == op->out[0]) return refuse(c, "a piece of nothing");
+      if (!x) return refuse(c, "a piece of nothing");
       there = values_of(x);
     }
     if (piece[3] > there || !is_between(piece[0], 0, values_of(y) - piece[3]) || !is_between(piece[2], 0, there - piece[3]))
@@ -358,7 +357,7 @@ static int check_matmul(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *a = read_at(c, op->in[0], LB_TENSOR_FLOATS), *b = read_at(c, op->in[1], LB_TENSOR_FLOATS);
   const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
   const int64_t *n = op->n;
-  if (!a || !b || !y || op->out[1] != -1 || op->out[0] == op->in[0] || op->out[0] == op->in[1])
+  if (!a || !b || !y || op->out[1] != -1)
     return refuse(c, "wrong tensors");
   for (int i = LB_N_COUNT; i <= LB_N_N; i++)
     if (!is_between(n[i], 1, MOST)) return refuse(c, "impossible matrices");
@@ -394,8 +393,20 @@ static int check_conv(checker *c, const lb_plan_op *op) {
     return refuse(c, "an input of another shape");
   if (k > MOST || !has_data(c, op, 0, (y->channels + 15) / 16 * k * 64) || !has_data_or_none(c, op, 1, 4 * y->channels))
     return refuse(c, "weights of another size");
-  if (op->in[0] == op->out[0]) return refuse(c, "an input that is written");
   return check_outputs(c, op, rows, y->channels);
+}
+
+/* Whether what an operation writes lies apart from what it reads, and from what else it writes. */
+static int lies_apart(const checker *c, const lb_plan_op *op) {
+  const int32_t all[6] = {op->in[0], op->in[1], op->in[2], op->in[3], op->out[0], op->out[1]};
+  for (int i = 4; i < 6; i++)
+    for (int j = 0; j < i && all[i] >= 0; j++) {
+      const lb_plan_tensor *a = c->plan->tensors + all[i], *b = all[j] < 0 ? NULL : c->plan->tensors + all[j];
+      if (b && (all[i] == all[j] || (a->offset >= 0 && b->offset >= 0 && a->offset < b->offset + bytes_of(b) &&
+                                     b->offset < a->offset + bytes_of(a))))
+        return 0;
+    }
+  return 1;
 }
 
 static int check_op(checker *c, const lb_plan_op *op) {
@@ -405,6 +416,7 @@ static int check_op(checker *c, const lb_plan_op *op) {
     const int32_t t = i < 4 ? op->in[i] : op->out[i - 4];
     if (t < -1 || t >= c->plan->header->tensors) return refuse(c, "a tensor that does not exist");
   }
+  if (!lies_apart(c, op)) return refuse(c, "tensors that overlap");
   switch (op->kind) {
     case LB_OP_QUANTIZE: return check_quantize(c, op);
     case LB_OP_PRODUCT: return check_product(c, op);
