@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import lowbit
 from lowbit.engine import lower
@@ -14,6 +15,7 @@ from lowbit.errors import LowbitError
 from lowbit.models import create
 from lowbit.nn import QuantConfig
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
+from lowbit_suite.app import app
 
 SHAPES = {"ds_cnn": (3000,), "kws_resnet": (3000,)}
 # Only these have no float operation but the mean of a global average, whose sums may be ordered differently.
@@ -290,3 +292,21 @@ def test_a_plan_that_answers_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(lower, "lower_known", lambda lowering, module, x: x)  # GELU becomes nothing
     with pytest.raises(LowbitError, match="another output"):
         lowbit.plan(model, x)
+
+
+def test_export_by_the_command(tmp_path):
+    """A packed or a quantized file becomes a plan; a file without the input's shape is refused in one sentence."""
+    x = torch.randn(2, 3, 32, 32)
+    model = create("resnet8")
+    lowbit.quantize_(model, QuantConfig(weight=StatsQ(bits=2), activation=LSQ(bits=8), first_last=8))
+    lowbit.calibrate(model.eval(), x)
+    runner = CliRunner()
+    for name, each in (("packed", lowbit.pack(model, x)), ("quantized", model)):
+        saved = lowbit.save(each, tmp_path / f"{name}.safetensors")
+        done = runner.invoke(app, ["export", str(saved), str(tmp_path / f"{name}.lbp")])
+        assert done.exit_code == 0, done.output
+        assert "3072 -> 10 numbers" in done.output
+        assert torch.equal(lowbit.load_plan(tmp_path / f"{name}.lbp")(x), lowbit.plan(lowbit.pack(model, x), x)(x))
+    done = runner.invoke(app, ["export", str(tmp_path / "none.safetensors"), str(tmp_path / "none.lbp")])
+    assert done.exit_code != 0
+    assert not (tmp_path / "none.lbp").exists()

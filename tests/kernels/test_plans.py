@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,17 @@ def test_an_instruction_set_chosen_after_loading(plans, library):
     for isa in library.isas():
         with library.use(isa):
             np.testing.assert_array_equal(plan(x), expected)
+
+
+def test_calls_from_several_threads(plans, library):
+    """Each call works in memory of its own."""
+    content, _, _ = plans["vit"]
+    plan = lowbit.Plan(content, 2)
+    inputs = [np.random.default_rng(seed).standard_normal((2, 3, 32, 32), np.float32) for seed in range(24)]
+    expected = [plan(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for actual, wanted in zip(pool.map(plan, inputs), expected, strict=True):
+            np.testing.assert_array_equal(actual, wanted)
 
 
 # ---- files that nobody should trust ----
