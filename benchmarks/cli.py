@@ -87,21 +87,24 @@ def models(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; default all "
-            "but deit-small"
+            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; "
+            "default all but deit-small"
         ),
     ] = None,
     engine: Engines = None,
     threads: Threads = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="repeat for several numbers of inputs; default 1")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 15,
     json_file: JsonFile = None,
 ) -> None:
-    """Whole models, batch 1, each engine in a process of its own: packed models, torch and the peers installed."""
+    """Whole models, each engine in a process of its own: packed models, plans, torch and the peers installed."""
     from benchmarks import models as bench
     from benchmarks.report import machine, show, show_skipped
 
     about = {"machine": machine()}
-    outcome = bench.run(model, engine, _counts(threads), repeats)
+    outcome = bench.run(model, engine, _counts(threads), repeats, batches=list(dict.fromkeys(batch or [1])))
     show(outcome.results)
     show_skipped(outcome.skipped)
     _write(json_file, outcome.results, about | {"skipped": outcome.skipped, "facts": outcome.facts})
@@ -112,7 +115,8 @@ def agreement(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; default all"
+            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; "
+            "default all"
         ),
     ] = None,
     bits: Annotated[list[int] | None, typer.Option(min=2, max=4, help="repeat for several; default 2, 3, 4")] = None,

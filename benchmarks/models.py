@@ -1,4 +1,4 @@
-"""Whole models, one image or sound at a time: packed models against torch, ONNX Runtime and OpenVINO.
+"""Whole models, one image or sound at a time or a batch: packed models against torch, ONNX Runtime and OpenVINO.
 
 Weights are random and statistics those of random inputs: times hardly depend on either, accuracy is not looked at. But
 no engine is timed while it computes something else: packed models are compared with the quantized ones they are made
@@ -8,7 +8,7 @@ of, the others with the model in float32. Files of peers are made once a model, 
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,18 @@ class Model:
         name: as ``create`` knows it.
         pixels: height and width of the images; None for models of sound, which get a second of it.
         classes: outputs.
+        batch: number of inputs of one call.
     """
 
     name: str
     pixels: int | None = 224
     classes: int = 1000
+    batch: int = 1
 
     @property
     def title(self) -> str:
         """The case's name in results."""
-        return f"{self.name}, {'1 s of sound' if self.pixels is None else f'{self.pixels} px'}, batch 1"
+        return f"{self.name}, {'1 s of sound' if self.pixels is None else f'{self.pixels} px'}, batch {self.batch}"
 
     def create(self) -> nn.Module:
         """The model, always with the same random weights, in evaluation mode."""
@@ -58,8 +60,9 @@ class Model:
         model = create(self.name, num_classes=self.classes, **shape)
         return gather_statistics(model, self.inputs(CALIBRATION))
 
-    def inputs(self, count: int = 1) -> Tensor:
-        """Random inputs of that number, always the same."""
+    def inputs(self, count: int | None = None) -> Tensor:
+        """Random inputs of that number, by default a batch; always the same."""
+        count = count or self.batch
         shape = (8000,) if self.pixels is None else (3, self.pixels, self.pixels)
         return torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
 
@@ -202,7 +205,7 @@ def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
     ``kind`` is "fp32"; "ready", the same optimized for quantization; or made of that by ONNX Runtime's tools, "static"
     (8-bit quantize and dequantize nodes, calibrated) or "dynamic".
     """
-    path = folder / f"{model.name}.{kind}.onnx"
+    path = folder / f"{model.name}.{model.batch}.{kind}.onnx"
     if path.exists():
         return path
     with replacing(path) as unfinished:
@@ -230,7 +233,7 @@ def _write_onnx(model: Model, folder: Path, kind: str, path: Path) -> None:
     if kind == "dynamic":
         tools.quantize_dynamic(ready, path, weight_type=tools.QuantType.QInt8, per_channel=True, **front)
     else:
-        reader = _Calibration(ready, model.inputs(CALIBRATION))
+        reader = _Calibration(ready, model.inputs(max(CALIBRATION, model.batch)).split(model.batch))
         # The operators that hold the work, and those between them; the others stay in float32.
         types = ["Conv", "MatMul", "Gemm", "Add", "GlobalAveragePool", "MaxPool"]
         options = {"per_channel": True, "quant_format": tools.QuantFormat.QDQ, "op_types_to_quantize": types}
@@ -252,11 +255,11 @@ def _front(path: Path) -> list[str]:
 class _Calibration:
     """What onnxruntime.quantization reads inputs from: ``get_next`` until it gives None."""
 
-    def __init__(self, path: Path, inputs: Tensor):
+    def __init__(self, path: Path, batches: Sequence[Tensor]):
         import onnx
 
         name = onnx.load(path, load_external_data=False).graph.input[0].name
-        self._feeds = iter([{name: x.numpy()} for x in inputs.split(1)])
+        self._feeds = iter([{name: x.numpy()} for x in batches])
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._feeds, None)
@@ -281,7 +284,7 @@ def openvino_model(model: Model, threads: int, folder: Path, kind: str = "fp32",
     if half and "BF16" not in runtimes.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RuntimeError("OpenVINO does not offer bf16 on this processor")
     read = runtimes.openvino_core().read_model(str(path))
-    stored = folder / f"{model.name}.{kind}.{precision}.xml"
+    stored = folder / f"{model.name}.{model.batch}.{kind}.{precision}.xml"
     openvino.save_model(read, str(stored), compress_to_fp16=half)
     step, result = runtimes.openvino_step(stored, x, threads, precision)
     error = check_close(result(), model.create()(x), INT8 if kind != "fp32" else BF16 if half else 1e-3)
@@ -313,6 +316,7 @@ def run(
     repeats: int = 15,
     burst: float = BURST,
     known: dict[str, Model] = MODELS,
+    batches: Sequence[int] = (1,),
 ) -> Outcome:
     """Times every engine on every model; sizes of files follow as results of their own, in MB.
 
@@ -323,6 +327,7 @@ def run(
         repeats: rounds counted.
         burst: seconds an engine calculates in each round.
         known: what ``models`` names.
+        batches: numbers of inputs of one call.
 
     Raises:
         LowbitError: an unknown name.
@@ -333,7 +338,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as folder:
         for count in threads:
             with Workers(count, burst) as workers:
-                for model in (known[name] for name in chosen):
+                for model in (replace(known[name], batch=batch) for name in chosen for batch in batches):
                     makes = {name: partial(ENGINES[name], model, count, Path(folder)) for name in names}
                     race = workers.race(model.title, makes, BASELINE, repeats)
                     outcome.add(race, model.title, count)
