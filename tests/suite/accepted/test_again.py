@@ -34,7 +34,7 @@ def measured(project):
     done = runner.execute(runner.plan([NAME], "desk"))
     assert done.notebooks[0].status == "passed", done.notebooks[0].reason
     accepted = CliRunner().invoke(app, ["accept", "--profile", "desk", "--yes"])
-    assert accepted.exit_code == 0 and "3 files of tables, trainings and pictures" in accepted.output
+    assert accepted.exit_code == 0 and "3 files of tables, trainings and figures" in accepted.output
     project.ran = project.notebooks / "ran"
     project.ran.unlink()
     return project
