@@ -122,8 +122,8 @@ def build_runner(folder: Path, *, cc: str | None = None, extra: tuple[str, ...] 
             _compile([*link, "-static", "-Wl,--gc-sections,-z,noseparate-code,-z,norelro"])
         except RuntimeError:  # macOS has neither
             _compile(link)
-        for made in (archive, program):
-            os.replace(made, folder / made.name)
+        for finished in (archive, program):
+            os.replace(finished, folder / finished.name)
     return folder / RUNNER
 
 

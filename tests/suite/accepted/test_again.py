@@ -48,7 +48,7 @@ def call(*words):
 def test_only_the_rows_asked_for_are_trained_and_the_table_is_whole(measured):
     result = call("bits=3", "seed=1")
     assert result.exit_code == 0, result.output
-    assert "1 of 4 trainings once more" in result.output and "1 of 1 exactly the same" in result.output
+    assert "1 of 4 trainings will run again" in result.output and "1 of 1 exactly the same" in result.output
     assert measured.ran.read_text() == "3/1 "
     there, here = (measured.results / "runs" / run / "tables" / NAME / "05_y.csv" for run in ("desk", "again"))
     assert there.read_bytes() == here.read_bytes()
@@ -94,7 +94,7 @@ def test_rows_are_drawn_from_all_notebooks_that_have_a_journal(measured):
     measured.ran.unlink()
     (measured.notebooks / "offset").write_text("0.5")
     result = CliRunner().invoke(app, ["again", "*", "seed=0"])
-    assert result.exit_code == 1 and "3 of 6 trainings once more" in result.output
+    assert result.exit_code == 1 and "3 of 6 trainings will run again" in result.output
     assert "0 of 3 exactly the same" in result.output and other in result.output and NAME in result.output
     assert sorted(measured.ran.read_text().split()) == ["2/0", "3/0", "4/0"]
     measured.ran.unlink()
