@@ -12,7 +12,7 @@
 #include "internal.h"
 
 enum { MOST = 1 << 24, LEAST_WORK = 1 << 19, MOST_TAPS = 1 << 16, MOST_K = 1 << 16, MOST_ROWS = 1 << 24, TAIL = 128 };
-static const int64_t MOST_BYTES = (int64_t)1 << 34;
+static const int64_t MOST_BYTES = (int64_t)1 << 34, MOST_ROOM = (int64_t)1 << 32, MOST_TABLES = (int64_t)1 << 30;
 
 /* What one run works in. */
 typedef struct state {
@@ -67,6 +67,7 @@ typedef struct {
   int64_t why_bytes;
   int op; /* the operation at hand; -1: none */
   int64_t rows; /* of all operations so far: each has a place in a table */
+  int64_t tables; /* bytes of all other tables that loading makes or goes through, so far */
 } checker;
 
 static int refuse(const checker *c, const char *text) {
@@ -127,10 +128,24 @@ static int view_fits(const lb_plan_op *op, const lb_plan_tensor *t, int64_t offs
   return rows <= MOST && channels <= MOST && offset + (rows - 1) * op->n[LB_N_STEP] + channels <= values_of(t);
 }
 
+static int count_rows(checker *c, int64_t rows) {
+  return (c->rows += rows) > MOST_ROWS ? refuse(c, "more than 2^24 places in all") : LB_OK;
+}
+
+/* Several operations may share data: a small file can ask for large tables. */
+static int count_table(checker *c, int64_t bytes) {
+  return (c->tables += bytes) > MOST_TABLES ? refuse(c, "tables of more than 2^30 bytes in all") : LB_OK;
+}
+
+/* What a thread keeps beside the arena while it runs one operation: a * b bytes. */
+static int check_room(const checker *c, int64_t a, int64_t b) {
+  return a > MOST_ROOM / b ? refuse(c, "more than 2^32 bytes to work in") : LB_OK;
+}
+
 /* Outputs of `rows` by `channels`: floats, a map or both. Marks them as written. */
 static int check_outputs(checker *c, const lb_plan_op *op, int64_t rows, int64_t channels) {
   if (op->out[0] < 0 && op->out[1] < 0) return refuse(c, "no output");
-  if ((c->rows += rows) > MOST_ROWS) return refuse(c, "more than 2^24 places in all");
+  if (count_rows(c, rows)) return LB_BAD_PLAN;
   for (int i = 0; i < 2; i++) {
     if (op->out[i] == -1) continue;
     const lb_plan_tensor *t = tensor_at(c, op->out[i], i ? LB_TENSOR_MAP : LB_TENSOR_FLOATS);
@@ -192,7 +207,7 @@ static int check_quantize(checker *c, const lb_plan_op *op) {
     return refuse(c, "scales that do not exist");
   }
   c->written[op->out[1]] = 1;
-  return LB_OK;
+  return count_rows(c, rows);
 }
 
 static int check_product(checker *c, const lb_plan_op *op) {
@@ -225,6 +240,9 @@ static int check_product(checker *c, const lb_plan_op *op) {
     if (!scales || (values_of(scales) != 1 && values_of(scales) != height * width))
       return refuse(c, "scales of another shape");
   }
+  if (check_room(c, height * width, lb_round_up(used_k, 64)) ||
+      count_table(c, lb_round_up(used_k, 64) * 2 + op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * (int64_t)sizeof(lb_span)))
+    return LB_BAD_PLAN;
   return check_outputs(c, op, height * width, outputs);
 }
 
@@ -234,8 +252,12 @@ static int check_copy(checker *c, const lb_plan_op *op) {
       !has_data_or_none(c, op, 1, op->data[1].bytes))
     return refuse(c, "wrong tensors or pieces");
   const int64_t *piece = (const int64_t *)(c->plan->bytes + op->data[0].offset);
+  if (count_table(c, op->data[0].bytes)) return LB_BAD_PLAN;
+  int64_t done = 0; /* pieces follow each other and fill the output: nothing of what lay there before is left */
   for (int64_t i = 0; i < op->data[0].bytes / 32; i++, piece += 4) { /* to, source, from, length */
     if (!is_between(piece[1], 0, 4) || !is_between(piece[3], 1, values_of(y))) return refuse(c, "an impossible piece");
+    if (piece[0] != done) return refuse(c, "pieces that do not follow each other");
+    done += piece[3];
     int64_t there = op->data[1].bytes / 4;
     if (piece[1] < 4) {
       const lb_plan_tensor *x = read_at(c, op->in[piece[1]], LB_TENSOR_FLOATS);
@@ -245,6 +267,7 @@ static int check_copy(checker *c, const lb_plan_op *op) {
     if (piece[3] > there || !is_between(piece[0], 0, values_of(y) - piece[3]) || !is_between(piece[2], 0, there - piece[3]))
       return refuse(c, "a piece outside its tensor");
   }
+  if (done != values_of(y)) return refuse(c, "pieces that do not fill the output");
   return check_outputs(c, op, rows_of(y), y->channels);
 }
 
@@ -302,6 +325,9 @@ static int check_attention(checker *c, const lb_plan_op *op) {
   if (!x || !y || !is_between(heads, 1, MOST) || !is_between(size, 1, MOST) || heads * size != y->channels)
     return refuse(c, "wrong tensors or numbers");
   const int64_t rows = rows_of(y);
+  /* keys and values in panels of 16, and the logits of 16 queries */
+  if (check_room(c, (rows + 15) * heads + 16, 4 * (2 * size + 15)) || check_room(c, rows + 32, 4 * 16))
+    return LB_BAD_PLAN;
   if (!view_fits(op, x, op->n[LB_N_OFFSET], rows, y->channels) ||
       !view_fits(op, x, op->n[LB_N_K_OFFSET], rows, y->channels) ||
       !view_fits(op, x, op->n[LB_N_V_OFFSET], rows, y->channels))
@@ -320,6 +346,7 @@ static int check_mel(checker *c, const lb_plan_op *op) {
   if (!has_data(c, op, 0, 4 * length) || y->height > MOST_TAPS || !has_data(c, op, 1, 4 * (n_fft / 2 + 1) * y->height) ||
       !has_data(c, op, 2, 4 * n_fft))
     return refuse(c, "numbers of another size");
+  if (count_table(c, op->data[1].bytes)) return LB_BAD_PLAN; /* gone through in search of what is not 0 */
   return check_outputs(c, op, rows_of(y), 1);
 }
 
@@ -338,6 +365,7 @@ static int check_depthwise(checker *c, const lb_plan_op *op) {
     const lb_plan_tensor *scales = read_at(c, op->in[2], LB_TENSOR_FLOATS);
     if (!scales || values_of(scales) != 1) return refuse(c, "scales of another shape");
   }
+  if (count_table(c, op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * 8)) return LB_BAD_PLAN;
   return check_outputs(c, op, height * width, n);
 }
 
@@ -366,6 +394,7 @@ static int check_matmul(checker *c, const lb_plan_op *op) {
   const int64_t last_b = n[LB_N_B_OFFSET] + (n[LB_N_COUNT] - 1) * n[LB_N_B_COUNT] + (n[LB_N_K] - 1) * n[LB_N_B_K] +
                          (n[LB_N_N] - 1) * n[LB_N_B_N];
   if (last_a >= values_of(a) || last_b >= values_of(b)) return refuse(c, "an input of another shape");
+  if (check_room(c, n[LB_N_K] + 16, 4 * (n[LB_N_N] + 15))) return LB_BAD_PLAN;
   return check_outputs(c, op, rows_of(y), y->channels);
 }
 
@@ -447,7 +476,7 @@ static int check(lb_plan *plan, int64_t size, char *why, int64_t why_bytes) {
   if (!is_between(h->tensors, 1, MOST_TAPS) || !is_between(h->ops, 1, MOST_TAPS) ||
       size - (int64_t)sizeof *h < h->tensors * (int64_t)sizeof(lb_plan_tensor) + h->ops * (int64_t)sizeof(lb_plan_op))
     return refuse(&c, "impossible numbers of tensors or operations");
-  if (!is_between(h->arena_bytes, 0, MOST_BYTES) || !is_between(h->input, 0, h->tensors - 1) ||
+  if (!is_between(h->arena_bytes, 0, MOST_ROOM) || !is_between(h->input, 0, h->tensors - 1) ||
       !is_between(h->output, 0, h->tensors - 1) || h->input == h->output)
     return refuse(&c, "impossible input, output or arena");
   plan->tensors = (const lb_plan_tensor *)(h + 1);
@@ -539,8 +568,9 @@ static lb_winograd winograd_of(const lb_plan *plan, const lb_plan_op *op) {
                        .height = out_height(op, x), .width = out_width(op, x), .channels = lb_round_up(x->channels, 4)};
 }
 
-/* Transforms the weights for the instruction set in use, where Winograd's form is possible and faster. */
-static int prepare_winograd(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
+/* Transforms the weights for the instruction set in use, where Winograd's form is possible and faster. `room`: bytes
+ * that are left for that. */
+static int prepare_winograd(const lb_plan *plan, const lb_plan_op *op, prepared *p, int64_t *room) {
   const lb_plan_tensor *x = plan->tensors + op->in[0];
   const lb_isa_table *isa = lb_isa_in_use();
   const int64_t *n = op->n;
@@ -550,7 +580,10 @@ static int prepare_winograd(const lb_plan *plan, const lb_plan_op *op, prepared 
       n[LB_N_DILATION_Y] != 1 || n[LB_N_DILATION_X] != 1 || x->low < 0 || is_tight(x) || isa->signed_bytes ||
       !lb_winograd_fits(&job, w.channels, x->high) || !lb_winograd_pays(isa, &w, 1))
     return LB_OK;
-  p->winograd = aligned_alloc(64, (size_t)lb_round_up(lb_winograd_bytes(w.channels, job.outputs), 64));
+  const int64_t bytes = lb_round_up(lb_winograd_bytes(w.channels, job.outputs), 64);
+  if (bytes > *room || w.channels > MOST_TABLES / 16 / (w.width + 1)) return LB_OK; /* 16 bytes a tile and channel */
+  *room -= bytes;
+  p->winograd = aligned_alloc(64, (size_t)bytes);
   if (!p->winograd) return LB_NO_MEMORY;
   p->winograd_isa = isa;
   return lb_winograd_weights(isa, &job, w.channels, 0, (job.outputs + 15) / 16, p->winograd);
@@ -587,10 +620,11 @@ static int prepare(lb_plan *plan) {
   plan->prepared = calloc((size_t)h->ops, sizeof *plan->prepared);
   plan->times = calloc((size_t)h->ops, sizeof *plan->times);
   if (!plan->prepared || !plan->times) return LB_NO_MEMORY;
+  int64_t room = MOST_TABLES;
   for (int i = 0; i < h->ops; i++) {
     const lb_plan_op *op = plan->ops + i;
     if (op->kind == LB_OP_PRODUCT &&
-        (prepare_product(plan, op, plan->prepared + i) || prepare_winograd(plan, op, plan->prepared + i)))
+        (prepare_product(plan, op, plan->prepared + i) || prepare_winograd(plan, op, plan->prepared + i, &room)))
       return LB_NO_MEMORY;
     if (op->kind == LB_OP_DEPTHWISE && prepare_depthwise(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->kind == LB_OP_MEL && prepare_mel(plan, op, plan->prepared + i)) return LB_NO_MEMORY;

@@ -14,8 +14,11 @@
  * - a map of stored activations, bytes: lines and places with a border of places around them, `place` bytes from one to
  *   the next. It holds integers q of the range low ... high; the border holds q = 0.
  *
- * Limits: 2^16 tensors and operations, 2^24 places of a tensor and of all outputs together, sums of 2^16 products, an
- * arena and a file of 2^34 bytes.
+ * Limits: 2^16 tensors and operations, 2^24 places of a tensor and of all outputs together, sums of 2^16 products, a
+ * file of 2^34 bytes. Loading takes at most 20 bytes for each place of the outputs and 2^31 bytes of tables and of weights
+ * in another form, beside the file. A run takes the arena, of at most 2^32 bytes, and for each thread at most 2^32 bytes of
+ * scratch memory. That much only for plans that say so: whoever takes plans from strangers asks lb_plan_arena and
+ * lb_plan_work before the first run.
  *
  * All tensors but the input and the output lie in one arena at the offsets given. */
 #ifndef LOWBIT_PLAN_H
