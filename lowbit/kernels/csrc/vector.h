@@ -2,7 +2,8 @@
  *
  * Each is defined here to the bit, so that every instruction set gives the same numbers: 16 lanes side by side, sums by
  * lane in ascending order and then lane i with i + 8, i + 4, i + 2, i + 1, and a fused multiply-add wherever fma() is
- * written. The compiler splits 16 lanes into the registers there are. */
+ * written. The compiler splits 16 lanes into the registers there are. Only which of the many NaNs a NaN is differs between
+ * processors; so none may become a number. */
 #ifndef LOWBIT_VECTOR_H
 #define LOWBIT_VECTOR_H
 #include <math.h>
@@ -125,7 +126,8 @@ LB_INLINE lb_v16 exp16(lb_v16 x) {
   p = fma16(p, r, all16(0.166666657f));
   p = fma16(p, r, all16(0.5f));
   const lb_v16 y = fma16(p, r * r, r) + 1.0f;
-  const lb_i16 power = (lb_i16)(n + magic) << 23; /* n stands in the lowest bits of n + magic */
+  /* n stands in the lowest bits of n + magic; NaN stays NaN */
+  const lb_i16 power = (lb_i16)(n + magic) << 23 & (lb_i16)(n == n);
   return (lb_v16)((lb_i16)y + power);
 }
 
@@ -174,7 +176,7 @@ static void vector_norm(const float *x, int64_t n, float eps, const float *gain,
 /* softmax(scale * x) of n values in place; x has room for 16 more, which become 0. */
 static void vector_softmax(float *x, int64_t n, float scale) {
   lb_v16 most = all16(-INFINITY), sum = {0};
-  for (int64_t i = n; i < n + 16; i++) x[i] = -INFINITY;
+  for (int64_t i = n; i < n + 16; i++) x[i] = scale < 0 ? INFINITY : -INFINITY;
   for (int64_t i = 0; i < n; i += 16) {
     const lb_v16 v = load16(x + i) * scale;
     store16(x + i, v);
@@ -183,7 +185,7 @@ static void vector_softmax(float *x, int64_t n, float scale) {
   const float largest = largest16(most);
   for (int64_t i = 0; i < n; i += 16) {
     const lb_v16 v = load16(x + i), e = exp16(v - largest);
-    const lb_i16 there = v > -INFINITY;
+    const lb_i16 there = v != -INFINITY; /* also where v is NaN: all of the row then is */
     const lb_v16 kept = (lb_v16)((lb_i16)e & there);
     store16(x + i, kept);
     sum += kept;
@@ -411,7 +413,9 @@ LB_INLINE lb_v16 decibels16(lb_v16 x) {
   p = fma16(p, f, all16(0.333333313f));
   p = fma16(p, f, all16(-0.5f));
   const lb_v16 ln = fma16(f * f, p, f);
-  return fma16(__builtin_convertvector(e, lb_v16), all16(3.01029996f), ln * 4.34294482f);
+  const lb_v16 y = fma16(__builtin_convertvector(e, lb_v16), all16(3.01029996f), ln * 4.34294482f);
+  const lb_i16 number = x == x; /* from NaN's bits would come a number that differs between processors */
+  return (lb_v16)(((lb_i16)y & number) | ((lb_i16)x & ~number));
 }
 
 /* The Fourier transform of n complex numbers, n a power of two, in place; cosine[j * turn] is that of j / n of a circle
