@@ -52,8 +52,24 @@ static char *read_all(const char *path, size_t *size) {
   return bytes;
 }
 
-/* Where the numbers start in a .npy file (0 in a raw one); -1: a .npy file of another kind. */
-static int64_t data_start(const char *bytes, size_t size) {
+/* How many numbers the shape in a .npy file's header stands for; -1: there is none, or too many for a file. */
+static int64_t count_of(const char *header) {
+  const char *at = strstr(header, "'shape': (");
+  if (!at) return -1;
+  int64_t count = 1;
+  for (at += strlen("'shape': ("); *at != ')';) {
+    char *end;
+    const long long size = strtoll(at, &end, 10);
+    if (end == at || size < 0 || (size && count > INT64_MAX / 8 / size)) return -1;
+    count *= size;
+    for (at = end; *at == ',' || *at == ' '; at++) {}
+  }
+  return count;
+}
+
+/* Where the numbers start in a .npy file (0 in a raw one); -1: a .npy file of another kind. `count`: how many it has. */
+static int64_t data_start(const char *bytes, size_t size, int64_t *count) {
+  *count = (int64_t)(size / 4);
   if (size < 10 || memcmp(bytes, "\x93NUMPY", 6)) return 0;
   const uint8_t *head = (const uint8_t *)bytes;
   const int wide = head[6] > 1; /* 4 bytes for the header's length, not 2 */
@@ -66,7 +82,8 @@ static int64_t data_start(const char *bytes, size_t size) {
   memcpy(text, bytes + first, length);
   text[length] = 0;
   if (!strstr(text, "'descr': '<f4'") || !strstr(text, "'fortran_order': False")) return -1;
-  return (int64_t)(first + length);
+  *count = count_of(text);
+  return *count < 0 ? -1 : (int64_t)(first + length);
 }
 
 static int by_size(const void *a, const void *b) {
@@ -115,16 +132,19 @@ int main(int argc, char **argv) {
   if (status) return fail(paths[0], status == LB_NO_MEMORY ? "it does not fit into memory" : why);
   char *input = read_all(paths[1], &input_size);
   if (!input) return 1;
-  const int64_t from = data_start(input, input_size);
+  int64_t count;
+  const int64_t from = data_start(input, input_size, &count);
   if (from < 0) return fail(paths[1], "a .npy file, but not of float32 in C order");
   const int64_t inputs = lb_plan_inputs(plan), outputs = lb_plan_outputs(plan);
   const int64_t left = (int64_t)input_size - from, batch = left / (4 * inputs);
+  if (from && left != 4 * count) return fail(paths[1], "a .npy file with fewer or more numbers than its shape says");
   if (!batch || left % (4 * inputs)) {
     snprintf(why, sizeof why, "%lld bytes; each item of this plan takes %lld numbers of 4 bytes", (long long)left,
              (long long)inputs);
     return fail(paths[1], why);
   }
-  float *x = malloc((size_t)left), *y = malloc((size_t)(batch * outputs) * sizeof *y);
+  const int fits = outputs <= INT64_MAX / 8 / batch;
+  float *x = malloc((size_t)left), *y = fits ? malloc((size_t)(batch * outputs) * sizeof *y) : NULL;
   double *times = malloc((size_t)(repeats + 1) * sizeof *times);
   if (!x || !y || !times) return fail(paths[1], "it does not fit into memory");
   memcpy(x, input + from, (size_t)left);
@@ -145,5 +165,5 @@ int main(int argc, char **argv) {
       printf("%.9g%c", (double)y[i * outputs + j], j + 1 < outputs ? ' ' : '\n');
   free(times), free(y), free(x), free(input);
   lb_plan_free(plan);
-  return 0;
+  return fflush(stdout) || ferror(stdout) ? fail("standard output", strerror(errno)) : 0;
 }
