@@ -1,0 +1,99 @@
+"""Small plans that together have every operation: a fuzzer's first inputs.
+
+``python tests/kernels/plan_seeds.py FOLDER`` writes them, a few kB each.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import lowbit
+from lowbit.engine import Plan
+from lowbit.nn import QuantConfig
+from lowbit.quantizers import LSQ, DenseShift, StatsQ
+
+
+class Images(nn.Module):
+    """A layer between two convolutions, on images."""
+
+    def __init__(self, layer: nn.Module, channels: int = 3, width: int = 5):
+        super().__init__()
+        self.first, self.layer = nn.Conv2d(channels, width, 3, padding=1), layer
+        self.last = nn.LazyConv2d(2, 1)
+
+    def forward(self, x):
+        return self.last(self.layer(self.first(x).relu())).flatten(1)
+
+
+class Tokens(nn.Module):
+    """LayerNorm, GELU, softmax and products of floats."""
+
+    def __init__(self, size: int = 6):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(size, 3 * size), nn.LayerNorm(size), nn.Linear(size, 2)
+
+    def forward(self, x):
+        q, k, v = self.first(x).chunk(3, -1)
+        rows = nn.functional.gelu(self.norm(x)) + torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        return self.last(torch.cat([rows, rows.flip(1)], 1).mean(1))
+
+
+def small_plans() -> dict[str, Plan]:
+    """The plans by name."""
+    torch.manual_seed(0)
+    made = {}
+
+    def add(name, model, x, bits=3, **more):
+        settings = {"weight": DenseShift(bits=bits), "activation": LSQ(bits=8), "first_last": "same"} | more
+        with torch.no_grad():
+            model(x)
+        lowbit.quantize_(model, QuantConfig(**settings))
+        lowbit.calibrate(model.eval(), x)
+        made[name] = lowbit.plan(lowbit.pack(model, x), x)
+
+    image, tokens = torch.randn(2, 3, 6, 5), torch.randn(2, 5, 6)
+    add("pools", Images(nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1))), image)
+    add("depthwise", Images(nn.Sequential(nn.Conv2d(5, 5, 3, groups=5), nn.BatchNorm2d(5), nn.ReLU6())), image, 2)
+    add("4 bits", Images(nn.Conv2d(5, 5, 3, 2, 1, dilation=2)), image, 4, first_last=8)
+    few = LSQ(bits=4)
+    add("winograd", Images(nn.Sequential(nn.Conv2d(8, 9, 3, 1, 1), nn.ReLU()), width=8), image, activation=few)
+    add("full precision", Images(nn.Conv2d(5, 4, 3)), image, first_last=None)
+    add("scales of images", Images(nn.Conv2d(5, 4, 3, padding=1)), image, activation=None)
+    add("scales of rows", nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)), tokens, activation=None)
+    add("tokens", Tokens(), tokens)
+    from timm.models.vision_transformer import VisionTransformer
+
+    def vit():
+        return VisionTransformer(
+            img_size=4, patch_size=2, in_chans=1, num_classes=2, embed_dim=4, depth=1, num_heads=2
+        )
+
+    pixels = torch.randn(2, 1, 4, 4)
+    add("vit", vit(), pixels, first_last=8)
+    add("low-bit attention", vit(), pixels, weight=StatsQ(bits=3), attention=True, activation=few)
+    from lowbit.models.speech import LogMel
+
+    class Sound(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mel = LogMel(sample_rate=1000, n_mels=6)
+            self.first = nn.Conv2d(1, 2, 3, stride=2)
+
+        def forward(self, x):
+            return self.first(self.mel(x)).flatten(1)
+
+    add("sound", Sound(), torch.randn(2, 130), first_last=8)
+    return made
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = set()
+    for name, plan in small_plans().items():
+        plan.save(folder / f"{name.replace(' ', '_')}.lbp")
+        print(name, len(plan.content), sorted({row["kind"] for row in plan.operations()}))
+        kinds |= {row["kind"] for row in plan.operations()}
+    print(len(kinds), "kinds of operations")
