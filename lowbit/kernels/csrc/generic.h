@@ -40,10 +40,7 @@ LB_INLINE uint32_t lb_generic_absmax(const float *x, int64_t n) {
   return (uint32_t)largest;
 }
 
-/* The epilogue of one row and one block of outputs; sums wrap like the instructions' do, what they mean never does. */
-LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const int32_t acc[16]) {
-  const int64_t n0 = block * 16;
-  const int count = (int)lb_min(16, job->outputs - n0);
+LB_INLINE void lb_finish_some(const lb_job *job, int64_t row, int64_t n0, const int32_t acc[16], const int count) {
   const float x_scale = job->row_scale[row];
   float y[16];
   for (int i = 0; i < count; i++) {
@@ -71,6 +68,14 @@ LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const in
     lb_generic_quantize(y, count, job->out_scale, job->out_low, job->out_high, 0,
                         (uint8_t *)job->out + row * job->outputs + n0);
   }
+}
+
+/* The epilogue of one row and one block of outputs; sums wrap like the instructions' do, what they mean never does. Whole
+ * blocks apart: compilers vectorize loops over a constant number. */
+LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const int32_t acc[16]) {
+  const int64_t n0 = block * 16, left = job->outputs - n0;
+  if (left >= 16) lb_finish_some(job, row, n0, acc, 16);
+  else lb_finish_some(job, row, n0, acc, (int)left);
 }
 
 /* Rows of weights that need a second plane because a level lies outside the first one's range: their index (k / 4),
