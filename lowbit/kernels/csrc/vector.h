@@ -48,8 +48,12 @@ LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
   return r.all;
 }
 #else
-LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
+/* 16 calls: once, not wherever it is used. */
+static __attribute__((noinline)) void fma16_of(const float *a, const float *b, float *c) {
   for (int i = 0; i < 16; i++) c[i] = fmaf(a[i], b[i], c[i]);
+}
+LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
+  fma16_of((const float *)&a, (const float *)&b, (float *)&c);
   return c;
 }
 #endif
@@ -71,14 +75,23 @@ LB_INLINE lb_v16 load16(const float *x) {
 
 LB_INLINE void store16(float *y, lb_v16 v) { memcpy(y, &v, 64); }
 
-/* The first n of 16, 0 < n <= 16; the others are `rest`. */
+/* The first n of 16, 0 < n (16 or more: all); the others are `rest`. */
+#if defined(LB_VECTOR_512)
+LB_INLINE __mmask16 first_of(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
+LB_INLINE lb_v16 load_some(const float *x, int64_t n, float rest) {
+  return (lb_v16)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first_of(n), x);
+}
+LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) { _mm512_mask_storeu_ps(y, first_of(n), (__m512)v); }
+#else
+static __attribute__((noinline)) void load_end(const float *x, int64_t n, float rest, float *v) {
+  for (int i = 0; i < 16; i++) v[i] = i < n ? x[i] : rest;
+}
 LB_INLINE lb_v16 load_some(const float *x, int64_t n, float rest) {
   if (n >= 16) return load16(x);
   float v[16];
-  for (int i = 0; i < 16; i++) v[i] = i < n ? x[i] : rest;
+  load_end(x, n, rest, v);
   return load16(v);
 }
-
 LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) {
   if (n >= 16) {
     store16(y, v);
@@ -86,8 +99,9 @@ LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) {
   }
   float values[16];
   store16(values, v);
-  for (int i = 0; i < n; i++) y[i] = values[i];
+  memcpy(y, values, (size_t)n * sizeof *y);
 }
+#endif
 
 /* Folds 16 lanes into one: lane i with i + 8, i + 4, i + 2, i + 1. */
 #if defined(LB_VECTOR_512)
@@ -176,13 +190,14 @@ static void vector_norm(const float *x, int64_t n, float eps, const float *gain,
 /* softmax(scale * x) of n values in place; x has room for 16 more, which become 0. */
 static void vector_softmax(float *x, int64_t n, float scale) {
   lb_v16 most = all16(-INFINITY), sum = {0};
-  for (int64_t i = n; i < n + 16; i++) x[i] = scale < 0 ? INFINITY : -INFINITY;
+  for (int64_t i = n; i < n + 16; i++) x[i] = x[0]; /* does not change the largest, whatever the scale's sign */
   for (int64_t i = 0; i < n; i += 16) {
     const lb_v16 v = load16(x + i) * scale;
     store16(x + i, v);
     most = max16(most, v);
   }
   const float largest = largest16(most);
+  for (int64_t i = n; i < n + 16; i++) x[i] = -INFINITY;
   for (int64_t i = 0; i < n; i += 16) {
     const lb_v16 v = load16(x + i), e = exp16(v - largest);
     const lb_i16 there = v != -INFINITY; /* also where v is NaN: all of the row then is */
