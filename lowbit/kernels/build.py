@@ -23,9 +23,11 @@ FLAGS = (
     "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi",
 )  # fmt: skip
 LIBRARY = "_native.so"
-# In a program for small devices size counts. The products are written out in intrinsics, and no faster with -O3.
+# In a program for small devices size counts. With AVX2, -O2 alone takes up to 1.7 times as long as -O3; with these loop
+# transformations it takes up to 1.1 times as long, and 30 kB less.
 RUNNER_FLAGS = ("-O2", "-ffunction-sections", "-fno-asynchronous-unwind-tables")
-SMALL = ("portable.c", "plan.c", "dispatch.c", "threads.c")  # -Os: what they spend their time in lies elsewhere
+LOOP_FLAGS = ("-fvect-cost-model=dynamic", "-fsplit-loops", "-funswitch-loops")  # gcc's; clang does so anyway
+SMALL = ("portable.c", "plan.c", "dispatch.c", "threads.c", "amx.c")  # -Os: what they spend their time in lies elsewhere
 
 
 def compiler() -> str | None:
@@ -107,7 +109,7 @@ def build_runner(folder: Path, *, cc: str | None = None, extra: tuple[str, ...] 
     if cc is None:
         raise RuntimeError("no C compiler is here: install gcc or clang, or name one in the environment variable CC")
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAGS, *RUNNER_FLAGS, *extra, f"-I{FOLDER / 'csrc'}"]
+    flags = [*FLAGS, *RUNNER_FLAGS, *_accepted(cc, LOOP_FLAGS), *extra, f"-I{FOLDER / 'csrc'}"]
     archiver = re.sub(r"(gcc|clang|cc)(-[\d.]+)?$", "ar", cc) if cc.endswith(("gcc", "clang")) else "ar"
     with tempfile.TemporaryDirectory(dir=folder) as inside:
         objects = []
@@ -125,6 +127,12 @@ def build_runner(folder: Path, *, cc: str | None = None, extra: tuple[str, ...] 
         for finished in (archive, program):
             os.replace(finished, folder / finished.name)
     return folder / RUNNER
+
+
+def _accepted(cc: str, flags: tuple[str, ...]) -> tuple[str, ...]:
+    """These flags, if the compiler knows all of them; else none."""
+    tried = [cc, "-Werror", *flags, "-x", "c", "-fsyntax-only", os.devnull]
+    return () if subprocess.run(tried, capture_output=True).returncode else flags
 
 
 def _compile(command: list[str]) -> None:

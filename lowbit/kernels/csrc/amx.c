@@ -235,7 +235,7 @@ static int available(void) {
 #endif
 }
 
-const lb_isa_table lb_amx = {"amx", available, 0, absmax, quantize, product, lb_avx2_float_product, 64,
+const lb_isa_table lb_amx = {"amx", available, 0, absmax, quantize, product, 64,
                              &lb_vector512,
     winograd_weights, winograd_run, 0}; /* tiles multiply more than 36 / 16 times as fast */
 #endif

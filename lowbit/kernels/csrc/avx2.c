@@ -4,6 +4,7 @@
 #include "internal.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -236,7 +237,7 @@ static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64
   else decode_floats_of(8, job, p, rows, panel);
 }
 
-int lb_avx2_float_product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
+int lb_avx2_floats(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
   return float_product(job, row0, row1, block0, block1);
 }
 
@@ -328,7 +329,7 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
 }
 
 static void finish(const lb_job *job, int64_t row, int rows, int64_t block, const int32_t *acc, int step) {
-  for (int r = 0; r < rows; r++) lb_finish(job, row + r, block, acc + 16 * step * r);
+  for (int r = 0; r < rows; r++) finish_row(job, row + r, block, acc + 16 * step * r);
 }
 
 #if defined(__clang__)
@@ -337,11 +338,15 @@ static void finish(const lb_job *job, int64_t row, int rows, int64_t block, cons
 #pragma GCC pop_options
 #endif
 
+/* As lb_avx512_available; __builtin_cpu_supports would bring tables of all processors with it. */
 static int available(void) {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); /* asks CPUID and XCR0 */
+  unsigned a, b, c, d, low, high;
+  const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, avx2 = 1u << 5;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave | avx)) != (fma | osxsave | avx)) return 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & 6) == 6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & avx2);
 }
 
-const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, float_product, 4, &vector_table,
+const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, 4, &vector_table,
     winograd_weights, winograd_run, 16};
 #endif

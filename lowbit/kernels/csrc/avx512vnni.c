@@ -27,10 +27,14 @@ LB_INLINE __m512i four(const uint8_t *a) {
   return _mm512_set1_epi32(bytes);
 }
 
-/* Once for all tiles of fewer rows: it is long. */
+/* Once for all tiles, since it is long: of 8 rows, and of any number. */
+static __attribute__((noinline)) void finish_tile(const lb_job *job, int64_t row, int64_t block, const __m512i *acc) {
+  lb_finish512(job, row, TILE, block, acc, 1);
+}
+
 static __attribute__((noinline)) void finish_some(const lb_job *job, int64_t row, int rows, int64_t block,
-                                                  const __m512i *acc) {
-  lb_finish512(job, row, rows, block, acc, 4);
+                                                  const __m512i *acc, int step) {
+  for (int r = 0; r < rows; r++) lb_finish512(job, row + r, 1, block, acc + r * step, 1);
 }
 
 /* R rows by B blocks, one or two. `spread`: spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few sums neighboring rows of weights add into different registers, to keep the
@@ -105,8 +109,14 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) acc[h][r][0] = _mm512_dpbusd_epi32(acc[h][r][0], four(a[r] + k), rest);
       }
-    if (R == TILE) lb_finish512(job, row, R, block + h, acc[h][0], 4);
-    else finish_some(job, row, R, block + h, acc[h][0]);
+    if (R == TILE) {
+      __m512i sums[TILE]; /* a copy: acc itself stays in registers */
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[r] = acc[h][r][0];
+      finish_tile(job, row, block + h, sums);
+    } else {
+      finish_some(job, row, R, block + h, acc[h][0], 4);
+    }
   }
 }
 
@@ -261,9 +271,8 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
   kernels[blocks - 1][tiles - 1](p, m);
 }
 
-static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int rows, int64_t block,
-                                             const int32_t *acc, int step) {
-  lb_finish512(job, row, rows, block, (const __m512i *)acc, step);
+static void finish(const lb_job *job, int64_t row, int rows, int64_t block, const int32_t *acc, int step) {
+  finish_some(job, row, rows, block, (const __m512i *)acc, step);
 }
 
 #if defined(__clang__)
@@ -283,7 +292,6 @@ int lb_avx512_available(void) {
   return (b & (f | dq | bw | vl)) == (f | dq | bw | vl) && (c & (vbmi | vnni)) == (vbmi | vnni);
 }
 
-const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product,
-                                    lb_avx2_float_product, 4, &lb_vector512,
+const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product, 4, &lb_vector512,
     winograd_weights, winograd_run, 8};
 #endif

@@ -465,9 +465,20 @@ int lb_run(const lb_args *a) {
 
 /* ---- activations that stay floats ---- */
 
+static lb_product_fn *float_product_of(const lb_isa_table *isa) {
+#if defined(__x86_64__)
+  if (isa != &lb_portable) return lb_avx2_floats;
+#elif defined(__aarch64__)
+  if (isa != &lb_portable) return lb_neon_floats;
+#else
+  (void)isa;
+#endif
+  return lb_portable_floats;
+}
+
 static void multiply_floats(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
-  const int status = r->isa->float_product(&r->job, 0, r->rows, begin, end);
+  const int status = float_product_of(r->isa)(&r->job, 0, r->rows, begin, end);
   if (status) atomic_store(&r->status, status);
 }
 

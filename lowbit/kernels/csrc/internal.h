@@ -92,8 +92,6 @@ typedef struct {
   uint32_t (*absmax)(const float *x, int64_t n); /* bits of max |x|; those of a NaN if there is one */
   void (*quantize)(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out);
   int (*product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1); /* LB_OK, ... */
-  /* The same of rows of used_k floats at `map`; see floats.h. */
-  int (*float_product)(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
   int span; /* all spans are multiples of this many bytes, 4 at least; used_k then is too */
   const lb_vector_table *vector;
   int (*winograd_weights)(const lb_job *job, int64_t channels, int64_t block0, int64_t block1, void *weights);
@@ -121,13 +119,16 @@ int64_t lb_winograd_rows(const lb_winograd *w);
 int lb_winograd_run(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0,
                     int64_t row1, int64_t block0, int64_t block1);
 
+/* `product` of rows of used_k floats at `map`; see floats.h. Not in the tables, so that programs without it are small. */
+typedef int lb_product_fn(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
+extern lb_product_fn lb_portable_floats, lb_avx2_floats, lb_neon_floats;
+
 extern const lb_isa_table lb_portable;
 const lb_isa_table *lb_isa_in_use(void);
 #if defined(__x86_64__)
 extern const lb_isa_table lb_avx2, lb_avx512vnni, lb_amx;
 extern const lb_vector_table lb_vector512;
 int lb_avx512_available(void);
-int lb_avx2_float_product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
 #endif
 #if defined(__aarch64__)
 extern const lb_isa_table lb_neon, lb_neon_plain;

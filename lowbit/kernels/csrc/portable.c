@@ -32,8 +32,11 @@ static void decode_floats(const lb_job *job, int64_t block, int64_t first, int64
   lb_generic_decode_floats(job, block, first, rows, panel);
 }
 
+int lb_portable_floats(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
+  return float_product(job, row0, row1, block0, block1);
+}
+
 static int available(void) { return 1; }
 
-const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product,
-                                  float_product, 4, &vector_table,
+const lb_isa_table lb_portable = {"portable", available, 0, lb_generic_absmax, lb_generic_quantize, product, 4, &vector_table,
     winograd_weights, winograd_run, 4};
