@@ -41,6 +41,18 @@ def library(emulated_library):
     forget()
 
 
+@pytest.fixture(scope="session")
+def fuzz_program(tmp_path_factory):
+    """The fuzzer's entry for files named on the command line, with the address and undefined-behavior sanitizers."""
+    if build.compiler() is None:
+        pytest.skip("no C compiler: hostile plans are not tried under the sanitizers")
+    folder, program = tmp_path_factory.mktemp("fuzz"), build.FOLDER / "csrc" / "fuzz_plan.c"
+    try:
+        return build.build(folder / "fuzz", sanitize=True, program=program, extra=("-DWITH_MAIN", "-O1"))
+    except RuntimeError as error:
+        pytest.skip(f"the sanitizers cannot be linked here: {error}")
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, library):
     """Each instruction set in turn, in use."""

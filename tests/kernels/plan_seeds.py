@@ -66,9 +66,7 @@ def small_plans() -> dict[str, Plan]:
     from timm.models.vision_transformer import VisionTransformer
 
     def vit():
-        return VisionTransformer(
-            img_size=4, patch_size=2, in_chans=1, num_classes=2, embed_dim=4, depth=1, num_heads=2
-        )
+        return VisionTransformer(img_size=4, patch_size=2, in_chans=1, num_classes=2, embed_dim=4, depth=1, num_heads=2)
 
     pixels = torch.randn(2, 1, 4, 4)
     add("vit", vit(), pixels, first_last=8)

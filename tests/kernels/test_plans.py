@@ -207,15 +207,8 @@ def test_overlapping_tensors_are_refused(plans):
         lowbit.Plan(bytes(content))
 
 
-def test_hostile_files_under_the_sanitizers(plans, tmp_path):
+def test_hostile_files_under_the_sanitizers(plans, fuzz_program, tmp_path):
     """The fuzzer's entry, on a thousand files made as above, with the address and undefined-behavior sanitizers."""
-    if build.compiler() is None:
-        pytest.skip("no C compiler: hostile plans are not tried")
-    program = build.FOLDER / "csrc" / "fuzz_plan.c"
-    try:
-        made = build.build(tmp_path / "fuzz", sanitize=True, program=program, extra=("-DWITH_MAIN",))
-    except RuntimeError as error:
-        pytest.skip(f"the sanitizers cannot be linked here: {error}")
     draw = np.random.default_rng(0)
     paths = []
     for number in range(1000):
@@ -228,7 +221,7 @@ def test_hostile_files_under_the_sanitizers(plans, tmp_path):
             content[at : at + size] = (value % 2 ** (8 * size)).to_bytes(size, "little")
         paths.append(tmp_path / f"{number}.lbp")
         paths[-1].write_bytes(content)
-    done = subprocess.run([made, *paths], capture_output=True, text=True)
+    done = subprocess.run([fuzz_program, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "1000 files\n"
 
@@ -278,6 +271,11 @@ def test_what_the_runner_says(plans, runner, tmp_path):
         assert say(*arguments)[0] == 2
     np.save(tmp_path / "double.npy", np.zeros((1, 3, 32, 32)))
     np.save(tmp_path / "short.npy", np.zeros((1, 3, 32), np.float32))
+    items = np.zeros((3, 3, 32, 32), np.float32)
+    np.save(tmp_path / "cut.npy", items)
+    whole = (tmp_path / "cut.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[: -items.nbytes // 3])  # the other two would do
+    (tmp_path / "long.npy").write_bytes(whole + bytes(items.nbytes // 3))
     (tmp_path / "cut.lbp").write_bytes(plan.read_bytes()[:1000])
     for arguments, why in (
         ((tmp_path / "none", x), "No such file"),
@@ -285,10 +283,22 @@ def test_what_the_runner_says(plans, runner, tmp_path):
         ((x, x), "not a plan"),
         ((plan, tmp_path / "double.npy"), "not of float32"),
         ((plan, tmp_path / "short.npy"), "takes 3072 numbers"),
+        ((plan, tmp_path / "cut.npy"), "fewer or more numbers than its shape says"),
+        ((plan, tmp_path / "long.npy"), "fewer or more numbers than its shape says"),
     ):
         status, out, error = say(*arguments)
         assert (status, out) == (1, "")
         assert error.startswith("lowbit-run: ") and why in error and error.count("\n") == 1
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([runner, plan, x], stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert "standard output: No space left" in done.stderr
+
+
+def test_the_runner_is_small(runner):
+    """Less than 1 MiB where it is static; the C library is most of it."""
+    assert runner.stat().st_size < 1 << 20
 
 
 def test_the_runner_on_arm(plans, tmp_path, aarch64):
