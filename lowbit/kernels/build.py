@@ -27,13 +27,8 @@ LIBRARY = "_native.so"
 # transformations it takes up to 1.1 times as long, and 30 kB less.
 RUNNER_FLAGS = ("-O2", "-ffunction-sections", "-fno-asynchronous-unwind-tables")
 LOOP_FLAGS = ("-fvect-cost-model=dynamic", "-fsplit-loops", "-funswitch-loops")  # gcc's; clang does so anyway
-SMALL = (
-    "portable.c",
-    "plan.c",
-    "dispatch.c",
-    "threads.c",
-    "amx.c",
-)  # -Os: what they spend their time in lies elsewhere
+# With -Os: what they spend their time in lies elsewhere.
+SMALL = ("portable.c", "plan.c", "dispatch.c", "threads.c", "amx.c")
 
 
 def compiler() -> str | None:
