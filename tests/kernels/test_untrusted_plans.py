@@ -103,6 +103,25 @@ def test_softmax_of_infinities_and_nan(library):
             assert np.isnan(shares[1:]).all()
 
 
+def test_levels_that_8_bits_do_not_have(library):
+    """A fuzzer's finding: with AVX-512 they were added to the weights."""
+    x, y = Tensor(1, 1, 64), Tensor(1, 1, 16)
+    image = Tensor(1, 1, 64, MAP, place=64, low=-128, high=127)
+    weights = np.random.default_rng(0).integers(-128, 128, (16, 16, 4))  # [k / 4][outputs][4]
+    data = {0: weights.astype(np.int8), 1: np.ones(16, np.float32), 2: weights.sum((0, 2)).astype(np.int32)}
+    data[4] = np.full(16, 128, np.int16)
+    ops = [
+        Op("quantize", [x], None, image, n={0: 0, 1: 64, 2: 0, 3: 0}, f={0: 1.0}),
+        Op("product", [image], y, n={2: 8, 3: 1, 4: 1, 5: 1, 6: 1, 9: 1, 10: 1}, f={0: 1.0}, data=data),
+    ]
+    content = file_format.write(ops, x, y)
+    inputs = np.random.default_rng(1).integers(-128, 128, (1, 64))
+    expected = np.einsum("kni,ki->n", weights, inputs.reshape(16, 4))
+    for isa in library.isas():
+        with library.use(isa):
+            np.testing.assert_array_equal(lowbit.Plan(content, 1)(inputs.astype(np.float32))[0], expected, err_msg=isa)
+
+
 # ---- what plans may not ask for ----
 
 

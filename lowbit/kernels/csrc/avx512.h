@@ -16,7 +16,7 @@ typedef struct {
 LB_INLINE int lb_needs_two(const lb_job *job) {
   int two = 0;
   for (int i = 0; i < 16; i++) two |= job->levels[i] > 127;
-  return two;
+  return two && job->bits < 8; /* which has no levels, whatever stands there */
 }
 
 LB_INLINE lb_tables lb_make_tables(const lb_job *job) {
