@@ -9,25 +9,10 @@ MAGIC = b"lowbit plan\n"
 VERSION = 1
 ALIGNED = 64
 FLOATS, MAP = 0, 1
-KINDS = tuple(
-    [
-        "quantize",
-        "product",
-        "copy",
-        "add",
-        "affine",
-        "pool",
-        "norm",
-        "gelu",
-        "mel",
-        "attention",
-        "depthwise",
-        "round",
-        "matmul",
-        "softmax",
-        "conv",
-    ]
-)
+KINDS = (
+    "quantize", "product", "copy", "add", "affine", "pool", "norm", "gelu", "mel", "attention", "depthwise", "round",
+    "matmul", "softmax", "conv",
+)  # fmt: skip
 """Operations by their number in the file."""
 TAIL = 128  # bytes behind a map that products may read
 

@@ -127,39 +127,11 @@ def _holds_value(tree: Any) -> bool:
     return any(isinstance(leaf, Value) for leaf in tree_leaves(tree))
 
 
-_VIEWS = frozenset(
-    [
-        "flatten",
-        "transpose",
-        "permute",
-        "reshape",
-        "view",
-        "unbind",
-        "getitem",
-        "unsqueeze",
-        "squeeze",
-        "contiguous",
-        "expand",
-        "chunk",
-        "split",
-        "cat",
-        "concat",
-        "stack",
-        "roll",
-        "movedim",
-        "swapaxes",
-        "detach",
-        "unflatten",
-        "select",
-        "narrow",
-        "flip",
-        "repeat",
-        "t",
-        "clone",
-        "tile",
-        "expand_as",
-    ]
-)
+_VIEWS = frozenset((
+    "flatten", "transpose", "permute", "reshape", "view", "unbind", "getitem", "unsqueeze", "squeeze", "contiguous",
+    "expand", "chunk", "split", "cat", "concat", "stack", "roll", "movedim", "swapaxes", "detach", "unflatten",
+    "select", "narrow", "flip", "repeat", "t", "clone", "tile", "expand_as",
+))  # fmt: skip
 
 
 def _view(target: Any, args: Any, kwargs: Any, lowering: Lowering) -> Any:

@@ -3,7 +3,6 @@
 import math
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,12 @@ from lowbit.nn.fuse import as_floats, plain_attention
 from lowbit.nn.packed import PackedConv2d, PackedLinear, is_stored
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
 
-FACTS: dict[Any, Callable[..., Any]] = {
-    "size": lambda x, dim=None: x.shape if dim is None else x.shape[dim],
-    "dim": lambda x: x.ndim,
-    "numel": lambda x: x.ids.numel(),
-    len: lambda x: len(x.ids),
-}
+
+def _out_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Height and width of what a window moves over."""
+    return [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
 
 
 def _image(ids: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def _product(
     # 8-bit weights have a zero for pads, so the taps of a line of the kernel may follow each other without any.
     tight = bits == 8 and kernel[1] > 1 and channels % 4 != 0 and dilation[1] == 1
     packed = _repack(packed, bits, (outputs, channels, kernel[0], kernel[1]), tight)
-    size = [(ids.shape[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    size = _out_size(ids.shape, kernel, stride, padding, dilation)
     made = Stored(size[0], size[1], outputs)
     numbers = [bits, *kernel, *stride, *padding, *dilation, int(relu)]
     table = np.zeros(16, np.int16)
@@ -254,7 +253,7 @@ def _pool(
     height, width, channels = ids.shape
     if padding[0] * 2 > kernel[0] or padding[1] * 2 > kernel[1]:
         raise LowbitError("pooling with a padding of more than half its window is not an operation of plans")
-    size = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((height, width), kernel, stride, padding, strict=True)]
+    size = _out_size((height, width), kernel, stride, padding, (1, 1))
     source = lowering.dense(ids, (height, width, channels))
     if (source.height, source.width) != (height, width):  # its lines are not the image's
         source = lowering.copy(ids.flatten(), (height, width, channels))
@@ -390,10 +389,7 @@ def _depthwise(
     channels = layer.in_channels
     weights = levels[layer.get_buffer("codes").long()].reshape(channels, -1)
     scale = layer.get_buffer("row_scale").reshape(-1).expand(channels) / divisor
-    size = [
-        (ids.shape[i] + 2 * padding[i] - layer.dilation[i] * (layer.kernel_size[i] - 1) - 1) // layer.stride[i] + 1
-        for i in range(2)
-    ]
+    size = _out_size(ids.shape, layer.kernel_size, layer.stride, padding, layer.dilation)
     made = Stored(size[0], size[1], channels)
     numbers = [*layer.kernel_size, *layer.stride, *padding, *layer.dilation, 0]
     data = {0: weights.t().to(torch.int16).numpy(), 1: scale.numpy(), 2: weights.sum(1).to(torch.int32).numpy()}
@@ -431,7 +427,7 @@ def _float_product(
     dilation: Sequence[int],
 ) -> Stored:
     kernel, outputs = weight.shape[2:], len(weight)
-    size = [(ids.shape[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
+    size = _out_size(ids.shape, kernel, stride, padding, dilation)
     found = _strided(lowering, ids)
     if found is None:
         height, width, channels = ids.shape
@@ -579,7 +575,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     # timm's functions around the mask of its attention, which is not there in inference
     "resolve_self_attn_mask": lambda lowering, tokens, attention, mask=None, causal=False: mask,
     "maybe_add_mask": lambda lowering, x, mask=None: x if mask is None else _add(lowering, x, mask),
-    **{name: partial(lambda f, lowering, *args, **kwargs: f(*args, **kwargs), f) for name, f in FACTS.items()},
+    "size": lambda lowering, x, dim=None: x.shape if dim is None else x.shape[dim],
+    "dim": lambda lowering, x: x.ndim,
+    "numel": lambda lowering, x: x.ids.numel(),
+    len: lambda lowering, x: len(x.ids),
 }
 """How functions, and methods by their names, are lowered; rearrangements are `_VIEWS`."""
 

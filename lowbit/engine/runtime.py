@@ -33,7 +33,7 @@ class Plan:
 
     def __init__(self, content: bytes, threads: int | None = None):
         self.content = content
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _cores()
         self._library = _declared(native.loaded())
         plan, why = ctypes.c_void_p(), ctypes.create_string_buffer(256)
         status = self._library.lb_plan_load(content, len(content), ctypes.byref(plan), why, len(why))
@@ -146,6 +146,11 @@ def load_plan(path: str | Path, threads: int | None = None) -> Plan:
         return Plan(content, threads)
     except LowbitError as error:
         raise LowbitError(f"{path}: {error}") from None
+
+
+def _cores() -> int:
+    """How many cores this process may use; macOS does not tell, so there all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

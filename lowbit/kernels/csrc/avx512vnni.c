@@ -44,8 +44,8 @@ static __attribute__((noinline)) void finish_some(const lb_job *job, int64_t row
   for (int r = 0; r < rows; r++) lb_finish512(job, row + r, 1, block, acc + r * step, 1);
 }
 
-/* R rows by B blocks, one or two. `spread`: spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few sums neighboring rows of weights add into different registers, to keep the
- * multipliers busy: U of them for each result. `two`: weights beyond int8 have a second table, looked up for all; else
+/* R rows by B blocks, one or two. `spread`: spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few
+ * sums neighboring rows of weights add into different registers, to keep the multipliers busy: U of them for each result. `two`: weights beyond int8 have a second table, looked up for all; else
  * extra[] lists them, if there are any. */
 LB_INLINE void tile(const int bits, const int two, const int B, const int R, const int spread, const lb_job *job,
                     int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) {
@@ -278,8 +278,14 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
   kernels[blocks - 1][tiles - 1](p, m);
 }
 
-static void finish(const lb_job *job, int64_t row, int rows, int64_t block, const int32_t *acc, int step) {
+/* Of a strip of tiles: with LB_SMALL row by row, which costs Winograd's form 8 % of its time. */
+static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int rows, int64_t block,
+                                             const int32_t *acc, int step) {
+#if defined(LB_SMALL)
   finish_some(job, row, rows, block, (const __m512i *)acc, step);
+#else
+  lb_finish512(job, row, rows, block, (const __m512i *)acc, step);
+#endif
 }
 
 #if defined(__clang__)

@@ -78,12 +78,62 @@ int lb_select_form(const char *name) {
   return LB_UNKNOWN_FORM;
 }
 
+/* ---- one product, shared by threads ---- */
+
+enum { LEAST_WORK = 1 << 19 }; /* products that are worth a thread */
+
+typedef struct {
+  const lb_isa_table *isa;
+  const lb_job *job;
+  const lb_winograd *winograd;
+  const void *weights;
+  int64_t rows, blocks, align; /* rows are split at multiples of `align` */
+  int64_t splits;              /* > 0: parts of the rows, all blocks; else pairs of blocks, all rows */
+  atomic_int status;
+} product;
+
+static void multiply(void *argument, int64_t begin, int64_t end) {
+  product *p = argument;
+  for (int64_t i = begin; i < end; i++) {
+    int64_t row0 = 0, row1 = p->rows, block0 = 0, block1 = p->blocks;
+    if (p->splits > 0) {
+      row0 = lb_min(p->rows, lb_round_up(p->rows * i / p->splits, p->align));
+      if (i + 1 < p->splits) row1 = lb_min(p->rows, lb_round_up(p->rows * (i + 1) / p->splits, p->align));
+    } else {
+      block0 = -2 * p->splits * i;
+      block1 = lb_min(p->blocks, block0 - 2 * p->splits);
+    }
+    if (row0 == row1 || block0 == block1) continue;
+    const int status = p->weights ? lb_winograd_run(p->isa, p->job, p->winograd, p->weights, row0, row1, block0, block1)
+                                  : p->isa->product(p->job, row0, row1, block0, block1);
+    if (status) atomic_store(&p->status, status);
+  }
+}
+
+int lb_multiply(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, const void *weights, int64_t rows,
+                int64_t threads) {
+  product p = {.isa = isa, .job = job, .winograd = w, .weights = weights, .blocks = (job->outputs + 15) / 16};
+  p.rows = weights ? lb_winograd_rows(w) : rows; /* rows of tiles, or of places */
+  p.align = weights ? 1 : 16;
+  const int64_t enough = weights ? 4 : 64, pairs = (p.blocks + 1) / 2; /* rows that are enough for a thread */
+  threads = lb_max(1, lb_min(threads, rows * p.blocks * 16 * job->used_k / LEAST_WORK));
+  if (threads == 1 || p.rows >= enough * threads || pairs < threads) {
+    p.splits = threads == 1 ? 1 : lb_min(p.rows, threads * (p.rows >= 4 * enough * threads ? 2 : 1));
+    lb_parallel(threads, p.splits, 1, multiply, &p);
+  } else { /* ranges of pairs, some more than threads */
+    const int64_t each = lb_max(1, pairs / (threads * 4));
+    p.splits = -each;
+    lb_parallel(threads, (pairs + each - 1) / each, 1, multiply, &p);
+  }
+  return atomic_load(&p.status);
+}
+
 /* ---- one call ----
  * The input is taken in parts of a few images. Of a part, a padded copy of bytes is made ("map"): images, lines and
  * places as in the input, with the border around each image and the pad channels behind each place. A row of the
  * product is one place of the output: it reads its window from the map, without a copy. */
 
-enum { PART_BYTES = 2 << 20, PART_ROWS = 1024, LEAST_WORK = 1 << 19 };
+enum { PART_BYTES = 2 << 20, PART_ROWS = 1024 };
 
 typedef struct {
   const lb_args *args;
@@ -100,7 +150,7 @@ typedef struct {
   uint8_t *windows; /* if not NULL: the rows, copied together from the map */
   lb_span *window;
   int n_window;
-  int64_t splits, rows, blocks; /* of the product */
+  int64_t rows, blocks; /* of the product */
   void *weights; /* if not NULL: Winograd's form, with these */
   lb_winograd winograd;
   atomic_int status;
@@ -111,13 +161,6 @@ static size_t x_bytes(const lb_args *a) { return a->x_type == LB_FLOAT32 ? 4 : 1
 static const void *line_of(const run *r, int64_t image, int64_t y) {
   const lb_args *a = r->args;
   return (const char *)a->x + (size_t)(((r->first + image) * a->height + y) * a->width * a->channels) * x_bytes(a);
-}
-
-static float scale_from_absmax(const run *r, uint32_t bits) {
-  float largest;
-  memcpy(&largest, &bits, 4);
-  const float scale = largest / (float)r->args->high;
-  return scale < 1.17549435e-38f ? 1.17549435e-38f : scale; /* NaN stays NaN */
 }
 
 static void store(const run *r, const void *x, int64_t n, float scale, uint8_t *out) {
@@ -159,7 +202,7 @@ static void fill_lines(void *argument, int64_t begin, int64_t end) {
     }
     const char *x = line_of(r, image, y);
     if (a->x_scales == 0 && a->height == 1)
-      r->image_scale[image] = scale_from_absmax(r, r->isa->absmax((const float *)x, a->width * c));
+      r->image_scale[image] = lb_scale_from_absmax(r->isa->absmax((const float *)x, a->width * c), a->high);
     const float scale = r->image_scale[image];
     clear_places(r, at, a->padding_x);
     at += a->padding_x * r->place;
@@ -207,50 +250,10 @@ static void copy_windows(void *argument, int64_t begin, int64_t end) {
   }
 }
 
-static void multiply(void *argument, int64_t begin, int64_t end) {
-  run *r = argument;
-  for (int64_t i = begin; i < end; i++) {
-    /* r->splits > 0: parts of the rows, all blocks; else pairs of blocks, all rows */
-    int64_t row0 = 0, row1 = r->rows, block0 = 0, block1 = r->blocks;
-    if (r->splits > 0) {
-      row0 = lb_min(r->rows, lb_round_up(r->rows * i / r->splits, 16));
-      row1 = i + 1 == r->splits ? r->rows : lb_min(r->rows, lb_round_up(r->rows * (i + 1) / r->splits, 16));
-    } else {
-      block0 = -2 * r->splits * i;
-      block1 = lb_min(r->blocks, block0 - 2 * r->splits);
-    }
-    if (row0 == row1 || block0 == block1) continue;
-    const int status = r->isa->product(&r->job, row0, row1, block0, block1);
-    if (status) atomic_store(&r->status, status);
-  }
-}
-
-/* Ranges of tile rows, or of pairs of blocks, as in `multiply`. */
-static void multiply_winograd(void *argument, int64_t begin, int64_t end) {
-  run *r = argument;
-  const int64_t rows = lb_winograd_rows(&r->winograd);
-  for (int64_t i = begin; i < end; i++) {
-    int64_t row0 = 0, row1 = rows, block0 = 0, block1 = r->blocks;
-    if (r->splits > 0) {
-      row0 = rows * i / r->splits, row1 = rows * (i + 1) / r->splits;
-    } else {
-      block0 = -2 * r->splits * i;
-      block1 = lb_min(r->blocks, block0 - 2 * r->splits);
-    }
-    const int status = lb_winograd_run(r->isa, &r->job, &r->winograd, r->weights, row0, row1, block0, block1);
-    if (status) atomic_store(&r->status, status);
-  }
-}
-
 static void transform_weights(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const int status = lb_winograd_weights(r->isa, &r->job, r->winograd.channels, begin, end, r->weights);
   if (status) atomic_store(&r->status, status);
-}
-
-static int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
-  const int64_t room = size + 2 * padding - (kernel - 1) * dilation - 1;
-  return room < 0 ? 0 : room / stride + 1;
 }
 
 static int is_sane(const lb_args *a) {
@@ -338,7 +341,7 @@ static int run_part(run *r, int64_t threads) {
         const uint32_t other = r->line_max[image * a->height + y];
         bits = other > bits ? other : bits;
       }
-      r->image_scale[image] = scale_from_absmax(r, bits);
+      r->image_scale[image] = lb_scale_from_absmax(bits, a->high);
     }
   } else if (a->x_scales) {
     for (int64_t image = 0; image < r->images; image++)
@@ -355,39 +358,17 @@ static int run_part(run *r, int64_t threads) {
         r->row_scale[row] = r->image_scale[image];
       }
   r->rows = row;
-  if (r->weights) {
-    const int64_t tile_rows = r->images * ((r->out_height + 1) / 2), pairs = (r->blocks + 1) / 2;
-    r->winograd.images = r->images;
-    threads = lb_max(1, lb_min(threads, r->rows * r->blocks * 16 * r->job.used_k / LEAST_WORK));
-    const int by_rows = threads == 1 || tile_rows >= 4 * threads || pairs < threads;
-    const int64_t each = lb_max(1, pairs / (threads * 4));
-    r->splits = by_rows ? lb_min(threads, tile_rows) : -each;
-    lb_parallel(threads, by_rows ? r->splits : (pairs + each - 1) / each, 1, multiply_winograd, r);
-    return atomic_load(&r->status);
-  }
+  r->winograd.images = r->images;
   if (r->windows) lb_parallel(fill_threads, row, lb_max(1, (1 << 14) / r->job.k), copy_windows, r);
-  const int64_t pairs = (r->blocks + 1) / 2;
-  const int64_t work = r->rows * r->blocks * 16 * r->job.used_k;
-  threads = lb_max(1, lb_min(threads, work / LEAST_WORK));
-  if (threads == 1) {
-    r->splits = 1;
-    lb_parallel(1, 1, 1, multiply, r);
-  } else if (r->rows >= 64 * threads || pairs < threads) {
-    r->splits = threads * (r->rows >= 256 * threads ? 2 : 1);
-    lb_parallel(threads, r->splits, 1, multiply, r);
-  } else { /* ranges of pairs, some more than threads */
-    const int64_t each = lb_max(1, pairs / (threads * 4));
-    r->splits = -each;
-    lb_parallel(threads, (pairs + each - 1) / each, 1, multiply, r);
-  }
-  return atomic_load(&r->status);
+  const int status = atomic_load(&r->status);
+  return status ? status : lb_multiply(r->isa, &r->job, &r->winograd, r->weights, row, threads);
 }
 
 int lb_run(const lb_args *a) {
   if (!a || !is_sane(a)) return LB_WRONG_ARGS;
   run r = {.args = a, .isa = lb_isa_in_use()};
-  r.out_height = out_size(a->height, a->padding_y, a->kernel_y, a->dilation_y, a->stride_y);
-  r.out_width = out_size(a->width, a->padding_x, a->kernel_x, a->dilation_x, a->stride_x);
+  r.out_height = lb_out_size(a->height, a->padding_y, a->kernel_y, a->dilation_y, a->stride_y);
+  r.out_width = lb_out_size(a->width, a->padding_x, a->kernel_x, a->dilation_x, a->stride_x);
   if (!a->batch || !r.out_height || !r.out_width) return LB_OK;
   r.map_height = a->height + 2 * a->padding_y;
   r.map_width = a->width + 2 * a->padding_x;

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "lowbit.h"
 
@@ -119,6 +120,11 @@ int64_t lb_winograd_rows(const lb_winograd *w);
 int lb_winograd_run(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0,
                     int64_t row1, int64_t block0, int64_t block1);
 
+/* A whole product of `rows` rows, shared by up to `threads` threads; by Winograd's form with transformed `weights`, or
+ * directly if they are NULL. */
+int lb_multiply(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, const void *weights, int64_t rows,
+                int64_t threads);
+
 /* `product` of rows of used_k floats at `map`; see floats.h. Not in the tables, so that programs without it are small. */
 typedef int lb_product_fn(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1);
 extern lb_product_fn lb_portable_floats, lb_avx2_floats, lb_neon_floats;
@@ -147,6 +153,20 @@ void lb_scratch_trim(void); /* gives back what is unusually large */
 LB_INLINE int64_t lb_min(int64_t a, int64_t b) { return a < b ? a : b; }
 LB_INLINE int64_t lb_max(int64_t a, int64_t b) { return a > b ? a : b; }
 LB_INLINE int64_t lb_round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+/* Outputs along one dim of a convolution; 0: the kernel is larger than its input. */
+LB_INLINE int64_t lb_out_size(int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
+  const int64_t room = size + 2 * padding - (kernel - 1) * dilation - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+/* The scale by which numbers are rounded to -high ... high, if `bits` are those of the largest magnitude. */
+LB_INLINE float lb_scale_from_absmax(uint32_t bits, int64_t high) {
+  float largest;
+  memcpy(&largest, &bits, 4);
+  const float scale = largest / (float)high;
+  return scale < 1.17549435e-38f ? 1.17549435e-38f : scale; /* NaN stays NaN */
+}
 
 /* 1 / scale to multiply by in place of a division; NaN where it is not exact enough for that. See lb_steps512_of. */
 LB_INLINE float lb_inverse(float scale) { return scale > 1e-30f && scale < 1e30f ? 1.0f / scale : NAN; }

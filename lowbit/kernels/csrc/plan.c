@@ -156,18 +156,13 @@ static int check_outputs(checker *c, const lb_plan_op *op, int64_t rows, int64_t
   return LB_OK;
 }
 
-static int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t dilation, int64_t stride) {
-  const int64_t room = size + 2 * padding - (kernel - 1) * dilation - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
 static int64_t out_height(const lb_plan_op *op, const lb_plan_tensor *t) {
-  return out_size(t->height, op->n[LB_N_PADDING_Y], op->n[LB_N_KERNEL_Y], op->n[LB_N_DILATION_Y],
+  return lb_out_size(t->height, op->n[LB_N_PADDING_Y], op->n[LB_N_KERNEL_Y], op->n[LB_N_DILATION_Y],
                   op->n[LB_N_STRIDE_Y]);
 }
 
 static int64_t out_width(const lb_plan_op *op, const lb_plan_tensor *t) {
-  return out_size(t->width, op->n[LB_N_PADDING_X], op->n[LB_N_KERNEL_X], op->n[LB_N_DILATION_X],
+  return lb_out_size(t->width, op->n[LB_N_PADDING_X], op->n[LB_N_KERNEL_X], op->n[LB_N_DILATION_X],
                   op->n[LB_N_STRIDE_X]);
 }
 
@@ -729,8 +724,7 @@ typedef struct {
   uint8_t *map;
   const lb_plan_tensor *map_tensor;
   float *panels; /* of attention: keys and values */
-  int64_t splits, blocks;
-  lb_winograd winograd;
+  int64_t tokens; /* of attention */
   atomic_int status;
 } run;
 
@@ -739,6 +733,12 @@ static void *memory_of(const run *r, int32_t i) {
   if (i == r->plan->header->input) return (void *)r->x;
   if (i == r->plan->header->output) return r->y;
   return r->arena + r->plan->tensors[i].offset;
+}
+
+static void *scratch(run *r, int slot, size_t bytes) {
+  void *memory = lb_scratch(slot, bytes);
+  if (!memory) atomic_store(&r->status, LB_NO_MEMORY);
+  return memory;
 }
 
 /* What is added to q in a map; see lb_job. */
@@ -785,13 +785,6 @@ static void store_row(const run *r, int64_t row, int64_t first, const float *val
                    r->map + r->ready->next_start[row] + first);
 }
 
-static float scale_from_absmax(uint32_t bits, int high) {
-  float largest;
-  memcpy(&largest, &bits, 4);
-  const float scale = largest / (float)high;
-  return scale < 1.17549435e-38f ? 1.17549435e-38f : scale; /* NaN stays NaN */
-}
-
 /* ---- quantize ---- */
 
 static const float *row_with_offset(const run *r, const float *x, int64_t n, float *room) {
@@ -806,11 +799,8 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
   const int64_t n = r->map_tensor->channels, dynamic = op->n[LB_N_DYNAMIC];
-  float *room = lb_scratch(LB_SLOT_LINE, (size_t)n * sizeof *room);
-  if (!room) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)n * sizeof *room);
+  if (!room) return;
   const int whole = r->map_tensor->place == n && op->n[LB_N_STEP] == n && dynamic != LB_DYNAMIC_ROW && !op->data[0].bytes;
   if (whole) { /* lines of places that follow each other, here as in the map */
     const int64_t width = r->map_tensor->width;
@@ -824,7 +814,7 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     const float *x = row_with_offset(r, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], n, room);
     float scale = dynamic == LB_DYNAMIC_ITEM ? r->out[0] : (float)op->f[0];
-    if (dynamic == LB_DYNAMIC_ROW) r->out[row] = scale = scale_from_absmax(r->isa->absmax(x, n), r->map_tensor->high);
+    if (dynamic == LB_DYNAMIC_ROW) r->out[row] = scale = lb_scale_from_absmax(r->isa->absmax(x, n), r->map_tensor->high);
     store_row(r, row, 0, x, n, scale);
   }
 }
@@ -838,11 +828,8 @@ static void quantize_lines(void *argument, int64_t begin, int64_t end) {
   const float *before = data_of(r->plan, r->op, 0);
   const int one = r->op->data[0].bytes == 4, zero = zero_of(r, t);
   const int together = channels == 3 && t->place == 3;
-  float *room = lb_scratch(LB_SLOT_LINE, (size_t)(width * 7));
-  if (!room) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)(width * 7));
+  if (!room) return;
   uint8_t *bytes = (uint8_t *)(room + width);
   for (int64_t y = begin; y < end; y++) {
     uint8_t *to = r->map + r->ready->next_start[y * width];
@@ -872,11 +859,8 @@ static void run_quantize(run *r) {
   const int64_t rows = rows_of(r->map_tensor), n = r->map_tensor->channels;
   if (op->n[LB_N_DYNAMIC] == LB_DYNAMIC_ITEM) {
     uint32_t most = 0;
-    float *room = lb_scratch(LB_SLOT_LINE, (size_t)lb_max(n, rows) * sizeof *room);
-    if (!room) {
-      atomic_store(&r->status, LB_NO_MEMORY);
-      return;
-    }
+    float *room = scratch(r, LB_SLOT_LINE, (size_t)lb_max(n, rows) * sizeof *room);
+    if (!room) return;
     const int64_t lines = op->n[LB_N_PLANAR] ? n : rows, length = op->n[LB_N_PLANAR] ? rows : n;
     for (int64_t i = 0; i < lines; i++) {
       const float *x = op->n[LB_N_PLANAR] ? r->in + i * rows : r->in + op->n[LB_N_OFFSET] + i * op->n[LB_N_STEP];
@@ -890,7 +874,7 @@ static void run_quantize(run *r) {
       const uint32_t bits = r->isa->absmax(x, length);
       most = bits > most ? bits : most;
     }
-    r->out[0] = scale_from_absmax(most, r->map_tensor->high);
+    r->out[0] = lb_scale_from_absmax(most, r->map_tensor->high);
   }
   if (op->n[LB_N_PLANAR]) parallel(r, r->map_tensor->height, r->map_tensor->width * n * 4, quantize_lines, r);
   else parallel(r, rows, n * 4, quantize_rows, r);
@@ -898,30 +882,19 @@ static void run_quantize(run *r) {
 
 /* ---- product ---- */
 
-static void multiply(void *argument, int64_t begin, int64_t end) {
-  run *r = argument;
-  for (int64_t i = begin; i < end; i++) {
-    /* splits > 0: parts of the rows, all blocks; else pairs of blocks, all rows */
-    int64_t row0 = 0, row1 = r->ready->rows, block0 = 0, block1 = r->blocks;
-    if (r->splits > 0) {
-      row0 = lb_min(r->ready->rows, lb_round_up(r->ready->rows * i / r->splits, 16));
-      if (i + 1 < r->splits) row1 = lb_min(row1, lb_round_up(r->ready->rows * (i + 1) / r->splits, 16));
-    } else {
-      block0 = -2 * r->splits * i;
-      block1 = lb_min(r->blocks, block0 - 2 * r->splits);
-    }
-    if (row0 == row1 || block0 == block1) continue;
-    const int status = r->isa->product(&r->job, row0, row1, block0, block1);
-    if (status) atomic_store(&r->status, status);
-  }
+/* Whether the instruction set wants larger pieces than this product has. */
+static int spans_are_apart(const run *r) {
+  int apart = 0;
+  for (int s = 0; s < r->ready->n_spans; s++) apart |= r->ready->spans[s].length % r->isa->span != 0;
+  return apart;
 }
 
-/* Copies of the windows, for instruction sets that want larger pieces than this product has. */
-static int copy_windows(run *r, lb_span *whole, int64_t **starts) {
+/* Copies of the windows, in one piece each. */
+static int copy_windows(run *r, lb_span *whole) {
   const prepared *p = r->ready;
   const int64_t rows = p->rows, k = p->k;
-  uint8_t *windows = lb_scratch(LB_SLOT_WINDOWS, (size_t)(rows * k + TAIL));
-  int64_t *table = lb_scratch(LB_SLOT_ROWS, (size_t)(rows + k / 4) * sizeof *table);
+  uint8_t *windows = scratch(r, LB_SLOT_WINDOWS, (size_t)(rows * k + TAIL));
+  int64_t *table = scratch(r, LB_SLOT_ROWS, (size_t)(rows + k / 4) * sizeof *table);
   if (!windows || !table) return LB_NO_MEMORY;
   for (int64_t row = 0; row < rows; row++) {
     uint8_t *at = windows + row * k;
@@ -934,16 +907,9 @@ static int copy_windows(run *r, lb_span *whole, int64_t **starts) {
   }
   for (int64_t i = 0; i < k / 4; i++) table[rows + i] = 4 * i;
   *whole = (lb_span){0, k};
-  *starts = table;
   r->job.map = windows, r->job.row_start = table, r->job.k_offset = table + rows;
   r->job.spans = whole, r->job.n_spans = 1, r->job.used_k = k;
   return LB_OK;
-}
-
-static void multiply_winograd(void *argument, int64_t begin, int64_t end) {
-  run *r = argument;
-  const int status = lb_winograd_run(r->isa, &r->job, &r->winograd, r->ready->winograd, begin, end, 0, r->blocks);
-  if (status) atomic_store(&r->status, status);
 }
 
 static void run_product(run *r) {
@@ -965,46 +931,23 @@ static void run_product(run *r) {
     if (values_of(plan->tensors + op->in[2]) == p->rows) {
       job->row_scale = scales;
     } else {
-      float *all = lb_scratch(LB_SLOT_SCALES, (size_t)p->rows * sizeof *all);
-      if (!all) {
-        atomic_store(&r->status, LB_NO_MEMORY);
-        return;
-      }
+      float *all = scratch(r, LB_SLOT_SCALES, (size_t)p->rows * sizeof *all);
+      if (!all) return;
       for (int64_t i = 0; i < p->rows; i++) all[i] = scales[0];
       job->row_scale = all;
     }
   }
-  r->blocks = (outputs + 15) / 16;
-  if (p->winograd_isa == r->isa) {
-    job->map += (x->border_y - op->n[LB_N_PADDING_Y]) * (x->width + 2 * x->border_x) * x->place +
-                (x->border_x - op->n[LB_N_PADDING_X]) * x->place;
-    r->winograd = winograd_of(plan, op);
-    const int64_t rows = lb_winograd_rows(&r->winograd), work = p->rows * r->blocks * 16 * p->used_k;
-    const int64_t threads = lb_max(1, lb_min(r->threads, work / LEAST_WORK));
-    lb_parallel(lb_min(threads, rows), rows, (rows + threads - 1) / threads, multiply_winograd, r);
-    return;
-  }
+  const void *weights = p->winograd_isa == r->isa ? p->winograd : NULL;
+  lb_winograd winograd = {0};
   lb_span whole;
-  int64_t *starts;
-  int apart = 0;
-  for (int s = 0; s < p->n_spans; s++) apart |= p->spans[s].length % r->isa->span != 0;
-  if (apart && copy_windows(r, &whole, &starts)) {
-    atomic_store(&r->status, LB_NO_MEMORY);
+  if (weights) {
+    winograd = winograd_of(plan, op);
+    job->map += (x->border_y - op->n[LB_N_PADDING_Y]) * winograd.line + (x->border_x - op->n[LB_N_PADDING_X]) * x->place;
+  } else if (spans_are_apart(r) && copy_windows(r, &whole)) {
     return;
   }
-  const int64_t pairs = (r->blocks + 1) / 2, work = p->rows * r->blocks * 16 * p->used_k;
-  const int64_t threads = lb_max(1, lb_min(r->threads, work / LEAST_WORK));
-  if (threads == 1) {
-    const int status = r->isa->product(job, 0, p->rows, 0, r->blocks);
-    if (status) atomic_store(&r->status, status);
-  } else if (p->rows >= 64 * threads || pairs < threads) {
-    r->splits = threads * (p->rows >= 256 * threads ? 2 : 1);
-    lb_parallel(threads, r->splits, 1, multiply, r);
-  } else {
-    const int64_t each = lb_max(1, pairs / (threads * 4));
-    r->splits = -each;
-    lb_parallel(threads, (pairs + each - 1) / each, 1, multiply, r);
-  }
+  const int status = lb_multiply(r->isa, job, &winograd, weights, p->rows, r->threads);
+  if (status) atomic_store(&r->status, status);
 }
 
 /* ---- rows ---- */
@@ -1016,11 +959,8 @@ static void norm_rows(void *argument, int64_t begin, int64_t end) {
   const int64_t n = (r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0])->channels;
   const float *gain = op->kind == LB_OP_NORM ? data_of(r->plan, op, 0) : NULL;
   const float *bias = op->kind == LB_OP_NORM ? data_of(r->plan, op, 1) : NULL;
-  float *room = lb_scratch(LB_SLOT_LINE, (size_t)n * sizeof *room);
-  if (!room) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)n * sizeof *room);
+  if (!room) return;
   for (int64_t row = begin; row < end; row++) {
     const float *x = r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP];
     float *y = r->out ? r->out + row * n : room;
@@ -1057,11 +997,8 @@ static void pool_rows(void *argument, int64_t begin, int64_t end) {
   const lb_plan_op *op = r->op;
   const lb_plan_tensor *x = r->plan->tensors + op->in[0];
   const int64_t *n = op->n, width = out_width(op, x), channels = x->channels;
-  const float **rows = lb_scratch(LB_SLOT_LINE, (size_t)(n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X]) * sizeof *rows);
-  if (!rows) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  const float **rows = scratch(r, LB_SLOT_LINE, (size_t)(n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X]) * sizeof *rows);
+  if (!rows) return;
   for (int64_t row = begin; row < end; row++) {
     const int64_t y0 = row / width * n[LB_N_STRIDE_Y] - n[LB_N_PADDING_Y];
     const int64_t x0 = row % width * n[LB_N_STRIDE_X] - n[LB_N_PADDING_X];
@@ -1084,11 +1021,8 @@ static void depthwise_rows(void *argument, int64_t begin, int64_t end) {
   const float *scale = data_of(r->plan, op, 1), *bias = data_of(r->plan, op, 3), *norm = data_of(r->plan, op, 4);
   const float x_scale = op->in[2] < 0 ? (float)op->f[0] : *(const float *)memory_of(r, op->in[2]);
   const int32_t *all = data_of(r->plan, op, 2), zero = zero_of(r, x);
-  int32_t *sums = lb_scratch(LB_SLOT_LINE, (size_t)channels * 2 * sizeof *sums);
-  if (!sums) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  int32_t *sums = scratch(r, LB_SLOT_LINE, (size_t)channels * 2 * sizeof *sums);
+  if (!sums) return;
   float *room = (float *)(sums + channels);
   for (int64_t row = begin; row < end; row++) {
     const uint8_t *start = map + (row / width * n[LB_N_STRIDE_Y] + x->border_y - n[LB_N_PADDING_Y]) * line +
@@ -1115,11 +1049,8 @@ static void conv_rows(void *argument, int64_t begin, int64_t end) {
   const int64_t width = out_width(op, &seen), rows = rows_of(y), outputs = y->channels, panels = panels_of(outputs);
   const int64_t k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * channels;
   const float *bias = data_of(r->plan, op, 1);
-  float *windows = lb_scratch(LB_SLOT_LINE, (size_t)(16 * (k + panels * 16)) * sizeof *windows);
-  if (!windows) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *windows = scratch(r, LB_SLOT_LINE, (size_t)(16 * (k + panels * 16)) * sizeof *windows);
+  if (!windows) return;
   float *result = windows + 16 * k;
   for (int64_t group = begin; group < end; group++) {
     const int64_t first = group * 16, count = lb_min(16, rows - first);
@@ -1169,11 +1100,8 @@ static void round_rows(void *argument, int64_t begin, int64_t end) {
 static void matmul(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const int64_t *n = r->op->n, panels = (n[LB_N_N] + 15) / 16, k = n[LB_N_K], parts = (n[LB_N_M] + 15) / 16;
-  float *panel = lb_scratch(LB_SLOT_LINE, (size_t)(panels * 16 * (k + 16)) * sizeof *panel);
-  if (!panel) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *panel = scratch(r, LB_SLOT_LINE, (size_t)(panels * 16 * (k + 16)) * sizeof *panel);
+  if (!panel) return;
   float *result = panel + panels * 16 * k; /* [16 rows][panels * 16] */
   for (int64_t i = begin, ready = -1; i < end; i++) {
     const int64_t matrix = i / parts, first = i % parts * 16, rows = lb_min(16, n[LB_N_M] - first);
@@ -1198,11 +1126,8 @@ static void softmax_rows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
   const int64_t n = r->plan->tensors[op->out[0]].channels;
-  float *room = lb_scratch(LB_SLOT_LINE, (size_t)(n + 32) * sizeof *room);
-  if (!room) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)(n + 32) * sizeof *room);
+  if (!room) return;
   for (int64_t row = begin; row < end; row++) {
     memcpy(room, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], (size_t)n * sizeof *room);
     r->isa->vector->softmax(room, n, 1.0f);
@@ -1220,11 +1145,8 @@ static void mel_frames(void *argument, int64_t begin, int64_t end) {
   const lb_mel mel = {.n_fft = n_fft, .hop = op->n[LB_N_HOP], .length = op->data[0].bytes / 4, .bands = bands,
                       .window = data_of(r->plan, op, 0), .filters = data_of(r->plan, op, 1),
                       .cosine = data_of(r->plan, op, 2), .range = r->ready->row_start};
-  float *room = lb_scratch(LB_SLOT_LINE, (size_t)((2 * n_fft + bands + 4) * 16) * sizeof *room);
-  if (!room) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)((2 * n_fft + bands + 4) * 16) * sizeof *room);
+  if (!room) return;
   float *decibels = room + (2 * n_fft + 4) * 16;
   for (int64_t group = begin; group < end; group++) {
     const float *window[16];
@@ -1244,11 +1166,8 @@ static void run_mel(run *r) {
   const lb_plan_op *op = r->op;
   const lb_plan_tensor *y = r->plan->tensors + op->out[0];
   const int64_t samples = values_of(r->plan->tensors + op->in[0]), half = op->n[LB_N_FFT] / 2;
-  r->panels = lb_scratch(LB_SLOT_PANELS, (size_t)(samples + 2 * half) * sizeof(float));
-  if (!r->panels) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  r->panels = scratch(r, LB_SLOT_PANELS, (size_t)(samples + 2 * half) * sizeof(float));
+  if (!r->panels) return;
   memcpy(r->panels + half, r->in, (size_t)samples * sizeof(float));
   for (int64_t i = 1; i <= half; i++) {
     r->panels[half - i] = r->in[i];
@@ -1275,7 +1194,7 @@ static int64_t panel_floats(const lb_plan_op *op, int64_t tokens, int64_t *keys)
 static void fill_panels(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
-  const int64_t tokens = r->blocks, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
+  const int64_t tokens = r->tokens, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
   int64_t keys;
   const int64_t floats = panel_floats(op, tokens, &keys);
   for (int64_t head = begin; head < end; head++) {
@@ -1295,16 +1214,13 @@ static void attend(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
   const lb_vector_table *vector = r->isa->vector;
-  const int64_t tokens = r->blocks, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
+  const int64_t tokens = r->tokens, size = op->n[LB_N_SIZE], step = op->n[LB_N_STEP];
   int64_t keys;
   const int64_t floats = panel_floats(op, tokens, &keys);
   const int64_t parts = (tokens + QUERIES - 1) / QUERIES, channels = op->n[LB_N_HEADS] * size;
   const int64_t row_room = panels_of(tokens) * 16 + 16, out_room = panels_of(size) * 16;
-  float *logits = lb_scratch(LB_SLOT_LINE, (size_t)(QUERIES * (row_room + out_room)) * sizeof *logits);
-  if (!logits) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  float *logits = scratch(r, LB_SLOT_LINE, (size_t)(QUERIES * (row_room + out_room)) * sizeof *logits);
+  if (!logits) return;
   float *result = logits + QUERIES * row_room;
   for (int64_t i = begin; i < end; i++) {
     const int64_t head = i / parts, first = i % parts * QUERIES, rows = lb_min(QUERIES, tokens - first);
@@ -1328,13 +1244,10 @@ static void run_attention(run *r) {
   const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE];
   int64_t keys;
   const int64_t tokens = rows_of(r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0]);
-  r->blocks = tokens;
+  r->tokens = tokens;
   const int64_t floats = heads * panel_floats(op, tokens, &keys);
-  r->panels = lb_scratch(LB_SLOT_PANELS, (size_t)floats * sizeof(float));
-  if (!r->panels) {
-    atomic_store(&r->status, LB_NO_MEMORY);
-    return;
-  }
+  r->panels = scratch(r, LB_SLOT_PANELS, (size_t)floats * sizeof(float));
+  if (!r->panels) return;
   parallel(r, heads, tokens * size * 8, fill_panels, r);
   parallel(r, heads * ((tokens + QUERIES - 1) / QUERIES), QUERIES * tokens * size * 2, attend, r);
 }
