@@ -167,6 +167,33 @@ class Rearranged(nn.Module):
         return self.last(y.reshape(x.shape[0], -1, 24)[:, 1:]).mean(1)
 
 
+class Branches(nn.Module):
+    """Convolutions that read one tensor by the same step, with different paddings: the narrow one first, or last."""
+
+    def __init__(self, paddings):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.branches = nn.ModuleList(nn.Conv2d(8, 4, 2 * p + 1, padding=p) for p in paddings)
+
+    def forward(self, x):
+        y = self.first(x)
+        return torch.cat([branch(y) for branch in self.branches], 1)
+
+
+@pytest.mark.parametrize("paddings", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+@torch.no_grad()
+def test_readers_with_different_paddings_share_a_map(paddings):
+    torch.manual_seed(8)
+    x = torch.randn(2, 3, 7, 6)
+    model = packed(Branches(paddings), x, first_last="same")
+    for branch in model.branches:  # as calibration gives it, up to the last bits
+        branch.x_scale.copy_(model.branches[0].x_scale)
+        branch.low, branch.high = model.branches[0].low, model.branches[0].high
+    plan = lowbit.plan(model, x)
+    assert torch.equal(plan(x), model(x).flatten(1))
+    assert len({row["inputs"][0] for row in plan.operations() if row["kind"] == "product"}) == 2
+
+
 @torch.no_grad()
 def test_rearrangements():
     torch.manual_seed(4)

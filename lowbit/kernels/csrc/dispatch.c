@@ -98,7 +98,7 @@ static void multiply(void *argument, int64_t begin, int64_t end) {
     int64_t row0 = 0, row1 = p->rows, block0 = 0, block1 = p->blocks;
     if (p->splits > 0) {
       row0 = lb_min(p->rows, lb_round_up(p->rows * i / p->splits, p->align));
-      if (i + 1 < p->splits) row1 = lb_min(p->rows, lb_round_up(p->rows * (i + 1) / p->splits, p->align));
+      row1 = lb_min(p->rows, lb_round_up(p->rows * (i + 1) / p->splits, p->align));
     } else {
       block0 = -2 * p->splits * i;
       block1 = lb_min(p->blocks, block0 - 2 * p->splits);
