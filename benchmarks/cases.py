@@ -17,7 +17,9 @@ COLD_BYTES = 256 * 2**20
 """Weights that are to come from memory are rotated through so many bytes of copies, more than caches hold."""
 X_SCALE = 3 / 127  # of activations given in 8 bits: N(0, 1) inside ±3
 W_SCALE = 2.0**-6  # of all weights
-LEVELS = ("denseshift", "uniform")
+TRAINED_4_BITS = (3.3, 2.0, 3.3, 4.1, 4.9, 5.9, 8.3, 23.2, 21.7, 7.0, 4.7, 3.3, 2.6, 1.9, 1.1, 2.7)
+"""Percent of DenseShift's sixteen 4-bit codes, -128 ... 128, in a ResNet-8 with 65 % on CIFAR-10 (SGD 0.1, 6 epochs, seed
+0). When training starts, ±128 have 0.4 % each."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,24 @@ class Case:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         return x.to(memory_format=torch.channels_last) if self.image else x
 
-    def codes(self, levels: int) -> Tensor:
-        """Random codes 0 ... ``levels`` - 1, int16, of the weight's shape."""
-        return torch.randint(levels, self.weight_shape, generator=torch.Generator().manual_seed(2), dtype=torch.int16)
+    def codes(self, levels: int, shares: Sequence[float] | None = None) -> Tensor:
+        """Random codes 0 ... ``levels`` - 1, int16, of the weight's shape: evenly spread, or with these ``shares``."""
+        generator = torch.Generator().manual_seed(2)
+        if shares is None:
+            return torch.randint(levels, self.weight_shape, generator=generator, dtype=torch.int16)
+        limits = torch.tensor(shares).cumsum(0)[:-1] / sum(shares)
+        return torch.bucketize(torch.rand(self.weight_shape, generator=generator), limits).to(torch.int16)
 
     def packed(self, bits: int, levels: str = "denseshift") -> PackedWeight:
-        """A packed weight with evenly spread codes; ``levels`` are ±2^p or, "uniform", the odd numbers (StatsQ's)."""
-        if levels == "denseshift":
+        """A packed weight: ``levels`` are "denseshift" (±2^p), "trained" (those of 4 bits, spread as in a trained
+        network) or "uniform" (the odd numbers, StatsQ's)."""
+        if levels == "uniform":
+            values = torch.arange(1 - 2**bits, 2**bits, 2, dtype=torch.float32)
+        else:
             powers = 2.0 ** torch.arange(2 ** (bits - 1))
             values = torch.cat([-powers.flip(0), powers])
-        else:
-            values = torch.arange(1 - 2**bits, 2**bits, 2, dtype=torch.float32)
-        return pack_weight(self.codes(2**bits), values, torch.full((self.n,), W_SCALE), bits)
+        codes = self.codes(2**bits, TRAINED_4_BITS if levels == "trained" else None)
+        return pack_weight(codes, values, torch.full((self.n,), W_SCALE), bits)
 
     def integers(self, bits: int) -> Tensor:
         """Weights -2^(bits-1) ... 2^(bits-1)-1 for engines that take any integer, int8, of the weight's shape."""

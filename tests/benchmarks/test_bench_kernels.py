@@ -49,7 +49,8 @@ def test_native_engines_compute_the_reference(case, name):
     built = kernels.ENGINES[name](case, 1)
     given = name.endswith("int8 in")
     bits = int(name.removeprefix("lowbit ")[0])
-    weight = case.packed(bits, "uniform" if "uniform" in name else "denseshift")
+    spread = next((levels for levels in ("uniform", "trained") if levels in name), "denseshift")
+    weight = case.packed(bits, spread)
     assert torch.equal(built.step(), cases.exact(case, kernels._given(case, given)[0], weight))
     assert built.facts["bytes"] == weight.nbytes
 

@@ -20,6 +20,7 @@ TABLES = {
     "lsq8": (8, torch.arange(-128.0, 128.0)),
     "some of 8 bits": (8, torch.arange(-65.0, 12.0)),
     "top2": (2, torch.tensor([-127.0, 1.0, 127.0, 128.0])),  # beyond int8 at 2 and 3 bits too
+    "top4": (4, torch.tensor([-128.0, -70.0, -33.0, -32.0, -17.0, -2.0, -1.0, 0, 1, 2, 16, 31, 33, 64, 65, 128])),
     "top3": (3, torch.tensor([-128.0, -65.0, -64.0, 0.0, 1.0, 64.0, 65.0, 128.0])),
 }
 

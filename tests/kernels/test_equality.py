@@ -1,6 +1,7 @@
 """Every form of the kernels gives the bits of the reference: all instruction sets, thread counts, tables and shapes."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +67,42 @@ def test_conv2d(library, table, geometry):
         for isa in library.isas():
             with library.use(isa):
                 assert torch.equal(shift_conv2d(x, weight, bias, **kwargs), expected), (isa, name)
+
+
+FEW = {  # shapes of products with enough rows for weights beyond int8 to be added apart (beyond.h)
+    "33 rows": (33, 200, 20),
+    "more than one part": (1100, 68, 37),
+    "two images, in lines": (2, 16, 12, 40, 32, (5, 3), (1, 1), (2, 1), (1, 1)),
+    "strides": (1, 64, 21, 19, 33, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "dilation": (1, 32, 15, 16, 20, (3, 3), (1, 1), (1, 1), (2, 3)),
+    "few channels": (1, 3, 40, 37, 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "1x1": (2, 120, 9, 9, 32, (1, 1), (1, 1), (0, 0), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("table", ["denseshift4", "top3", "top4"])
+@pytest.mark.parametrize("case", FEW)
+def test_few_weights_beyond_the_rest(library, threads, table, case):
+    """As in a trained network, the rarer the larger the level; but all of one output and most of the first inputs."""
+    geometry = FEW[case]
+    rows, k, n = geometry if len(geometry) == 3 else (geometry[0], geometry[1], geometry[4])
+    shape = (n, k, *(geometry[5] if len(geometry) > 3 else ()))
+    bits, levels = TABLES[table]
+    generator = torch.Generator().manual_seed(3)
+    order = levels.abs().argsort(stable=True)
+    codes = order[(-torch.log2(torch.rand(shape, generator=generator)) * 2).long().clamp(max=len(levels) - 1)]
+    codes[1], codes[2] = len(levels) - 1, int(order[0])
+    codes.reshape(n, -1)[:, :3] = len(levels) - 1
+    assert 0 < (levels[codes] > 127).float().mean() < 0.25
+    weight = pack_weight(codes, levels, torch.rand(n, generator=generator), bits=bits)
+    kwargs = {"x_scale": torch.tensor(0.02), "low": 0, "high": 255}
+    x = randn(rows, k, *geometry[2:4] if len(geometry) > 3 else ())
+    if len(geometry) > 3:
+        kwargs |= dict(zip(("stride", "padding", "dilation"), geometry[6:], strict=True))
+    multiply, defines = (shift_linear, reference.linear) if x.ndim == 2 else (shift_conv2d, reference.conv2d)
+    for given in (kwargs, kwargs | {"low": -127, "high": 127}, {k: v for k, v in kwargs.items() if k[0] in "spd"}):
+        assert_all_equal(library, threads, partial(multiply, x, weight, **given), defines(x, weight, **given))
 
 
 ADDED = {  # a residual of so many numbers

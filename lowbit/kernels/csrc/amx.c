@@ -17,10 +17,10 @@
 #endif
 #include <cpuid.h>
 #include <immintrin.h>
-#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,amx-tile,amx-int8"
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,amx-tile,amx-int8"
 #if defined(LOWBIT_EMULATE_AMX)
 #undef TARGET
-#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni"
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni"
 #endif
 #if defined(__clang__)
 #define PRAGMA(X) _Pragma(#X)
@@ -79,18 +79,13 @@ LB_INLINE rows16 tile_rows(const lb_job *job, const uint8_t *gathered, int64_t r
   return (rows16){job->map + job->row_start[row] + job->k_offset[t * 16], stride};
 }
 
-/* Spreads a list of rows beyond int8 over whole tiles: [tile][16][64], where flagged. `from` is the first of the list
- * that lies at row0 or later; the result is the first beyond these tiles. */
-static int64_t spread_extra(const lb_extra *extra, int64_t from, int64_t row0, int64_t tiles, int8_t *plane,
-                            uint8_t *flags) {
-  memset(flags, 0, (size_t)tiles);
-  for (; from < extra->count && extra->index[from] < row0 + tiles * 16; from++) {
-    const int64_t row = extra->index[from] - row0, t = row / 16;
-    if (!flags[t]) memset(plane + t * 1024, 0, 1024);
-    flags[t] = 1;
-    memcpy(plane + row * LB_ROW, extra->rows + from * LB_ROW, LB_ROW);
+/* Which of these tiles, [tile][16][64], hold anything. */
+static void find_filled(const int8_t *plane, int64_t tiles, uint8_t *filled) {
+  for (int64_t t = 0; t < tiles; t++) {
+    __m512i any = _mm512_setzero_si512();
+    for (int i = 0; i < 16; i++, plane += LB_ROW) any = _mm512_or_si512(any, _mm512_load_si512(plane));
+    filled[t] = _mm512_test_epi8_mask(any, any) != 0;
   }
-  return from;
 }
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
@@ -99,8 +94,6 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   const int64_t row_tiles = (row1 - row0 + ROWS - 1) / ROWS, k_tiles = job->used_k / 64;
   const lb_tables t = lb_make_tables(job);
   const int two = lb_needs_two(job);
-  lb_extra extra[2] = {{0}, {0}};
-  if (two && lb_alloc_extra(extra, job->k, 2)) return LB_NO_MEMORY;
 
   /* [2 blocks] decoded, [2] beyond int8, [row tiles][2] sums, two tables of row tiles, [row tiles] copies if needed */
   const int64_t fixed = 4 * TILES * TILE_BYTES + lb_round_up(row_tiles, 2) * 2 * TILE_BYTES;
@@ -124,20 +117,19 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   _tile_loadconfig(&config);
   for (int64_t b = block0; b < block1; b += 2) {
     const int blocks = (int)lb_min(2, block1 - b);
-    int64_t from[2] = {0, 0};
-    for (int h = 0; two && h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
     for (int64_t t0 = 0; t0 < k_tiles; t0 += TILES) {
       const int64_t tiles = lb_min(TILES, k_tiles - t0);
-      uint8_t flags[2][TILES];
+      uint8_t filled[2][TILES];
       for (int h = 0; h < blocks; h++) {
-        lb_decode(job, b + h, t0 * 16, (t0 + tiles) * 16, &t, decoded + h * TILES * TILE_BYTES);
-        from[h] = spread_extra(&extra[h], from[h], t0 * 16, tiles, rest + h * TILES * TILE_BYTES, flags[h]);
+        int8_t *const r = rest + h * TILES * TILE_BYTES;
+        lb_decode(job, b + h, t0 * 16, (t0 + tiles) * 16, &t, decoded + h * TILES * TILE_BYTES, two ? r : NULL);
+        if (two) find_filled(r, tiles, filled[h]);
       }
       __asm__ volatile("" ::: "memory"); /* gcc's tile loads don't tell the compiler that they read memory */
       const int last = blocks - 1; /* the second block, or the first once more */
       const int8_t *w0 = decoded, *w1 = decoded + last * TILES * TILE_BYTES;
       const int8_t *r0 = rest, *r1 = rest + last * TILES * TILE_BYTES;
-      const uint8_t *f0 = flags[0], *f1 = flags[last];
+      const uint8_t *f0 = filled[0], *f1 = filled[last];
       for (int64_t i = 0; i < row_tiles; i += 2) {
         const int pair = i + 1 < row_tiles;
         const int64_t row = row0 + i * ROWS;

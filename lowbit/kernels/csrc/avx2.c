@@ -164,6 +164,126 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
   }
 }
 
+/* ---- one row of activations ----
+ * Codes go from memory straight into the products. A byte of them holds the codes of two or four rows of weights: tables
+ * that look at some of the bits save most of the shifts. Levels up to +-8 let eight pairs of products be added in 16 bits;
+ * larger ones, of 4 bits, are low + 16 * high, both up to +-8. */
+
+typedef struct {
+  __m256i low[2], high; /* of 2 bits: for the lower and the upper code of four bits; of more: [0] */
+} row_tables;
+
+static row_tables make_row_tables(const lb_job *job) {
+  int8_t low[2][16], high[16];
+  for (int i = 0; i < 16; i++) {
+    const int level = job->levels[job->bits == 2 ? i & 3 : job->bits == 3 ? i & 7 : i];
+    high[i] = (int8_t)(job->largest > 8 ? (level + 8) >> 4 : 0);
+    low[0][i] = (int8_t)(level - 16 * high[i]);
+    low[1][i] = (int8_t)job->levels[i >> 2];
+  }
+  row_tables t;
+  for (int i = 0; i < 2; i++) t.low[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low[i]));
+  t.high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high));
+  return t;
+}
+
+LB_INLINE __m256i bits_of(__m256i v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8((char)mask)); }
+
+/* Look-up indices of 8 rows of weights, one half of 32 bytes; p is the group. Their bit 7 is 0. */
+LB_INLINE void indices_of(const int bits, const uint8_t *p, __m256i index[8]) {
+#define PART(I) _mm256_loadu_si256((const __m256i *)(p + 64 * (I)))
+  if (bits == 3) { /* the two low bits of codes r and r + 2 in one byte, each with its top bit above */
+    const __m256i all = PART(2);
+#pragma GCC unroll 2
+    for (int q = 0; q < 2; q++) {
+      const __m256i v = PART(q), top = q ? _mm256_srli_epi16(all, 4) : all;
+      const __m256i even = _mm256_or_si256(_mm256_or_si256(bits_of(v, 0x33), bits_of(top, 0x04)),
+                                           bits_of(_mm256_slli_epi16(top, 5), 0x40));
+      const __m256i odd = _mm256_or_si256(
+          _mm256_or_si256(bits_of(_mm256_srli_epi16(v, 2), 0x33), bits_of(_mm256_slli_epi16(top, 2), 0x04)),
+          bits_of(_mm256_slli_epi16(top, 3), 0x40));
+      index[4 * q] = even, index[4 * q + 1] = odd;
+      index[4 * q + 2] = _mm256_srli_epi16(even, 4), index[4 * q + 3] = _mm256_srli_epi16(odd, 4);
+    }
+    return;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < bits; i++) { /* four bits at a time: one code, or two of 2 bits */
+    const __m256i v = PART(i), lower = bits_of(v, 15), upper = bits_of(_mm256_srli_epi16(v, 4), 15);
+    if (bits == 4) index[2 * i] = lower, index[2 * i + 1] = upper;
+    else index[4 * i] = index[4 * i + 1] = lower, index[4 * i + 2] = index[4 * i + 3] = upper;
+  }
+#undef PART
+}
+
+/* Eight rows of weights; of those that are not there the activations are zero. */
+LB_INLINE void add_group(const int bits, const int two, const uint8_t *p, const uint32_t x[8], const row_tables *t,
+                         __m256i low[2], __m256i high[2]) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    __m256i index[8], sum, more;
+    indices_of(bits, p + 32 * half, index);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+      const __m256i activations = _mm256_set1_epi32((int)x[r]);
+      const __m256i w = _mm256_shuffle_epi8(t->low[bits == 2 ? r & 1 : 0], index[r]);
+      const __m256i y = _mm256_maddubs_epi16(activations, w);
+      sum = r ? _mm256_add_epi16(sum, y) : y;
+      if (!two) continue;
+      const __m256i z = _mm256_maddubs_epi16(activations, _mm256_shuffle_epi8(t->high, index[r]));
+      more = r ? _mm256_add_epi16(more, z) : z;
+    }
+    low[half] = _mm256_add_epi32(low[half], widen(sum));
+    if (two) high[half] = _mm256_add_epi32(high[half], widen(more));
+  }
+}
+
+LB_INLINE void one_row(const int bits, const int two, const lb_job *job, int64_t row, int64_t block, const row_tables *t) {
+  const uint8_t *p = job->packed + block * job->block_bytes, *a = job->map + job->row_start[row];
+  const int64_t rows = job->used_k / 4, *at = job->k_offset;
+  __m256i low[2], high[2];
+  uint32_t x[8];
+  int64_t i = 0;
+  low[0] = low[1] = high[0] = high[1] = _mm256_setzero_si256();
+  for (; i + 8 <= rows; i += 8, p += bits * 64) {
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) memcpy(x + r, a + at[i + r], 4);
+    for (int part = 0; part < bits; part++) _mm_prefetch((const char *)p + bits * 1024 + 64 * part, _MM_HINT_T0);
+    add_group(bits, two, p, x, t, low, high);
+  }
+  if (i < rows) {
+    memset(x, 0, sizeof x);
+    for (int r = 0; i + r < rows; r++) memcpy(x + r, a + at[i + r], 4);
+    add_group(bits, two, p, x, t, low, high);
+  }
+  int32_t sums[16] __attribute__((aligned(32)));
+  for (int half = 0; half < 2; half++)
+    _mm256_store_si256((__m256i *)(sums + 8 * half), _mm256_add_epi32(low[half], _mm256_slli_epi32(high[half], 4)));
+  finish_row(job, row, block, sums);
+}
+
+#define ROW_KERNEL(BITS, TWO) \
+  static __attribute__((noinline)) void row_##BITS##_##TWO(const lb_job *job, int64_t row, int64_t block, \
+                                                           const row_tables *t) { \
+    one_row(BITS, TWO, job, row, block, t); \
+  }
+ROW_KERNEL(2, 0) ROW_KERNEL(3, 0) ROW_KERNEL(4, 0) ROW_KERNEL(4, 1)
+
+/* Whether that is there for these weights, and quicker for `rows` rows, one after another. */
+static int takes_rows(const lb_job *job, int64_t rows) {
+  return job->bits == 4 ? rows <= 3 : job->bits < 4 && job->largest <= 8 && rows <= (job->bits == 2 ? 2 : 1);
+}
+
+static void multiply_rows(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
+  const row_tables t = make_row_tables(job);
+  void (*const run)(const lb_job *, int64_t, int64_t, const row_tables *) =
+      job->bits == 2 ? row_2_0 : job->bits == 3 ? row_3_0 : job->largest > 8 ? row_4_1 : row_4_0;
+  for (int64_t b = block0; b < block1; b++)
+    for (int64_t m = row0; m < row1; m++) run(job, m, b, &t);
+}
+
+/* ---- any number of rows ---- */
+
 #define TILE_KERNEL(R, SMALL_) \
   static __attribute__((noinline)) void tile_##R##_##SMALL_(const lb_job *job, int64_t row, int64_t block, \
                                                             const int8_t *plane, const lb_extra *extra) { \
@@ -175,6 +295,10 @@ TILE_KERNELS(1) TILE_KERNELS(2) TILE_KERNELS(3) TILE_KERNELS(4)
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
   static void (*const tiles[2][TILE])(const lb_job *, int64_t, int64_t, const int8_t *, const lb_extra *) = {
       {tile_1_0, tile_2_0, tile_3_0, tile_4_0}, {tile_1_1, tile_2_1, tile_3_1, tile_4_1}};
+  if (takes_rows(job, row1 - row0)) {
+    multiply_rows(job, row0, row1, block0, block1);
+    return LB_OK;
+  }
   const tables t = make_tables(job);
   lb_extra extra = {0};
   int8_t *plane = lb_scratch(LB_SLOT_DECODED, (size_t)(job->k * 16));

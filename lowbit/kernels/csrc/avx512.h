@@ -58,10 +58,10 @@ LB_INLINE __m512i lb_weights(const int bits, const int r, __m512i index, const _
   return _mm512_permutexvar_epi8(index, table[bits == 4 ? 0 : r & 3]);
 }
 
-/* Decodes rows row0 ... row1-1 (row0 a multiple of 8) of one block, and pads up to a multiple of 8: into `plane` what int8 holds, unless it is NULL; and,
- * with `two`, appended to `extra` what is beyond. */
-LB_INLINE void lb_decode_bits(const int bits, const int two, const lb_job *job, int64_t b, int64_t row0, int64_t row1,
-                              const lb_tables *t, int8_t *plane, lb_extra *extra) {
+/* Decodes rows row0 ... row1-1 (row0 a multiple of 8) of one block, and pads up to a multiple of 8: what int8 holds
+ * into `plane`, and what lies beyond into `rest`, unless it is NULL. */
+LB_INLINE void lb_decode_bits(const int bits, const lb_job *job, int64_t b, int64_t row0, int64_t row1,
+                              const lb_tables *t, int8_t *plane, int8_t *rest) {
   const uint8_t *p = job->packed + b * job->block_bytes + row0 / 8 * (bits * 64);
   for (int64_t row = row0; row < row1; row += 8, p += bits * 64) {
     __m512i v[4];
@@ -70,50 +70,20 @@ LB_INLINE void lb_decode_bits(const int bits, const int two, const lb_job *job, 
 #pragma GCC unroll 8
     for (int r = 0; r < 8; r++) {
       const __m512i index = lb_index(bits, r, v, t);
-      if (plane) _mm512_store_si512(plane + (row - row0 + r) * LB_ROW, lb_weights(bits, r, index, t->first));
-      if (two) { /* stored always, counted where it matters: no branch */
-        const __m512i rest = lb_weights(bits, r, index, t->rest);
-        _mm512_store_si512(extra->rows + extra->count * LB_ROW, rest);
-        extra->index[extra->count] = (int32_t)(row + r);
-        extra->count += row + r < row1 && _mm512_test_epi8_mask(rest, rest) != 0;
-      }
+      _mm512_store_si512(plane + (row - row0 + r) * LB_ROW, lb_weights(bits, r, index, t->first));
+      if (rest) _mm512_store_si512(rest + (row - row0 + r) * LB_ROW, lb_weights(bits, r, index, t->rest));
     }
   }
 }
 
 static __attribute__((unused)) void lb_decode(const lb_job *job, int64_t b, int64_t row0, int64_t row1,
-                                              const lb_tables *t, int8_t *plane) {
-  if (job->bits == 2) lb_decode_bits(2, 0, job, b, row0, row1, t, plane, NULL);
-  else if (job->bits == 3) lb_decode_bits(3, 0, job, b, row0, row1, t, plane, NULL);
-  else if (job->bits == 4) lb_decode_bits(4, 0, job, b, row0, row1, t, plane, NULL);
+                                              const lb_tables *t, int8_t *plane, int8_t *rest) {
+  if (job->bits == 2) lb_decode_bits(2, job, b, row0, row1, t, plane, rest);
+  else if (job->bits == 3) lb_decode_bits(3, job, b, row0, row1, t, plane, rest);
+  else if (job->bits == 4) lb_decode_bits(4, job, b, row0, row1, t, plane, rest);
   else
     for (int64_t row = row0; row < row1; row++, plane += LB_ROW)
       _mm512_store_si512(plane, _mm512_loadu_si512(job->packed + b * job->block_bytes + row * LB_ROW));
-}
-
-/* Whether most of a sample of block b's rows of 4-bit codes hold something beyond int8. */
-LB_INLINE int lb_mostly_extra(const lb_job *job, int64_t b, const lb_tables *t) {
-  const int64_t groups = job->used_k / 32, step = groups / 8 + 1;
-  int64_t rows = 0, found = 0;
-  for (int64_t g = 0; g < groups; g += step) {
-    __m512i v[4];
-    lb_load_group(4, job->packed + b * job->block_bytes + g * 256, v);
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; r++) {
-      const __m512i rest = lb_weights(4, r, lb_index(4, r, v, t), t->rest);
-      found += _mm512_test_epi8_mask(rest, rest) != 0;
-    }
-    rows += 8;
-  }
-  return found * 2 > rows;
-}
-
-/* Lists what of block b is beyond int8. Activations at its pads are zero, so they need no care. */
-static __attribute__((unused)) void lb_list_extra(const lb_job *job, int64_t b, const lb_tables *t, lb_extra *extra) {
-  extra->count = 0;
-  if (job->bits == 2) lb_decode_bits(2, 1, job, b, 0, job->used_k / 4, t, NULL, extra);
-  else if (job->bits == 3) lb_decode_bits(3, 1, job, b, 0, job->used_k / 4, t, NULL, extra);
-  else lb_decode_bits(4, 1, job, b, 0, job->used_k / 4, t, NULL, extra);
 }
 
 LB_INLINE __m512i lb_steps512(__m512 x, __m512 scale, __m512 low, __m512 high) {

@@ -1,4 +1,4 @@
-/* AVX-512 with VBMI and VNNI: unsigned activations times signed weights, 64 products an instruction, summed in int32.
+/* AVX-512 with VBMI, VBMI2 and VNNI: unsigned activations times signed weights, 64 products an instruction, summed in int32.
  *
  * A tile of up to 8 rows by 2 blocks of outputs stays in registers over the whole of K, while weights go from packed
  * bytes through a table straight into the products. That is as quick with many rows as decoding the weights once for
@@ -9,17 +9,17 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni")
 #endif
-#include "avx512.h"
+#include "beyond.h"
 #define LB_VECTOR_512
 #include "vector.h"
 
-enum { TILE = 8 };
+enum { TILE = 8, FEWEST = 24 /* rows, for which weights beyond int8 are looked for */ };
 
 LB_INLINE __m512i four(const uint8_t *a) {
   int32_t bytes;
@@ -44,11 +44,36 @@ static __attribute__((noinline)) void finish_some(const lb_job *job, int64_t row
   for (int r = 0; r < rows; r++) lb_finish512(job, row + r, 1, block, acc + r * step, 1);
 }
 
-/* R rows by B blocks, one or two. `spread`: spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few
- * sums neighboring rows of weights add into different registers, to keep the multipliers busy: U of them for each result. `two`: weights beyond int8 have a second table, looked up for all; else
- * extra[] lists them, if there are any. */
-LB_INLINE void tile(const int bits, const int two, const int B, const int R, const int spread, const lb_job *job,
-                    int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) {
+/* Weights beyond int8 of two blocks, where they are few. */
+typedef struct {
+  lb_windows windows;
+  lb_rounds rounds[2];
+  int any[2];
+} beyond;
+
+/* Adds what they miss to the sums of R rows, which start at a[]. */
+LB_INLINE void add_rounds(const int R, const lb_windows *w, const lb_rounds *rounds, const uint8_t *const a[TILE],
+                          __m512i acc[TILE][4]) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  int64_t i = 0;
+  for (int64_t window = 0; window < w->windows; window++)
+    for (; i < rounds->until[window]; i++) {
+      const __m512i index = _mm512_load_si512(rounds->index + 64 * i);
+      const __mmask64 mask = rounds->mask[i];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const __m512i x = _mm512_loadu_si512(a[r] + w->offset[window]);
+        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], _mm512_maskz_permutexvar_epi8(mask, index, x), ones);
+      }
+    }
+}
+
+/* R rows by B blocks, one or two. Spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few
+ * sums neighboring rows of weights add into different registers, to keep the multipliers busy: U of them for each
+ * result. `two`: weights beyond int8 have a second table, looked up for all; else w and rounds tell where they are, if
+ * any[] says that a block has some. */
+LB_INLINE void tile(const int bits, const int two, const int B, const int R, const lb_job *job, int64_t row,
+                    int64_t block, const lb_tables *t, const beyond *few) {
   const int U = R == 1 ? 4 : R == 2 || B == 1 ? 2 : 1;
   const int step = bits * 64;
   const uint8_t *p[2] = {job->packed + block * job->block_bytes};
@@ -62,45 +87,42 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
     for (int u = 0; u < U; u++) acc[0][r][u] = acc[1][r][u] = _mm512_setzero_si512();
   }
   const int64_t *offset = job->k_offset, *const stop = offset + job->used_k / 4;
-  for (int s = 0; s < (spread ? 1 : job->n_spans); s++) {
-    const int64_t end = spread ? job->used_k : job->spans[s].offset + job->spans[s].length;
-    for (int64_t k = spread ? 0 : job->spans[s].offset; k < end; k += 32, offset += 8) {
-      __m512i v[2][4];
+  for (; offset < stop; offset += 8) {
+    __m512i v[2][4];
+#pragma GCC unroll 2
+    for (int h = 0; h < B; h++) {
+      if (bits < 8) lb_load_group(bits, p[h], v[h]);
+#pragma GCC unroll 8
+      for (int i = 0; i < bits; i++) _mm_prefetch((const char *)p[h] + bits * 1024 + 64 * i, _MM_HINT_T0);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; g++) {
+      __m512i w[2], rest[2];
+      if (offset + g >= stop) break;
+      const int64_t at = offset[g];
+      const int u = g & (U - 1);
 #pragma GCC unroll 2
       for (int h = 0; h < B; h++) {
-        if (bits < 8) lb_load_group(bits, p[h], v[h]);
-#pragma GCC unroll 8
-        for (int i = 0; i < bits; i++) _mm_prefetch((const char *)p[h] + bits * 1024 + 64 * i, _MM_HINT_T0);
+        if (bits == 8) {
+          w[h] = _mm512_loadu_si512(p[h] + 64 * g);
+        } else {
+          const __m512i index = lb_index(bits, g, v[h], t);
+          w[h] = lb_weights(bits, g, index, t->first);
+          if (two) rest[h] = lb_weights(bits, g, index, t->rest);
+        }
       }
 #pragma GCC unroll 8
-      for (int g = 0; g < 8; g++) {
-        __m512i w[2], rest[2];
-        if (spread && offset + g >= stop) break;
-        const int64_t at = spread ? offset[g] : k + 4 * g;
-        const int u = g & (U - 1);
+      for (int r = 0; r < R; r++) {
+        const __m512i x = four(a[r] + at);
 #pragma GCC unroll 2
         for (int h = 0; h < B; h++) {
-          if (bits == 8) {
-            w[h] = _mm512_loadu_si512(p[h] + 64 * g);
-          } else {
-            const __m512i index = lb_index(bits, g, v[h], t);
-            w[h] = lb_weights(bits, g, index, t->first);
-            if (two) rest[h] = lb_weights(bits, g, index, t->rest);
-          }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const __m512i x = four(a[r] + at);
-#pragma GCC unroll 2
-          for (int h = 0; h < B; h++) {
-            acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, w[h]);
-            if (two && bits < 8) acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, rest[h]);
-          }
+          acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, w[h]);
+          if (two && bits < 8) acc[h][r][u] = _mm512_dpbusd_epi32(acc[h][r][u], x, rest[h]);
         }
       }
-#pragma GCC unroll 2
-      for (int h = 0; h < B; h++) p[h] += step;
     }
+#pragma GCC unroll 2
+    for (int h = 0; h < B; h++) p[h] += step;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -109,13 +131,7 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
       for (int h = 0; h < B; h++) acc[h][r][0] = _mm512_add_epi32(acc[h][r][0], acc[h][r][u]);
 #pragma GCC unroll 2
   for (int h = 0; h < B; h++) {
-    if (!two)
-      for (int64_t i = 0; i < extra[h].count; i++) {
-        const __m512i rest = _mm512_load_si512(extra[h].rows + i * LB_ROW);
-        const int64_t k = job->k_offset[extra[h].index[i]];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[h][r][0] = _mm512_dpbusd_epi32(acc[h][r][0], four(a[r] + k), rest);
-      }
+    if (!two && bits < 8 && few->any[h]) add_rounds(R, &few->windows, few->rounds + h, a, acc[h]);
     if (R == TILE) {
       __m512i sums[TILE]; /* a copy: acc itself stays in registers */
 #pragma GCC unroll 8
@@ -127,44 +143,47 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
   }
 }
 
-typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const lb_extra *);
-#define KERNEL(BITS, TWO, B, R, SPREAD) \
-  static __attribute__((noinline)) void tile_##BITS##_##TWO##_##B##_##R##_##SPREAD( \
-      const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const lb_extra extra[2]) { \
-    tile(BITS, TWO, B, R, SPREAD, job, row, block, t, extra); \
+typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const beyond *);
+#define KERNEL(BITS, TWO, B, R) \
+  static __attribute__((noinline)) void tile_##BITS##_##TWO##_##B##_##R( \
+      const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const beyond *few) { \
+    tile(BITS, TWO, B, R, job, row, block, t, few); \
   }
-#define EACH_ROWS(DO, BITS, TWO, B) DO(BITS, TWO, B, 1, 1) DO(BITS, TWO, B, 2, 1) DO(BITS, TWO, B, 4, 1) DO(BITS, TWO, B, 8, 1)
-#define KERNELS(BITS, TWO) \
-  EACH_ROWS(KERNEL, BITS, TWO, 1) EACH_ROWS(KERNEL, BITS, TWO, 2) KERNEL(BITS, TWO, 1, 1, 0) KERNEL(BITS, TWO, 2, 1, 0)
+#define EACH_ROWS(DO, BITS, TWO, B) DO(BITS, TWO, B, 1) DO(BITS, TWO, B, 2) DO(BITS, TWO, B, 4) DO(BITS, TWO, B, 8)
+#define KERNELS(BITS, TWO) EACH_ROWS(KERNEL, BITS, TWO, 1) EACH_ROWS(KERNEL, BITS, TWO, 2)
 KERNELS(2, 0) KERNELS(3, 0) KERNELS(4, 0) KERNELS(4, 1) KERNELS(8, 0)
-#define NAME(BITS, TWO, B, R, SPREAD) tile_##BITS##_##TWO##_##B##_##R##_##SPREAD,
-#define TABLE(BITS, TWO) \
-  {{EACH_ROWS(NAME, BITS, TWO, 1) tile_##BITS##_##TWO##_1_1_0}, {EACH_ROWS(NAME, BITS, TWO, 2) tile_##BITS##_##TWO##_2_1_0}}
+#define NAME(BITS, TWO, B, R) tile_##BITS##_##TWO##_##B##_##R,
+#define TABLE(BITS, TWO) {{EACH_ROWS(NAME, BITS, TWO, 1)}, {EACH_ROWS(NAME, BITS, TWO, 2)}}
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
-  /* tiles of 1, 2, 4 and 8 rows; and of one whose spans are whole groups of rows of weights */
-  static tile_fn *const kernels[5][2][5] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
-  int spread = 0;
-  for (int s = 0; s < job->n_spans; s++) spread |= job->spans[s].length % 32 != 0;
+  /* tiles of 1, 2, 4 and 8 rows */
+  static tile_fn *const kernels[5][2][4] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
   const lb_tables t = lb_make_tables(job);
   const int two = lb_needs_two(job), kind = job->bits == 8 ? 4 : job->bits - 2;
-  lb_extra extra[2] = {{0}, {0}};
-  if (two && lb_alloc_extra(extra, job->k, 2)) return LB_NO_MEMORY;
+  beyond few = {0};
+  const int64_t rows = row1 - row0, groups = job->used_k / 4;
+  const int finds = two && (job->bits != 4 || rows > FEWEST);
+  if (finds && lb_windows_of(&few.windows, few.rounds, job, 2)) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b += 2) {
     const int blocks = (int)lb_min(2, block1 - b);
-    /* for few rows a list does not pay */
-    const int dense = two && job->bits == 4 && (row1 - row0 <= TILE || lb_mostly_extra(job, b, &t));
-    for (int h = 0; two && !dense && h < blocks; h++) lb_list_extra(job, b + h, &t, &extra[h]);
+    int dense = two && !finds;
+    for (int h = 0; finds && !dense && h < blocks; h++) {
+      const int64_t found = lb_find_beyond(job, b + h, &t, &few.windows);
+      /* until a second table for all would be quicker: a weight found takes 7 cycles, a round 1.5 for each row */
+      const int64_t most = job->bits == 4 ? lb_max(0, (rows * groups - 7 * found) * 2 / (3 * rows)) : groups;
+      const int64_t rounds = lb_rounds_of(&few.windows, found, lb_min(most, groups), few.rounds + h);
+      few.any[h] = rounds > 0, dense = rounds < 0;
+    }
     tile_fn *const *of = kernels[dense ? 3 : kind][blocks - 1];
     int64_t m = row0;
-    for (; m + TILE <= row1; m += TILE) of[3](job, m, b, &t, extra);
+    for (; m + TILE <= row1; m += TILE) of[3](job, m, b, &t, &few);
     if (m > row0 && row1 - m > 2) { /* a few rows once more, with the same results */
-      of[3](job, row1 - TILE, b, &t, extra);
+      of[3](job, row1 - TILE, b, &t, &few);
       continue;
     }
-    for (; row1 - m >= 4; m += 4) of[2](job, m, b, &t, extra);
-    for (; row1 - m >= 2; m += 2) of[1](job, m, b, &t, extra);
-    if (m < row1) of[spread ? 0 : 4](job, m, b, &t, extra);
+    for (; row1 - m >= 4; m += 4) of[2](job, m, b, &t, &few);
+    for (; row1 - m >= 2; m += 2) of[1](job, m, b, &t, &few);
+    if (m < row1) of[0](job, m, b, &t, &few);
   }
   return LB_OK;
 }
@@ -204,7 +223,7 @@ enum { LB_TILES = 8, LB_BLOCKS = 2 };
 
 static void decode_block(const lb_job *job, int64_t block, int8_t *plane) {
   const lb_tables t = lb_make_tables(job);
-  lb_decode(job, block, 0, job->k / 4, &t, plane);
+  lb_decode(job, block, 0, job->k / 4, &t, plane, NULL);
 }
 
 static void sum_rows(const int8_t *w, int64_t rows, int32_t sums[16]) {
@@ -301,7 +320,8 @@ int lb_avx512_available(void) {
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & 0xe6) != 0xe6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-  const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vbmi = 1u << 1, vnni = 1u << 11;
+  const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+  const unsigned vbmi = 1u << 1 | 1u << 6, vnni = 1u << 11; /* VBMI and VBMI2 */
   return (b & (f | dq | bw | vl)) == (f | dq | bw | vl) && (c & (vbmi | vnni)) == (vbmi | vnni);
 }
 
