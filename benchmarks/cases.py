@@ -18,8 +18,8 @@ COLD_BYTES = 256 * 2**20
 X_SCALE = 3 / 127  # of activations given in 8 bits: N(0, 1) inside ±3
 W_SCALE = 2.0**-6  # of all weights
 TRAINED_4_BITS = (3.3, 2.0, 3.3, 4.1, 4.9, 5.9, 8.3, 23.2, 21.7, 7.0, 4.7, 3.3, 2.6, 1.9, 1.1, 2.7)
-"""Percent of DenseShift's sixteen 4-bit codes, -128 ... 128, in a ResNet-8 with 65 % on CIFAR-10 (SGD 0.1, 6 epochs, seed
-0). When training starts, ±128 have 0.4 % each."""
+"""Percent of DenseShift's sixteen 4-bit codes, -128 ... 128, in a ResNet-8 with 65 % on CIFAR-10 (SGD 0.1,
+6 epochs, seed 0). Before training ±128 have 0.4 % each."""
 
 
 @dataclass(frozen=True)

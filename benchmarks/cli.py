@@ -111,6 +111,28 @@ def models(
 
 
 @app.command()
+def start(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; "
+            "default all but deit-small"
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 9,
+    json_file: JsonFile = None,
+) -> None:
+    """From the start of a process to its first answer, and its peak memory: a question a device asks once."""
+    from benchmarks import start as bench
+    from benchmarks.report import machine, show
+
+    about = {"machine": machine()}
+    results = bench.run(model, repeats)
+    show(results)
+    _write(json_file, results, about)
+
+
+@app.command()
 def agreement(
     model: Annotated[
         list[str] | None,

@@ -152,8 +152,8 @@ ENGINES: dict[str, Builder] = {
     "torchao int4 weights": runtimes.torchao_int4,
     "torchao int8 dynamic, compiled": runtimes.torchao_int8,
 }
-"""DenseShift's 4-bit levels reach +128, which int8 does not hold; the "uniform" ones do. All codes are evenly spread but
-those "as trained" (`TRAINED_4_BITS`)."""
+"""DenseShift's 4-bit levels reach +128, which int8 does not hold; the "uniform" ones do. All codes are evenly spread
+but those "as trained" (`TRAINED_4_BITS`)."""
 
 SLOW = frozenset(f"lowbit {bits}-bit compiled" for bits in (2, 3, 4))
 """Only run when asked for by name: each case takes a compilation of a minute or so."""

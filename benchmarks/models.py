@@ -344,22 +344,22 @@ def run(
                     outcome.add(race, model.title, count)
                     if count == threads[0]:
                         sizes = {result["engine"]: race.facts[result["engine"]]["mb"] for result in race.results}
-                        outcome.results += file_sizes(model, sizes, count)
+                        outcome.results += amounts(f"{model.title}: file", sizes, count)
     return outcome
 
 
-def file_sizes(model: Model, sizes: dict[str, float], threads: int) -> list[Result]:
-    """Results that say how large the files are that engines load, MB; ``ratio`` is to the baseline's."""
+def amounts(case: str, megabytes: dict[str, float], threads: int) -> list[Result]:
+    """Results that are no times, MB of each engine; ``ratio`` is to the baseline's."""
     return [
         Result(
-            case=f"{model.title}: file",
+            case=case,
             engine=engine,
             threads=threads,
-            median=size,
+            median=amount,
             unit="MB",
-            ratio=size / sizes[BASELINE],
+            ratio=amount / megabytes[BASELINE],
             baseline=BASELINE,
             repeats=1,
         )
-        for engine, size in sizes.items()
+        for engine, amount in megabytes.items()
     ]

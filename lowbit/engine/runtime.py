@@ -81,8 +81,8 @@ class Plan:
         rows = []
         for op in ops:
             out = tensors[max(op["out"])]
-            row = {"kind": file_format.KINDS[op["kind"]], "inputs": [int(i) for i in op["in"] if i >= 0]}
-            row |= {"outputs": [int(i) for i in op["out"] if i >= 0]}
+            row: dict[str, Any] = {"kind": file_format.KINDS[op["kind"]]}
+            row |= {side + "puts": [int(i) for i in op[side] if i >= 0] for side in ("in", "out")}
             row |= {name: int(out[name]) for name in ("height", "width", "channels")}
             row |= {"bits": int(op["n"][2]) if row["kind"] == "product" else None, "bytes": int(op["data"][:, 1].sum())}
             rows.append(row)

@@ -216,7 +216,7 @@ def test_files(tmp_path):
 
 def test_tables_and_reasons_are_printed(capsys):
     report.show(_outcome().results)
-    sizes = models.file_sizes(models.MODELS["resnet20"], {models.BASELINE: 2.0, "lowbit 2-bit": 0.5}, 1)
+    sizes = models.amounts("resnet20: file", {models.BASELINE: 2.0, "lowbit 2-bit": 0.5}, 1)
     report.show(sizes)
     skipped = [{"case": case, "engine": "tvm", "threads": 1, "reason": "it is [not] here"} for case in ("a", "b")]
     report.show_skipped(skipped)
