@@ -57,6 +57,7 @@ def small_plans() -> dict[str, Plan]:
     add("pools", Images(nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1))), image)
     add("depthwise", Images(nn.Sequential(nn.Conv2d(5, 5, 3, groups=5), nn.BatchNorm2d(5), nn.ReLU6())), image, 2)
     add("4 bits", Images(nn.Conv2d(5, 5, 3, 2, 1, dilation=2)), image, 4, first_last=8)
+    add("more places of 4 bits", Images(nn.Conv2d(5, 5, 3, padding=1)), image, 4)
     few = LSQ(bits=4)
     add("winograd", Images(nn.Sequential(nn.Conv2d(8, 9, 3, 1, 1), nn.ReLU()), width=8), image, activation=few)
     add("full precision", Images(nn.Conv2d(5, 4, 3)), image, first_last=None)
