@@ -22,8 +22,15 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for key in ("execution", "papermill"):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) and o.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if shows_something(output)]
     return notebook
+
+
+def shows_something(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is worth keeping; a widget's view goes, and HTML that came with it stays."""
+    data = output.get("data", {})
+    widget = data.pop(WIDGET, None)
+    return output.get("name") != "stderr" and (widget is None or "text/html" in data)
 
 
 def execute(path: Path) -> None:
