@@ -95,7 +95,9 @@ def notebook_html(path: Path) -> Path | None:
     from nbconvert import HTMLExporter
 
     try:
-        body, _ = HTMLExporter().from_notebook_node(nbformat.read(path, as_version=4))
+        notebook = nbformat.read(path, as_version=4)
+        notebook.metadata.pop("widgets", None)  # they would be shown from the network
+        body, _ = HTMLExporter().from_notebook_node(notebook)
         write_text(path.with_suffix(".html"), body)
     except Exception:  # rendering is a convenience: an error here must not change a status
         return None

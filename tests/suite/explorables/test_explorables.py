@@ -10,13 +10,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from golden import GOLDEN, cases
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from lowbit.errors import LowbitError
-from lowbit_suite import explorables
+from lowbit_suite import explorables, report
 from lowbit_suite.explorables import reference
 from tools.tidy import WIDGET, tidy
 
@@ -117,14 +118,16 @@ def test_a_stored_output_keeps_the_twin_and_loses_the_widget():
     assert set(kept.data) == {"text/html", "text/plain"}
 
 
-def test_an_export_of_an_executed_notebook_shows_the_twin():
-    """Without the state of the widget, nbconvert takes the HTML that comes with it."""
-    from nbconvert import HTMLExporter
-
+def test_the_page_of_an_executed_notebook_shows_the_twin(tmp_path):
+    """nbclient stores the widgets' state, with which nbconvert would show their views, from the network."""
     live = {WIDGET: {"model_id": "x"}, "text/html": explorables.figure("denseshift"), "text/plain": "alt"}
-    cell = new_code_cell("x", outputs=[new_output("display_data", live)])
-    body, _ = HTMLExporter().from_notebook_node(new_notebook(cells=[cell]))
-    assert BeautifulSoup(body, "html.parser").find("img", alt=explorables.ALT["denseshift"])
+    notebook = new_notebook(cells=[new_code_cell("x", outputs=[new_output("display_data", live)])])
+    state = {"x": {"model_name": "AnyModel", "model_module": "anywidget", "model_module_version": "0", "state": {}}}
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": state}}
+    nbformat.write(notebook, tmp_path / "x.ipynb")
+    page = BeautifulSoup(report.notebook_html(tmp_path / "x.ipynb").read_text(), "html.parser")
+    assert page.find("img", alt=explorables.ALT["denseshift"])
+    assert not page.find_all(type=re.compile("jupyter.widget"))
 
 
 def luminance(color: str) -> float:
