@@ -13,12 +13,15 @@ export function standInModel(values = {}) {
 }
 
 for (const place of document.querySelectorAll("[data-explorable]")) {
-  import(new URL(`./${place.dataset.explorable}.js`, import.meta.url).href)
+  const name = place.dataset.explorable, live = document.createElement("div");
+  import(new URL(`./${name}.js`, import.meta.url).href)
     .then(({ render }) => {
-      const live = document.createElement("div");
       place.after(live); // on the page, so that it has a width
       render({ model: standInModel(), el: live });
       place.replaceChildren(live);
     })
-    .catch((error) => console.error(`explorable ${place.dataset.explorable}:`, error));
+    .catch((error) => {
+      live.remove();
+      console.error(`explorable ${name}:`, error);
+    });
 }

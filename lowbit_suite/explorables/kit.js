@@ -18,7 +18,7 @@ ${marked("dark")} .lowbit-explorable { ${variables("dark")} color-scheme: dark; 
 .lowbit-explorable { box-sizing: border-box; max-width: 760px; padding: 12px 14px; border: 1px solid var(--rule); border-radius: 6px;
   background: var(--ground); color: var(--ink); font: 14px/1.45 system-ui, sans-serif; }
 .lowbit-explorable * { box-sizing: border-box; }
-.lowbit-explorable h3 { margin: 0 0 8px; font-size: 16px; color: var(--ink); }
+.lowbit-explorable h3 { margin: 0 0 8px; padding: 0; border: 0; font: bold 16px/1.3 system-ui, sans-serif; color: var(--ink); }
 .lowbit-explorable p { margin: 8px 0 0; color: var(--ink); }
 .lowbit-explorable .controls { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 4px 20px; }
 .lowbit-explorable label.slider { display: grid; grid-template-columns: 8.5em 1fr 4.2em; align-items: center; gap: 8px; min-height: 30px; }

@@ -83,6 +83,7 @@ def test_a_module_as_one_file_imports_nothing_and_declares_nothing_twice(name):
     text = explorables.source(name)
     assert "import " not in re.sub(r"//.*", "", text) and "http" not in text.replace("http://www.w3.org/2000/svg", "")
     assert re.findall(r"^export (.*?)[ ({]", text, re.M) == ["function", "default"]
+    assert not re.search("animat|transition:|setInterval|requestAnimationFrame", text), "nothing moves by itself"
     declared = re.findall(r"^(?:function|const|let) (\w+)", text, re.M)
     assert len(declared) == len(set(declared)) > 10
 
