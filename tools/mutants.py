@@ -19,7 +19,7 @@ from lowbit import paths, yamls
 from lowbit.errors import LowbitError
 from tools.mutation import Mutation, Outcome, run
 
-AREAS = ("quantizers", "training", "metrics", "kernels", "nn")
+AREAS = ("quantizers", "training", "metrics", "kernels", "nn", "engine")
 HARMLESS = "tests/harmless_mutants.yaml"
 ENOUGH = 0.95
 SWAPPED = {

@@ -110,11 +110,13 @@ def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Out
     root = root or paths.project()
     with tempfile.TemporaryDirectory(prefix="lowbit-mutate-") as scratch:
         copy = Path(scratch)
+        # Compiled kernels go along, unless a fault is put into their sources.
+        stale = ["*.so"] if any(Path(mutation.file).suffix in (".c", ".h") for mutation in mutations) else []
         for part in COPIED:
             source, target = root / part, copy / part
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", *stale))
             elif source.exists():
                 shutil.copy2(source, target)
         sound: dict[tuple[str, ...], Outcome] = {}

@@ -70,7 +70,7 @@ def test_low_bit_attention(qkr):
     assert difference(lowbit.plan(model, x)(x), model(x)) < 0.1
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", pytest.param("resnet18", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_models_of_other_libraries(name):
     torch.manual_seed(0)

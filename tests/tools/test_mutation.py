@@ -52,6 +52,18 @@ def test_caught_survived_and_the_sources_stay(small, tmp_path):
     assert (tmp_path / "lowbit/sum.py").read_text() == before
 
 
+@pytest.mark.parametrize("file", ["lowbit/sum.py", "lowbit/sum.c"])
+def test_compiled_kernels_go_along_unless_their_sources_are_changed(small, tmp_path, file):
+    (tmp_path / "lowbit/sum.c").write_text("a + b")
+    (tmp_path / "lowbit/sum.so").write_text("compiled")
+    test = tmp_path / "tests/test_sum.py"
+    there = file.endswith(".py")
+    test.write_text(f"from pathlib import Path\ndef test_so(): assert Path('lowbit/sum.so').exists() == {there}\n")
+    small({"file": file})
+    (outcome,) = mutation.run(mutation.load())
+    assert outcome.status == "survived"
+
+
 def test_tests_that_fail_without_the_fault_catch_nothing(small, tmp_path):
     small({})
     test = tmp_path / "tests/test_sum.py"
