@@ -20,19 +20,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "versions.md"
-TESTS = [f"tests/{name}" for name in ("quantizers", "nn", "kernels", "models", "metrics", "training")]
+TESTS = [f"tests/{name}" for name in ("quantizers", "nn", "kernels", "engine", "models", "metrics", "training")]
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pydantic")
 COLUMNS = ("versions", "Python", *PACKAGES, "passed", "failed", "skipped", "smoke suite", "date")
 TITLE = """# Versions
 
-The fast tests of quantizers, layers, kernels, models, metrics and training (`-m "not slow"`), and where it was run the
-smoke suite with its comparison (`lowbit run`, `lowbit check`). Written by `tools/versions.py`.
+The fast tests of quantizers, layers, kernels, plans, models, metrics and training (`-m "not slow"`), and where it was
+run the smoke suite with its comparison (`lowbit run`, `lowbit check`). Written by `tools/versions.py`; rows of
+2026-11-28 do not include the tests of plans.
 
 """
 
 
 def options(target: str) -> list[str]:
-    """What uv is told beyond the project's own requirements."""
+    """Arguments of uv beyond the project's own requirements."""
     if target == "lowest":
         return ["--resolution", "lowest-direct"]
     if target == "lock":
@@ -49,7 +50,7 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def test(python: Path, environment: dict[str, str], folder: Path) -> dict[str, int]:
-    """How many tests passed, failed and were skipped."""
+    """Count the tests that passed, failed and were skipped."""
     report = folder / "tests.xml"
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}", *TESTS]
     subprocess.run(command, cwd=ROOT, env=environment)
@@ -61,7 +62,7 @@ def test(python: Path, environment: dict[str, str], folder: Path) -> dict[str, i
 
 
 def suite(python: Path, environment: dict[str, str], folder: Path) -> str:
-    """Whether the smoke suite runs and gives the accepted numbers."""
+    """Run the smoke suite and compare its numbers with the accepted ones; "passed", or the command that failed."""
     for command in (["run", "--fresh"], ["check"]):
         out = ["--profile", "smoke", "--out", folder / "smoke"]
         if subprocess.run([python, "-m", "lowbit", *command, *out], cwd=ROOT, env=environment).returncode:
@@ -70,7 +71,7 @@ def suite(python: Path, environment: dict[str, str], folder: Path) -> str:
 
 
 def row(uv: str, target: str, interpreter: str, with_suite: bool) -> dict[str, str]:
-    """Make an environment for ``target``, run the tests in it, delete it."""
+    """Run the tests in a new environment for ``target``, delete the environment, and return the row of the table."""
     with tempfile.TemporaryDirectory(prefix="lowbit-versions-") as name:
         folder = Path(name)
         python = folder / "venv" / "bin" / "python"
@@ -87,7 +88,7 @@ def row(uv: str, target: str, interpreter: str, with_suite: bool) -> dict[str, s
 
 
 def write(new: dict[str, str]) -> None:
-    """Put ``new`` into the table, in place of the row of the same versions."""
+    """Write ``new`` into the table, in place of an older row for the same versions."""
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
     rows = [dict(zip(COLUMNS, cell, strict=True)) for cell in cells]
@@ -101,7 +102,7 @@ def write(new: dict[str, str]) -> None:
 
 
 def main() -> int:
-    """The exit status: 1 if a test failed somewhere."""
+    """Try each target and return the exit status: 1 if any test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", help="lowest, lock, newest, or a requirement such as torch==2.14.1")
     parser.add_argument("--python", default=sys.executable, help="the interpreter; default: the one that runs this")

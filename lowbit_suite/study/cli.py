@@ -1,4 +1,4 @@
-"""``lowbit study``: run, pause and show the long trainings by which the claims are judged."""
+"""``lowbit study``: run, pause and show the long trainings that the claims are judged by."""
 
 import json
 import math
@@ -22,20 +22,20 @@ TableOption = Annotated[list[str] | None, typer.Option("--table", help="Only thi
 @app.command()
 def run(
     jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Processes, each with one thread.")] = 2,
-    hours: Annotated[float | None, typer.Option(help="Begin no training that would not end within them.")] = None,
-    nice: Annotated[int, typer.Option(min=0, max=19, help="How far the processes give way to others.")] = 19,
+    hours: Annotated[float | None, typer.Option(help="Start only trainings that end within them.")] = None,
+    nice: Annotated[int, typer.Option(min=0, max=19, help="Niceness of the processes.")] = 19,
     table: TableOption = None,
 ) -> None:
-    """Work the study off until nothing is left or the hours are over; stop it at any time, a later call goes on.
+    """Run the study until nothing is left or the hours are over. Stop it at any time; the next call resumes it.
 
-    A training that is cut off goes on after its last whole epoch. Finished ones are lines in results/journals/study.
+    An interrupted training resumes after its last complete epoch. Finished ones are lines in results/journals/study.
     """
     from lowbit_suite.study import plan, queue
 
     held = plan.load()
     if unknown := sorted(set(table or ()) - set(held)):
         raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(held)}")
-    list(plan.trainings(held))  # refuses a plan that is not valid before anything starts
+    list(plan.trainings(held))  # refuses an invalid plan before anything starts
     deadline = math.inf if hours is None else time.time() + 3600 * hours
     command = [sys.executable, "-m", "lowbit_suite.study.worker", "--deadline", str(deadline)]
     command += [word for name in table or () for word in ("--table", name)]
@@ -51,22 +51,22 @@ def run(
         for worker in workers:
             if worker.poll() is None:
                 worker.terminate()
-                worker.send_signal(signal.SIGCONT)  # one that is paused would not end
+                worker.send_signal(signal.SIGCONT)  # a paused one would not end
         pids.unlink(missing_ok=True)
-        signal.signal(signal.SIGTERM, before)  # what comes during the exit is no stop of the study
+        signal.signal(signal.SIGTERM, before)  # a signal during the exit does not stop the study
     if any(codes):
         raise typer.Exit(1)
 
 
 @app.command()
 def pause() -> None:
-    """Hold the running processes where they are, in the middle of a step."""
+    """Pause the running processes at once, in the middle of a step."""
     _signal(signal.SIGSTOP)
 
 
 @app.command()
 def resume() -> None:
-    """Let paused processes go on."""
+    """Resume paused processes."""
     _signal(signal.SIGCONT)
 
 
@@ -87,7 +87,7 @@ def _signal(number: signal.Signals) -> None:
 
 @app.command()
 def status() -> None:
-    """Say how much of the study is done, what runs here, and how long the rest would take on this kind of processor."""
+    """Show how much of the study is done, what runs here, and how many hours are left on this kind of processor."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,7 +126,7 @@ def status() -> None:
 
 @app.command()
 def tables() -> None:
-    """Write results/tables/study from the journals, for 'lowbit claims', and draw each claim's effects over time."""
+    """Write results/tables/study from the journals, for 'lowbit claims', and draw each claim's effect by budget."""
     from lowbit_suite.running.run_json import show_path
     from lowbit_suite.study import figures
     from lowbit_suite.study import tables as made

@@ -1,4 +1,4 @@
-"""One picture a claim: its effects against the length of training, with intervals and the line of no effect."""
+"""One figure per claim: its effects against the length of training, with intervals and the line of no effect."""
 
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ MARKERS = "osD^vP*X"
 
 
 def folder() -> Path:
-    """Where the pictures are."""
+    """The folder of the figures."""
     return paths.results() / "figures" / "study"
 
 
 def picture(id: str) -> Path:
-    """The file of a claim's picture, whether there is one or not."""
+    """The path of a claim's figure, whether the file exists or not."""
     return folder() / f"{id}.png"
 
 
 def write() -> list[Path]:
-    """Draws every claim that the study's tables have effects for; returns the files."""
+    """Draw every claim that the study's tables have effects for, and return the files."""
     written = []
     for claim in claims.load():
         figure = draw(claim, tables.folder())
@@ -39,7 +39,7 @@ def write() -> list[Path]:
 
 
 def draw(claim: dict[str, Any], where: Path) -> Figure | None:
-    """The effects of the primary statements, a panel for each unit; None where the tables have none.
+    """Draw the effects of the primary statements, one panel per unit; None if the tables have none.
 
     Args:
         claim: as `lowbit_suite.claims.load` returns it.
@@ -71,11 +71,14 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
 
 
 def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
-    """The effect of a statement at each length of training: steps, mean, low, high, seeds; NaN bounds for one seed.
+    """The effect of a statement at each length of training; with a single seed its bounds are NaN.
 
     Args:
-        item: a statement with ``at``, whose budget is replaced by each that its table has.
+        item: a statement with ``at``, whose budget is replaced by each budget of its table.
         where: the folder of the study's tables.
+
+    Returns:
+        The columns ``steps``, ``mean``, ``low``, ``high`` and ``n``, the number of seeds.
     """
     frame = measuring.read(where, item["table"])
     budgets = [] if frame is None or "steps" not in frame else sorted(frame.steps.dropna().unique())
@@ -91,14 +94,14 @@ def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
 
 
 def _trend(item: dict[str, Any], where: Path) -> str:
-    """The slope over all lengths, in words; empty for fewer than three."""
+    """The slope over all lengths of training, as text; empty if it cannot be measured."""
     without = {key: value for key, value in item.items() if key != "at"}
     effect = measuring.measure({**without, "slope": "steps", "unit": ""}, where, growing=True).effect
     return "" if effect is None else f"\nslope for each doubling: {effect}"
 
 
 def _line(ax: plt.Axes, place: int, label: str, frame: pd.DataFrame) -> None:
-    """One statement; several are moved apart a little, and lengths with fewer than five seeds have hollow markers."""
+    """Draw one statement, shifted a little by its place. Lengths with fewer than five seeds get hollow markers."""
     color = plotting.PALETTE[place % len(plotting.PALETTE)]
     steps = frame.steps * 2 ** (0.06 * place)
     bars = [frame["mean"] - frame.low, frame.high - frame["mean"]]

@@ -1,4 +1,4 @@
-"""Which trainings of the study are done, which come next, and how long the rest takes."""
+"""The study's queue: finished trainings, the order of the others, and how long they will take."""
 
 import json
 import os
@@ -20,7 +20,7 @@ Key = tuple[str | int | float, ...]
 
 
 def journals() -> Path:
-    """The folder of the study's journals, one file a table; it is committed."""
+    """The folder of the study's journals, one file per table; it is committed."""
     return paths.results() / "journals" / "study"
 
 
@@ -30,13 +30,13 @@ def scratch() -> Path:
 
 
 def kind(machine: dict[str, Any] | None = None) -> str:
-    """The kind of processor: trainings that are compared with each other run on one kind.
+    """The kind of processor. Trainings that are compared with each other run on the same kind.
 
     ``"bf16"`` where bfloat16 is fast (the study then uses it), else ``"avx512"``, ``"avx2"`` or ``"other"``, with
     float32; ``"cuda"`` on a GPU.
 
     Args:
-        machine: as a journal's line has it; None is this machine.
+        machine: the description in a journal's line; None for this machine.
     """
     machine = machine or environment.processor()
     isa = machine["isa"]
@@ -50,14 +50,14 @@ KINDS = {"avx512_bf16": "bf16", "avx512f": "avx512", "avx2": "avx2"}
 
 @dataclass(frozen=True)
 class Done:
-    """One line of a journal: a training that has ended.
+    """One line of a journal: a finished training.
 
     Attributes:
-        key: of the training.
-        digest: of what was trained; another one than the plan's means that the plan has changed since.
-        kind: of the processor.
-        seconds: that it took.
-        line: the whole of it.
+        key: the key of the training.
+        digest: the digest of its settings; if it differs from the plan's, the plan has changed since.
+        kind: the kind of processor.
+        seconds: how long the training took.
+        line: the complete line.
     """
 
     key: Key
@@ -68,7 +68,7 @@ class Done:
 
 
 def done(tables: Iterable[str]) -> list[Done]:
-    """What the journals of ``tables`` hold, in the order in which it ended."""
+    """The finished trainings in the journals of ``tables``, in the order in which they ended."""
     found = []
     for table in tables:
         for line in journal.read(journals() / f"{table}.jsonl"):
@@ -79,7 +79,7 @@ def done(tables: Iterable[str]) -> list[Done]:
 
 
 def note(training: Training, result: dict[str, Any], seconds: float) -> None:
-    """Writes one training down in its table's journal: one line, at once."""
+    """Append the line of a finished training to its table's journal and flush it to disk."""
     environment_ = environment.describe()
     line = {"arm": training.arm, "bits": training.bits, "epochs": training.epochs, "seed": training.seed}
     line |= {} if training.factor is None else {"lr_factor": training.factor}
@@ -95,9 +95,9 @@ def note(training: Training, result: dict[str, Any], seconds: float) -> None:
 
 
 def current(trainings: Iterable[Training], lines: Iterable[Done]) -> dict[Key, list[Done]]:
-    """The lines that belong to the plan as it is, by training; one may have been run on several kinds.
+    """The journal lines that match the current plan, by training; a training may have lines of several kinds.
 
-    The line of a training that is in another table too (`Training.same`) belongs to both.
+    A training that stands in two tables (`Training.same`) has its line in both.
     """
     wanted: dict[tuple[Key, str], list[Training]] = {}
     for training in trainings:
@@ -113,18 +113,18 @@ def current(trainings: Iterable[Training], lines: Iterable[Done]) -> dict[Key, l
 
 
 def _shared(line: Done, training: Training) -> Done:
-    """The line of the same training in another table, as that of ``training``: without the rows of its phases."""
+    """The line of the same training in another table, made a line of ``training``: without the rows of its phases."""
     rows = [row | training.columns for row in line.line["rows"] if row["arm"] == training.arm]
     return replace(line, key=training.key, digest=training.digest, line=line.line | {"rows": rows})
 
 
 def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Training]:
-    """What is left to train on a machine of the kind ``here``, first things first.
+    """The unfinished trainings for a machine of the kind ``here``, in the order in which to run them.
 
-    A block (same table, budget and seed) stays on the kind of processor on which it began: a block of another kind is
-    left to such machines until nothing else is left. Lower ranks come first. Then tables take turns: the one of which
-    the smallest share is done comes first, so that the longest-waiting claims come first. Within a table lower seeds
-    come first, then short budgets. What waits for a rate, or is the same as a training of another table, is left out.
+    A block (same table, budget and seed) stays on the kind of processor on which it began. Blocks of another kind come
+    up only when nothing else is left. Lower ranks come first. Then tables take turns: the table with the smallest
+    finished share comes first. Within a table lower seeds come first, then short budgets. Trainings that wait for a
+    learning rate, or that equal a training of another table, are left out.
     """
     ended = current(trainings, lines)
     begun: dict[tuple, set[str]] = {}
@@ -139,7 +139,7 @@ def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Tra
 
 
 def _in_turns(left: list[Training], trainings: list[Training], ended: dict[Key, Any]) -> list[Training]:
-    """``left`` by rank; within one tables take turns by the share of epochs done, what is taken counted as done."""
+    """``left`` sorted by rank; within a rank tables take turns by their share of finished and already listed epochs."""
     total: dict[str, float] = {}
     finished: dict[str, float] = {}
     for training in trainings:
@@ -161,10 +161,10 @@ def _in_turns(left: list[Training], trainings: list[Training], ended: dict[Key, 
 
 
 def seconds_an_epoch(training: Training, lines: list[Done], here: str) -> float | None:
-    """What an epoch of ``training`` takes on a machine of the kind ``here``: the median of what is written down.
+    """Expected seconds per epoch of ``training`` on a machine of the kind ``here``: a median over the journals.
 
-    From the same arm, else from any arm, each time of its own table or else of the common one; None where nothing of
-    that kind is.
+    The median is over the last 5 trainings of the same arm, or else of any arm; of its own table, or else of the common
+    table. None if the journals have none of that kind.
     """
     places = (training.table, training.common)
     arms = [(place, training.arm, training.bits) for place in places]
@@ -176,14 +176,14 @@ def seconds_an_epoch(training: Training, lines: list[Done], here: str) -> float 
 
 
 def folder(training: Training) -> Path:
-    """Where the checkpoints of an unfinished training are."""
+    """The folder of an unfinished training's checkpoints."""
     name = "".join(c if c.isalnum() else "-" for c in str(training))
     return scratch() / f"{name}-{training.digest}"
 
 
 @contextmanager
 def claimed(training: Training) -> Iterator[Path | None]:
-    """The folder of a training that no other process has; None where one has it. It ends with the process."""
+    """Lock a training for this process and give its folder, or None if another process has it."""
     path = folder(training)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"))

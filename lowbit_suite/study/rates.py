@@ -1,10 +1,10 @@
-"""Tuned learning rates in the study: the trials, what they choose, and the trainings that wait for the choice.
+"""Tuned learning rates in the study: the trials, the choice, and the trainings that wait for it.
 
-Every arm of a `lowbit_suite.study.plan.Tune` is tried at the same multiples of its common rate, with seeds that are not
-judged, and scored on a part of the training split. The rule is that of `lowbit_suite.choose_rates`: the highest mean
-over the trials, of equal ones the smaller rate. Where the best multiple is the smallest or the largest tried, the next
-one beyond it is tried as well. All of this follows from the lines of the journals alone, in their order, so that every
-machine with the same journals has the same trainings to do, and further lines do not change a choice.
+Every arm of a `lowbit_suite.study.plan.Tune` is tried at the same multiples of its common rate. The trials have seeds
+that are not judged, and are scored on a part of the training split. The rule is that of `lowbit_suite.choose_rates`:
+the highest mean over the trials; ties go to the smaller rate. If the best multiple is the smallest or the largest one,
+the next one beyond it is tried too. The choice depends on the journals' lines and their order alone. So all machines
+with the same journals have the same trainings to do, and further lines do not change a choice.
 """
 
 from collections.abc import Iterable
@@ -15,20 +15,20 @@ from lowbit_suite.study.plan import Derived, Table, Training
 from lowbit_suite.study.queue import Done
 
 VALUES = ("accuracy, %", "target, %", "mAP, %")
-"""What a table's rows are compared by; each has one of them."""
+"""The columns that rows are compared by; each table has one of them."""
 
 ArmKey = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the trials say of one arm.
+    """The result of one arm's trials.
 
     Attributes:
-        trials: those of the plan and those beyond them that the choice needs.
+        trials: the planned trials, and the further ones that the choice needs.
         lines: the results that decide, all from one kind of processor; empty while some are missing.
         factor: the chosen multiple of the common rate; None while trials are missing, or if every rate failed.
-        at_edge: it is the smallest or the largest multiple tried, and no further one is allowed.
+        at_edge: whether it is the smallest or the largest multiple tried, and no further one is allowed.
     """
 
     trials: list[Training]
@@ -38,11 +38,11 @@ class Choice:
 
 
 def trainings(tables: dict[str, Table], lines: Iterable[Done]) -> list[Training]:
-    """Every training of the plan, as far as the journals tell: with further trials, and with the rates that are chosen.
+    """Every training of the plan, with the further trials and the chosen rates that follow from the journals.
 
     Args:
         tables: from `lowbit_suite.study.plan.load`.
-        lines: of the journals of all of them.
+        lines: the lines of all their journals.
     """
     planned = list(plan.trainings(tables))
     chosen = choices(tables, lines)
@@ -56,7 +56,7 @@ def choices(tables: dict[str, Table], lines: Iterable[Done]) -> dict[ArmKey, Cho
 
     Args:
         tables: from `lowbit_suite.study.plan.load`.
-        lines: of the journals of all of them.
+        lines: the lines of all their journals.
     """
     lines = list(lines)
     found: dict[ArmKey, Choice] = {}
@@ -82,9 +82,9 @@ def _choice(trials: list[Training], lines: list[Done], further: int) -> Choice:
 
 
 def _first_whole(trials: list[Training], lines: list[Done]) -> list[Done]:
-    """One line a trial from the kind of processor that was the first to end all of them; empty if none has yet.
+    """One line per trial from the kind of processor that finished all trials first; empty if none has yet.
 
-    The first and not the one with most lines: a line that is added later must not change a choice.
+    It is the first kind, not the one with most lines, because a later line must not change a choice.
     """
     digests = {trial.key: trial.digest for trial in trials}
     ended: dict[str, dict[queue.Key, Done]] = {}
@@ -98,7 +98,7 @@ def _first_whole(trials: list[Training], lines: list[Done]) -> list[Done]:
 
 
 def _best(lines: list[Done]) -> tuple[float, bool, bool]:
-    """The best factor, whether it is at the edge, and whether every rate failed: then it is the smallest."""
+    """The best factor (the smallest if every rate failed), whether it is at the edge, and whether every rate failed."""
     import pandas as pd
 
     from lowbit_suite.records.rates import best_rates
@@ -115,7 +115,7 @@ def _best(lines: list[Done]) -> tuple[float, bool, bool]:
 
 
 def _beyond(trials: list[Training], edge: float) -> list[Training]:
-    """The trials at the multiple that follows the ``edge`` of those tried, as far from it as its other neighbor."""
+    """The trials at the next multiple beyond the ``edge``, at the same ratio to it as its other neighbor."""
     factors = sorted({trial.factor for trial in trials if trial.factor is not None})
     neighbor = factors[1] if edge == factors[0] else factors[-2]
     return [plan.at_rate(trial, edge * edge / neighbor) for trial in trials if trial.factor == 1]
@@ -138,8 +138,8 @@ def marked(choice: Choice, ended: dict[queue.Key, list[Done]]) -> list[Done]:
     """The lines of an arm's trials with two more columns: ``chosen`` and ``at_edge``.
 
     Args:
-        choice: what they say.
-        ended: the lines of all trainings; while nothing is chosen those of ``choice.trials`` are shown.
+        choice: the result of the trials.
+        ended: the lines of all trainings; the source of the trials' lines while there is no choice.
     """
     lines = choice.lines or [line for trial in choice.trials for line in ended.get(trial.key, [])]
     return [

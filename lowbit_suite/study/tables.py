@@ -1,4 +1,4 @@
-"""The study's tables: ``results/tables/study/<table>.csv``, made from the journals and from nothing else."""
+"""The study's tables: ``results/tables/study/<table>.csv``, made from the journals alone."""
 
 import json
 from collections import Counter
@@ -14,15 +14,15 @@ from lowbit_suite.study.queue import Done
 
 
 def folder() -> Path:
-    """Where the tables are."""
+    """The folder of the tables."""
     return paths.results() / "tables" / "study"
 
 
 def write() -> list[Path]:
-    """Writes the table of every part of the plan that has a finished training; returns the files.
+    """Write every table of the plan that has a finished training, and return the files.
 
-    Beside each is a run card: the plan of the table, the number of trainings of each kind of processor, commits and
-    versions, and the command.
+    Each table gets a run card: its plan, the number of trainings on each kind of processor, commits, versions, and the
+    command.
     """
     held = plan.load()
     lines = queue.done(held)
@@ -58,12 +58,12 @@ def _save(name: str, rows: pd.DataFrame, card: dict) -> list[Path]:
 
 
 def correlations(rows: pd.DataFrame, wanted: Correlation, arms: int) -> pd.DataFrame:
-    """For each budget and seed the rank correlation of two columns over the arms; NaN where one of them only has ties.
+    """The rank correlation of two columns over the arms, for each budget and seed; NaN if a column is constant.
 
     Args:
-        rows: of the table.
+        rows: the rows of the table.
         wanted: the columns, and the name of the correlation.
-        arms: how many there are; budgets and seeds with fewer are left out.
+        arms: the number of arms; budgets and seeds with fewer rows are left out.
 
     Raises:
         LowbitError: no such column.
@@ -81,9 +81,9 @@ def correlations(rows: pd.DataFrame, wanted: Correlation, arms: int) -> pd.DataF
 
 
 def choose(trainings: list[Training], ended: dict[queue.Key, list[Done]]) -> list[Done]:
-    """One line a training, all those of a block from one kind of processor: that which has most of them.
+    """One line per training. All lines of a block are from one kind of processor, the one with most lines.
 
-    Between equals the kind whose first line is older.
+    Ties go to the kind with the older first line.
     """
     blocks: dict[tuple, list[Done]] = {}
     for training in trainings:
@@ -99,7 +99,7 @@ def choose(trainings: list[Training], ended: dict[queue.Key, list[Done]]) -> lis
 
 
 def frame(lines: list[Done]) -> pd.DataFrame:
-    """One row a training, and one for each phase after it."""
+    """One row per training, and one for each of its phases."""
     return pd.DataFrame([{**row, "kind": line.kind} for line in lines for row in line.line["rows"]])
 
 

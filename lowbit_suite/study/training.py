@@ -1,4 +1,4 @@
-"""One training of the study: from its place in the plan to the rows that the tables hold."""
+"""Run one training of the study: from its entry in the plan to the rows of the tables."""
 
 import copy
 import dataclasses
@@ -32,30 +32,30 @@ from lowbit.training.moments import HandedOn
 from lowbit_suite.study.plan import Phase, Training
 
 SEEN = 2048
-"""Test images by which gradients of queries and keys are compared."""
+"""Number of test images on which the gradients of queries and keys are compared."""
 
 MEMORY = 100
-"""Steps that the oscillation tracker's moving average, with momentum 0.01, looks back on."""
+"""Steps that the oscillation tracker's moving average, with momentum 0.01, covers."""
 
 SHOWN = ("train_loss", "train_acc", "oscillating", "frequency", "frozen_epoch", "flip_rate")
-"""What is kept of every epoch."""
+"""The values that are kept of every epoch."""
 
 Rows = list[dict[str, Any]]
 
 
 def run(training: Training, folder: Path, data: Data | None = None, amp: str = "none") -> dict[str, Any]:
-    """Trains, or goes on from the last epoch in ``folder``, and returns what the journal keeps.
+    """Run a training, or resume it after the last epoch in ``folder``, and return the entry for the journal.
 
     Args:
-        training: which.
-        folder: for checkpoints; may be removed once the result is written down.
-        data: the data set, where it is loaded already.
-        amp: "bf16" where the processor has it; a property of the machine, so not of the plan.
+        training: the training to run.
+        folder: for checkpoints; may be removed once the result is in the journal.
+        data: the data set, if it is loaded already.
+        amp: "bf16" if the processor has it; a property of the machine, so it is not in the plan.
 
     Returns:
         ``rows``, one for the arm and one for each of its phases, with the columns of the table; and ``epochs_by_arm``,
-        the course of each training epoch by epoch. A trial of a learning rate whose loss did not stay finite has NaN:
-        too large a rate is an answer, not a failure.
+        the course of each training epoch by epoch. If the loss of a learning-rate trial becomes infinite or NaN, its
+        results are NaN: a rate that is too large is an answer, not a failure.
     """
     begun = time.monotonic()
     try:
@@ -102,7 +102,7 @@ def _quiet(train: TrainConfig, amp: str) -> TrainConfig:
 
 
 def _model(training: Training, data: Data, folder: Path, amp: str) -> tuple[nn.Module, dict[str, float]]:
-    """What the training begins with, and what its row says of the source task; the seed draws a new head."""
+    """The model that the training starts from, and the source task's columns; the seed draws a new head."""
     config, source = training.config(), training.source_config()
     if source is None:
         return config.build_model(data), {}
@@ -130,7 +130,7 @@ def _device() -> str | None:
 
 
 def _rate(model: nn.Module, phases: tuple[Phase, ...]) -> float:
-    """The phases' learning rate: the planned one, or less where annealing's rule asks for it, the same for all."""
+    """The learning rate of all phases: the planned one, or a lower one if annealing's rule requires it."""
     allowed = [annealing.largest_rate() for phase in phases for annealing in _annealing(model, phase)]
     return min([phase.lr for phase in phases] + allowed, default=0.0)
 
@@ -186,7 +186,7 @@ def _trained(
 
 
 def _place(training: Training, arm: str, data: Data) -> dict[str, Any]:
-    """The columns that say which row it is."""
+    """The columns that identify a row."""
     steps = training.epochs * (len(data.train) // training.config().train.batch_size)
     row = {"arm": arm, "bits": training.bits, "epochs": training.epochs, "steps": steps, "seed": training.seed}
     return row | training.columns
@@ -200,12 +200,12 @@ def _result(training: Training, data: Data, final: dict[str, Any]) -> dict[str, 
 
 
 def seconds(result: dict[str, Any]) -> float:
-    """What a training took, with its phases and what was trained first."""
+    """Seconds that a training took, including its phases and its source task."""
     return sum(row["seconds"] + row.get("source seconds", 0.0) for row in result["rows"])
 
 
 class _Start:
-    """Remembers the codes before the first step, so that the share of changed weights can be told at the end."""
+    """A callback that keeps the codes before the first step, to compute the share of changed weights at the end."""
 
     def __init__(self, tracker: FreezingTracker):
         self.tracker, self.codes = tracker, tracker._state.codes.clone()
@@ -221,7 +221,7 @@ class _Start:
 
 
 def _low_bit_layers(model: nn.Module, bits: int) -> list[str]:
-    """Names of the layers with weights of ``bits`` bits: those that are studied, not the 8-bit ends."""
+    """Names of the layers whose weights have ``bits`` bits, without the 8-bit first and last layers."""
     return [
         layer.name
         for layer in quantized_layers(model)
@@ -245,7 +245,7 @@ def _motion(trackers: list[Any], start: _Start, steps: int) -> dict[str, float]:
 
 
 def _thresholds(model: nn.Module, bits: int, row: dict[str, Any], rates: float) -> dict[str, float]:
-    """Reach and boundary density, of methods with one latent and even levels; others have neither."""
+    """Reach and boundary density, for methods with one latent and evenly spaced levels; empty for others."""
     try:
         density, spacing = 100 * boundary_density(model, bits), float(spacings(model, bits).median())
     except lowbit.LowbitError:
@@ -278,7 +278,7 @@ def _test(data: Data, count: int | None = None) -> tuple[torch.Tensor, torch.Ten
 
 @torch.no_grad()
 def _distillation(model: nn.Module, teacher: nn.Module, data: Data) -> float:
-    """The soft cross-entropy of the test split against the teacher."""
+    """The soft cross-entropy between model and teacher on the test split."""
     x, _ = _test(data)
     ask: Callable = distillation.soft_cross_entropy
     losses = [float(ask(distillation.merge(model(part)), teacher.eval()(part))) * len(part) for part in x.split(256)]

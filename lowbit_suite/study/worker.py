@@ -1,4 +1,4 @@
-"""A process that works the study off, one training after the other: ``python -m lowbit_suite.study.worker``."""
+"""A worker process that runs the study's trainings one by one: ``python -m lowbit_suite.study.worker``."""
 
 import argparse
 import math
@@ -14,14 +14,14 @@ from lowbit_suite.study.plan import Training
 
 
 def work(deadline: float = math.inf, tables: Sequence[str] = ()) -> int:
-    """Trains what waits, on one thread, until ``deadline`` (seconds since 1970); returns how many trainings ended.
+    """Run waiting trainings on one thread until ``deadline``, and return the number of finished ones.
 
-    No training begins that would not end in time, by what others like it have taken on this kind of processor. Where
-    nothing is known yet it begins.
+    A training starts only if it is expected to end in time, judging by earlier ones on this kind of processor. It also
+    starts if there are none to judge by.
 
     Args:
-        deadline: see above.
-        tables: work on these only; none is all.
+        deadline: seconds since 1970.
+        tables: names of the tables to work on; empty for all.
     """
     import torch
 
@@ -34,7 +34,7 @@ def work(deadline: float = math.inf, tables: Sequence[str] = ()) -> int:
 
 
 def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
-    """Runs the first training that fits and that nobody has; False where there is none."""
+    """Run the first training that fits and that no other process has; False if there is none."""
     from lowbit_suite.study import training as trainer
 
     held, here = plan.load(), queue.kind()
@@ -42,7 +42,7 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
     everything = rates.trainings(held, lines)
     for training in everything:
         if queue.folder(training).is_dir() and not missing(training):
-            _clear(training)  # its process ended between writing the result down and removing the checkpoints
+            _clear(training)  # its process died after it wrote the result and before it removed the checkpoints
     for training in queue.waiting(everything, lines, here):
         if tables and training.table not in tables:
             continue
@@ -72,13 +72,13 @@ def _clear(training: Training) -> None:
 
 
 def missing(training: Training) -> bool:
-    """Whether nobody on this kind of processor has ended the training in the meantime."""
+    """Whether the journal still has no result of the training from this kind of processor."""
     lines = queue.current([training], queue.done([training.table])).get(training.key, [])
     return all(line.kind != queue.kind() for line in lines)
 
 
 def epochs_done(folder: Path) -> int:
-    """How many epochs an unfinished training has behind it."""
+    """Number of epochs that an unfinished training has completed."""
     return sum(len(path.read_text().splitlines()) for path in folder.glob("*/history.jsonl"))
 
 

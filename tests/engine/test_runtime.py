@@ -1,4 +1,4 @@
-"""`Plan`: what it says of itself, what it takes, and which errors it raises. Plans of a few operations, without torch."""
+"""`Plan`: what it says of itself, what it takes, and the errors it raises, on plans of a few operations."""
 
 import os
 import re
@@ -48,7 +48,8 @@ def test_a_plan_says_what_it_is():
 def test_the_list_of_operations():
     quantize, product, copy = multiplied().operations()
     assert quantize == {
-        "kind": "quantize", "inputs": [0], "outputs": [2], "height": 1, "width": 1, "channels": 64, "bits": None, "bytes": 0,
+        "kind": "quantize", "inputs": [0], "outputs": [2], "height": 1, "width": 1, "channels": 64, "bits": None,
+        "bytes": 0,
     }  # fmt: skip
     assert (product["inputs"], product["outputs"], product["channels"]) == ([2], [3], 16)
     assert (product["bits"], product["bytes"]) == (8, 1024 + 64 + 64 + 32)
