@@ -15,7 +15,7 @@ def export(
 ) -> None:
     """Write a packed model as a plan, which C code runs in one call.
 
-    A quantized model is packed first. The shape of the input is that of the model's file.
+    A quantized model is packed first. The model's file must say the shape of its input.
     """
     from lowbit.engine import plan
     from lowbit.errors import LowbitError

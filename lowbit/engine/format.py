@@ -1,4 +1,4 @@
-"""The file of a plan: what ``lowbit/kernels/csrc/plan.h`` describes, written and read with numpy alone."""
+"""The file format of plans, as ``lowbit/kernels/csrc/plan.h`` describes it; written with numpy alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ KINDS = (
     "quantize", "product", "copy", "add", "affine", "pool", "norm", "gelu", "mel", "attention", "depthwise", "round",
     "matmul", "softmax", "conv",
 )  # fmt: skip
-"""Operations by their number in the file."""
+"""The kinds of operations; the index is their number in the file."""
 TAIL = 128  # bytes behind a map that products may read
 
 HEADER = np.dtype(
@@ -37,11 +37,12 @@ class Tensor:
     """A value of one item of the batch: floats ``[height, width, channels]``, or a map of stored activations.
 
     Args:
-        height, width, channels: its size.
+        height, width, channels: size of the tensor.
         kind: `FLOATS` or `MAP`.
-        border: places around a map, ``(y, x)``.
+        border: number of places around a map, ``(y, x)``.
         place: bytes from one place of a map to the next.
-        low, high: the range of a map's integers.
+        low, high: range of a map's integers.
+        offset: its first byte in the arena; -1 until `place_tensors` sets it.
     """
 
     height: int
@@ -61,7 +62,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the arena."""
+        """Size in bytes in the arena."""
         if self.kind == FLOATS:
             return 4 * self.rows * self.channels
         return (self.height + 2 * self.border[0]) * (self.width + 2 * self.border[1]) * self.place + TAIL
@@ -73,12 +74,12 @@ class Op:
 
     Args:
         kind: one of `KINDS`.
-        inputs: up to 4 tensors; None for none.
-        floats, map: the outputs.
+        inputs: up to 4 tensors; None for an absent one.
+        floats, map: the outputs; None for an absent one.
         n: integers by index.
         f: floating-point numbers by index.
         data: arrays by index.
-        name: which part of the network this is, for tables and messages; not stored.
+        name: ``"linear"`` or ``"convolution"`` for products; used while lowering, not stored.
     """
 
     kind: str
@@ -100,8 +101,8 @@ def place_tensors(ops: Sequence[Op], outside: Sequence[Tensor]) -> int:
     """Give each tensor an offset in the arena, so that tensors in use at the same time do not overlap.
 
     Args:
-        ops: in the order in which they run.
-        outside: tensors that are not in the arena.
+        ops: operations in the order in which they run.
+        outside: tensors that are not in the arena: the input and the output.
 
     Returns:
         The size of the arena in bytes.
@@ -114,7 +115,7 @@ def place_tensors(ops: Sequence[Op], outside: Sequence[Tensor]) -> int:
             last[tensor] = i
     inside = [tensor for tensor in first if not any(tensor is other for other in outside)]
     placed: list[Tensor] = []
-    # The largest first: small ones then find a place between them.
+    # Largest first, so that small tensors fill the gaps between large ones.
     for tensor in sorted(inside, key=lambda tensor: -tensor.nbytes):
         taken = sorted(
             (other.offset, other.offset + other.nbytes)
@@ -132,11 +133,11 @@ def place_tensors(ops: Sequence[Op], outside: Sequence[Tensor]) -> int:
 
 
 def write(ops: Sequence[Op], x: Tensor, y: Tensor) -> bytes:
-    """The file of these operations.
+    """The content of the file for these operations.
 
     Args:
-        ops: in the order in which they run.
-        x, y: the input and the output.
+        ops: operations in the order in which they run.
+        x, y: the input and the output of the plan.
     """
     arena = place_tensors(ops, (x, y))
     tensors: list[Tensor] = []

@@ -21,8 +21,8 @@ from lowbit.nn.deploy import made_up
 from lowbit.nn.fuse import FUSED, fuse
 
 CLOSE = 0.25
-"""How far the plan's output for the example may be from the model's, as a share of its norm, where float operations
-differ in their last bits, so that single activations are rounded to the neighboring step."""
+"""Largest allowed difference between the outputs of plan and model for the example, as a share of the output's norm.
+Float operations may differ in their last bits, which may round single activations to the neighboring step."""
 
 
 def plan(model: nn.Module, example: Tensor | None = None, threads: int | None = None) -> Plan:
@@ -30,17 +30,17 @@ def plan(model: nn.Module, example: Tensor | None = None, threads: int | None = 
 
     Products on integers give the same bits as ``model``. Float operations (LayerNorm, GELU, softmax, averages) are
     defined in ``lowbit/kernels/csrc/vector.h``, the same to the bit on every processor; they differ from PyTorch's in
-    the last bits. The plan is compared with ``model`` for the example.
+    the last bits. The plan's output for the example is compared with the model's.
 
     Args:
-        model: a model with one input from `lowbit.pack`, or what `lowbit.fuse` made of it.
-        example: an input batch; later ones have the same shape but for the number of items, which is free. None uses a
+        model: a packed model with one input, from `lowbit.pack` or `lowbit.fuse`.
+        example: an input batch. Later batches must have the same shape, but may have any number of items. None uses a
             generated input for models of `lowbit.models.create`.
-        threads: see `Plan`.
+        threads: number of threads of a call, as in `Plan`.
 
     Raises:
-        LowbitError: the model is not packed, has an operation that plans do not know (the message names the module and
-            the operation; `lowbit.fuse` goes further), or the plan gives another output for the example.
+        LowbitError: the model is not packed; it has an operation that plans do not support (the message names the
+            module and the operation; `lowbit.fuse` supports more); or the plan's output for the example differs.
     """
     if isinstance(model, fx.GraphModule) and model.meta.get("made_by") == FUSED["made_by"]:
         graph = model
@@ -63,7 +63,7 @@ def plan(model: nn.Module, example: Tensor | None = None, threads: int | None = 
 
 @torch.no_grad()
 def _compare(made: Plan, model: nn.Module, example: Tensor, exact: bool) -> None:
-    """Refuse a plan that gives another output than the model, for the example and for a batch of two."""
+    """Refuse a plan whose output differs from the model's, for a batch made of the example."""
     batch = torch.cat([example, example.flip(0)])[:3].cpu()
     expected = model.eval()(batch.to(example.device)).cpu().flatten(1)
     actual = made(batch)
@@ -113,7 +113,7 @@ class _Interpreter(fx.Interpreter):
         return _lower_module(self.lowering, str(target), module, args, kwargs)
 
     def lower(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """A function or a method, by its name for methods."""
+        """Lower a call of a function, or of a method given by its name."""
         handler = FUNCTIONS.get(target) or FUNCTIONS.get(getattr(target, "__name__", ""))
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if handler is not None:
@@ -135,7 +135,7 @@ _VIEWS = frozenset((
 
 
 def _view(target: Any, args: Any, kwargs: Any, lowering: Lowering) -> Any:
-    """A rearrangement: torch's own, on the elements' numbers."""
+    """Rearrange a value by torch's own function on the numbers of its elements."""
     args, kwargs = tree_map(
         lambda x: (
             lowering.of(x).ids if isinstance(x, Value) or (isinstance(x, Tensor) and x.is_floating_point()) else x
@@ -148,7 +148,7 @@ def _view(target: Any, args: Any, kwargs: Any, lowering: Lowering) -> Any:
 
 
 def _lower_module(lowering: Lowering, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """A module that the graph calls: one that plans know, or else what it consists of."""
+    """Lower a module that the graph calls: as one operation if plans know it, otherwise by its own graph."""
     if len(args) == 1 and not kwargs and isinstance(args[0], Value):
         known = lower_known(lowering, module, args[0])
         if known is not None:
@@ -168,5 +168,5 @@ def _lower_module(lowering: Lowering, name: str, module: nn.Module, args: Any, k
 
 
 def _interpret(lowering: Lowering, graph: fx.GraphModule, *inputs: Any) -> Any:
-    """The graph's output for these inputs."""
+    """Run the graph with these inputs and return its output."""
     return _Interpreter(graph, lowering).run(*inputs)

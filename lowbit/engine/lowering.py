@@ -1,4 +1,4 @@
-"""What lowering knows: the values of a graph as numbers of elements, and the operations so far."""
+"""The state of lowering: the values of a graph as numbers of elements, and the operations so far."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from lowbit.engine.format import Tensor as Stored
 from lowbit.errors import LowbitError
 
 SKEW = 512
-"""From so many bytes on, rows of a linear layer are 64 bytes apart, out of each other's cache sets."""
+"""Rows of a linear layer of a multiple of so many bytes get 64 bytes more, to avoid conflicts in the cache."""
 SHIFT = 40
-"""The bits of an element's number that say where in its tensor it is."""
+"""Number of low bits of an element's number that hold its index in its tensor."""
 
 
 class Value:
-    """A tensor of the graph: which elements of which stored tensors it consists of.
+    """A tensor of the graph, described by the elements of stored tensors that it consists of.
 
     Args:
         ids: int64, of the tensor's shape with a batch of one: ``number of the stored tensor << 40 | element``.
@@ -37,7 +37,7 @@ class Value:
 
     @property
     def ndim(self) -> int:
-        """Number of dims."""
+        """Number of dimensions."""
         return self.ids.ndim
 
     @property
@@ -53,7 +53,7 @@ class Value:
 
 @dataclass(eq=False)
 class Request:
-    """An operation's wish for a map: the view of rows ``[rows, channels]`` it reads, and how it is rounded."""
+    """An operation's request for a map: the rows ``[rows, channels]`` that it reads, and how they are rounded."""
 
     op: Op
     source: Stored
@@ -71,13 +71,13 @@ class Request:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Requests with the same key are served by one map."""
+        """Requests with equal keys share one map."""
         view = (id(self.source), self.offset, self.step, self.planar, self.size)
         return (*view, self.scale, self.dynamic, self.low, self.high, self.before, self.tight)
 
 
 class Lowering:
-    """The operations so far, and what is known of their values."""
+    """The operations so far, and their values."""
 
     def __init__(self, shape: Sequence[int]):
         height, width = (shape[1], shape[2]) if len(shape) == 3 else (1, math.prod(shape[1:]) if shape else 1)
@@ -87,12 +87,12 @@ class Lowering:
         self.ops: list[Op] = []
         self.made: dict[Stored, Op] = {}
         self.requests: list[Request] = []
-        self.exact = True  # whether there are only operations that are the same to the bit in PyTorch
+        self.exact = True  # whether all operations give the same bits as PyTorch's
 
     # ---- values ----
 
     def number(self, stored: Stored | np.ndarray) -> int:
-        """Its number in ids."""
+        """The number of a stored tensor, which it gets at the first call."""
         for i, other in enumerate(self.stored):
             if other is stored:
                 return i
@@ -100,13 +100,13 @@ class Lowering:
         return len(self.stored) - 1
 
     def value(self, stored: Stored | np.ndarray, shape: Sequence[int]) -> Value:
-        """All elements of a stored tensor, in order, with that shape."""
+        """The value of all elements of a stored tensor, in order, with the given shape."""
         count = stored.size if isinstance(stored, np.ndarray) else stored.rows * stored.channels
         ids = torch.arange(count) + (self.number(stored) << SHIFT)
         return Value(ids.reshape(tuple(shape)))
 
     def of(self, x: Any) -> Value:
-        """A value of the graph, or a constant tensor or number as one."""
+        """Return a value unchanged; make a constant tensor or number a value."""
         if isinstance(x, Value):
             return x
         x = torch.as_tensor(x)
@@ -114,7 +114,7 @@ class Lowering:
         return self.value(array, x.shape)
 
     def constant(self, ids: Tensor) -> np.ndarray | None:
-        """The numbers, if all of these elements are constants."""
+        """The numbers of these elements, float32 and flat, if all are constants; otherwise None."""
         numbers = ids.flatten() >> SHIFT
         if not all(isinstance(self.stored[i], np.ndarray) for i in numbers.unique().tolist()):
             return None
@@ -126,7 +126,7 @@ class Lowering:
         return out
 
     def add(self, op: Op) -> None:
-        """Append an operation."""
+        """Append an operation to the plan."""
         self.ops.append(op)
         if op.floats is not None:
             self.made[op.floats] = op
@@ -134,7 +134,7 @@ class Lowering:
     # ---- how operations read ----
 
     def view(self, rows: Tensor) -> tuple[Stored, int, int] | None:
-        """The tensor, offset and step of ids ``[rows, channels]``, if they lie in memory like that."""
+        """Tensor, offset and step of ids ``[rows, channels]`` if they lie in memory as such rows; otherwise None."""
         first = int(rows[0, 0])
         stored = self.stored[first >> SHIFT]
         step = int(rows[1, 0]) - first if len(rows) > 1 else rows.shape[1]
@@ -144,7 +144,7 @@ class Lowering:
         return (stored, first & ((1 << SHIFT) - 1), step) if torch.equal(rows, expected) else None
 
     def dense(self, ids: Tensor, size: tuple[int, int, int]) -> Stored:
-        """A tensor that holds exactly these elements in order: the one they come from, or a copy."""
+        """A tensor that holds exactly these elements in order: their own tensor, or a copy."""
         flat = ids.flatten()
         stored = self.stored[int(flat[0]) >> SHIFT]
         inside = isinstance(stored, Stored) and stored is not self.x and stored.rows * stored.channels == flat.numel()
@@ -154,7 +154,7 @@ class Lowering:
         return self.copy(flat, size)
 
     def copy(self, flat: Tensor, size: tuple[int, int, int]) -> Stored:
-        """A new tensor of these elements, of whatever tensors."""
+        """Copy these elements, which may come from several tensors, into a new tensor."""
         jumps = torch.nonzero(flat[1:] != flat[:-1] + 1).flatten() + 1
         begins = [0, *jumps.tolist()]
         ends = [*begins[1:], flat.numel()]
@@ -183,7 +183,7 @@ class Lowering:
         return made
 
     def rows_of(self, ids: Tensor) -> tuple[Stored, int, int]:
-        """Where ids ``[rows, channels]`` lie, after a copy if need be."""
+        """Tensor, offset and step of ids ``[rows, channels]``, copied if they do not lie in memory as rows."""
         found = self.view(ids)
         if found is None:
             made = self.copy(ids.flatten(), (1, len(ids), ids.shape[1]))
@@ -201,9 +201,9 @@ class Lowering:
         before: Tensor | None,
         tight: bool,
     ) -> None:
-        """Let ``op`` read the elements ``[height, width, channels]`` from a map as its first input.
+        """Request a map of the elements ``[height, width, channels]`` as the first input of ``op``.
 
-        ``tight``: without pads between the places, though the number of channels is not a multiple of 4.
+        ``tight`` leaves out the pads between places, even if the number of channels is not a multiple of 4.
         """
         height, width, channels = ids.shape
         rows = ids.reshape(-1, channels)
@@ -234,12 +234,12 @@ class Lowering:
     # ---- the end ----
 
     def finish(self, y: Any) -> bytes:
-        """Serve the requests for maps, and write the file."""
+        """Serve the requests for maps and return the content of the plan's file."""
         if not isinstance(y, Value):
             raise LowbitError(f"the model returns a {type(y).__name__}; plans return one tensor")
         out = self.dense(y.ids, (1, 1, y.ids.numel())) if y.ids.numel() else None
         if out is None or out is self.x:
-            raise LowbitError("the model returns nothing that it computed")
+            raise LowbitError("the model returns its input or nothing; plans return a computed tensor")
         self._merge_affine(out)
         maps: dict[tuple[Any, ...], Stored] = {}
         groups: dict[tuple[Any, ...], list[Request]] = {}
@@ -256,7 +256,7 @@ class Lowering:
         return file_format.write(self.ops, self.x, out)
 
     def _merge_affine(self, out: Stored) -> None:
-        """Let depthwise convolutions take in a BatchNorm and a ReLU that alone read them, as `fuse` does for others."""
+        """Merge a BatchNorm or ReLU into the operation before it, if nothing else reads that operation's output."""
         for op in list(self.ops):
             if op.kind != "affine" or op not in self.ops:
                 continue
@@ -283,7 +283,7 @@ class Lowering:
             self.ops.remove(op)
 
     def _serve(self, group: list[Request]) -> Stored:
-        """The map for requests that agree; written by the operation before, or by one of its own."""
+        """Make the map for requests with equal keys; the operation before writes it, or else a new one."""
         first = group[0]
         height, width, channels = first.size
         border = (max(r.border[0] for r in group), max(r.border[1] for r in group))

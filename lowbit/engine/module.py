@@ -1,4 +1,4 @@
-"""A plan as a torch module, and the operator ``lowbit::run_plan`` by which torch.compile and torch.export see it."""
+"""A plan as a torch module, and the operator ``lowbit::run_plan``, which torch.compile and torch.export support."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ _plans = WeakTensorKeyDictionary()
 
 
 class PlanModule(nn.Module):
-    """A `Plan` as a module: its file is a buffer, so it is saved, moved and exported with the model around it.
+    """A `Plan` as a module. Its file is a buffer, so it is saved and exported with the model around it.
 
     Args:
-        plan: the plan.
+        plan: the plan to run.
     """
 
     content: Tensor
@@ -30,10 +30,10 @@ class PlanModule(nn.Module):
 
 @torch.library.custom_op("lowbit::run_plan", mutates_args=(), device_types="cpu")
 def run_plan(content: Tensor, x: Tensor, outputs: int) -> Tensor:
-    """Run a plan; it is loaded once for each tensor that holds its file.
+    """Run a plan. It is loaded once per tensor with its content.
 
     Args:
-        content: the file, uint8.
+        content: the content of the plan's file, uint8.
         x: float32 ``[B, ...]``.
         outputs: the plan's number of outputs.
     """

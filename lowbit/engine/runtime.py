@@ -24,11 +24,11 @@ class Plan:
 
     Args:
         content: the bytes of a plan's file.
-        threads: threads of a call: of a batch they share the items, of a single item the operations. None takes the
-            number of cores this process may use.
+        threads: number of threads of a call. They share the items of a batch, or the work of each operation if there
+            is a single item. None takes the number of cores that this process may use.
 
     Raises:
-        LowbitError: these are not the bytes of a plan, or the compiled kernels are missing.
+        LowbitError: the bytes are not a plan, or the compiled kernels are missing.
     """
 
     def __init__(self, content: bytes, threads: int | None = None):
@@ -51,14 +51,14 @@ class Plan:
         self.output_shape = tuple(int(y[name]) for name in ("height", "width", "channels"))
 
     def __call__(self, x: Any) -> Any:
-        """The outputs for a batch.
+        """Compute the outputs for a batch.
 
         Args:
             x: float32 ``[B, ...]`` with as many numbers for each item as the network's example had; a torch tensor on
                 the CPU or a numpy array.
 
         Returns:
-            Float32 ``[B, outputs]``, of the same library as ``x``.
+            Float32 ``[B, outputs]``, an array or a tensor as ``x`` is.
 
         Raises:
             LowbitError: ``x`` has another dtype, device or number of values.
@@ -68,12 +68,12 @@ class Plan:
         return self._run_torch(x)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file."""
+        """Write the plan to a file and return its path."""
         write_atomically(path, lambda file: file.write(self.content))
         return Path(path)
 
     def operations(self) -> list[dict[str, Any]]:
-        """What the plan does, in order: kind, size of the output, bytes of weights, and seconds if a call was timed."""
+        """The operations in order: kind, numbers of the tensors, size of the output, bits, and bytes of data."""
         header = np.frombuffer(self.content, file_format.HEADER, 1)[0]
         at = file_format.HEADER.itemsize
         tensors = np.frombuffer(self.content, file_format.TENSOR, int(header["tensors"]), at)
@@ -89,7 +89,7 @@ class Plan:
         return rows
 
     def time(self, x: np.ndarray, repeats: int = 20) -> np.ndarray:
-        """Seconds that each operation takes for the first item of ``x``, on one thread: the least of ``repeats``."""
+        """Seconds per operation for the first item of ``x`` on one thread, the minimum over ``repeats`` calls."""
         item = np.ascontiguousarray(x[:1], np.float32)
         y = np.empty(self.outputs, np.float32)
         library = self._library
@@ -133,10 +133,10 @@ class Plan:
 
 
 def load_plan(path: str | Path, threads: int | None = None) -> Plan:
-    """The plan that `Plan.save` wrote. Nothing in the file is trusted: it is checked before it is used.
+    """Load a plan from a file that `Plan.save` wrote. The whole file is checked before it is used.
 
     Raises:
-        LowbitError: there is no such file, or it is not a plan.
+        LowbitError: the file cannot be read, or is not a plan.
     """
     try:
         content = Path(path).read_bytes()
@@ -149,7 +149,7 @@ def load_plan(path: str | Path, threads: int | None = None) -> Plan:
 
 
 def _cores() -> int:
-    """How many cores this process may use; macOS does not tell, so there all of them."""
+    """Number of cores that this process may use; on macOS, which does not tell, all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -166,6 +166,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 def _raise(status: int) -> None:
     if status == _NO_MEMORY:
-        raise MemoryError("the plan could not get its working memory")
+        raise MemoryError("there is not enough memory to run the plan")
     if status:
         raise RuntimeError(f"the plan could not be run ({status})")

@@ -1,4 +1,4 @@
-"""What the study trains: ``notebooks/study.yaml``, spelled out into single trainings."""
+"""The study's plan: ``notebooks/study.yaml``, expanded into single trainings."""
 
 import copy
 import hashlib
@@ -21,13 +21,13 @@ Positive = Annotated[int, Ge(1)]
 
 
 class Phase(BaseModel):
-    """Epochs that follow a training, from its end with its optimizer's moments, each phase from the same point.
+    """Epochs that follow a training. Each phase starts from its end, with its optimizer's moments.
 
     Attributes:
-        arm: the name of its row in the table.
-        epochs: how many.
-        lr: constant learning rate; lowered for all phases of an arm where the rule of annealing asks for it.
-        boundary: of confidence-guided annealing; None lets all weights move.
+        arm: the name of the phase's row in the table.
+        epochs: number of epochs.
+        lr: constant learning rate; lowered for all phases of an arm if the rule of annealing requires it.
+        boundary: boundary range of confidence-guided annealing; None lets all weights move.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,21 +39,21 @@ class Phase(BaseModel):
 
 
 class Arm(BaseModel):
-    """One way to train, with the bit widths, budgets and seeds at which the table has it.
+    """One way to train, with its bit widths, budgets and seeds.
 
     Attributes:
-        name: in the table, where it is not the name in the plan: the same arm at other widths, of another rank.
-        bits: widths; each is put into ``quant.weight.bits``, and into ``quant.activation.bits`` where the activation
-            has ``bits: same``. 32 means full precision.
+        name: the name in the table, if it differs from the name in the plan; for one arm with widths of several ranks.
+        bits: bit widths; each sets ``quant.weight.bits``, and also ``quant.activation.bits`` if the activation has
+            ``bits: same``. 32 means full precision.
         quant: as in a run file, without the bits.
         train: changes to the table's ``train``.
-        epochs, seeds: those of the table's that this arm has; None is all.
+        epochs, seeds: the subset of the table's that this arm has; None for all.
         phases: see `Phase`; at the longest budget only.
-        first: changes to ``train`` of the table's ``source``. In a table without one the network is trained in full
-            precision first, for as many epochs, with these changes to the table's ``train``, and then quantized; None
-            quantizes it as it is initialized.
-        columns: further columns of its rows.
-        rank: arms of a lower rank come first.
+        first: changes to ``train`` of the table's ``source``. In a table without a source the network is first trained
+            in full precision, for as many epochs, with these changes to the table's ``train``, and then quantized.
+            None quantizes the initialized network.
+        columns: further columns of the arm's rows.
+        rank: arms of a lower rank run first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,20 +71,20 @@ class Arm(BaseModel):
 
 
 class Tune(BaseModel):
-    """Learning rates for single arms of a table, chosen on validation; `lowbit_suite.study.rates` has the rule.
+    """Learning rates for single arms of a table, chosen on validation data; `lowbit_suite.study.rates` has the rule.
 
-    It adds two tables: ``<table>_rates`` has the trials, and ``<table>_tuned`` the arms at their chosen rates, with the
+    It adds two tables. ``<table>_rates`` has the trials. ``<table>_tuned`` has the arms at their chosen rates, with the
     table's seeds and its longest budget.
 
     Attributes:
-        claims: the claims that need them.
-        arms: names of the table's arms.
-        factors: multiples of an arm's common rate that are tried, ascending, 1 among them.
-        further: how many multiples may be added beyond these, one after the other, while the best is at the edge.
+        claims: the claims that need these tables.
+        arms: names of the arms to tune.
+        factors: multiples of an arm's common rate to try, ascending; 1 is among them.
+        further: how many multiples may be added beyond these, one by one, while the best is at the edge.
         hold_out: fraction of the training split on which a trial is scored; it trains on the rest.
         epochs: budget of a trial.
-        seeds: of the trials; none of the table's.
-        rank: of both tables.
+        seeds: seeds of the trials; they differ from the table's.
+        rank: rank of both tables.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,12 +107,12 @@ class Tune(BaseModel):
 
 
 class Correlation(BaseModel):
-    """One more table made of a table's rows: for each seed a rank correlation over the arms.
+    """A further table, computed from a table's rows: for each seed a rank correlation over the arms.
 
     Attributes:
-        table: its name.
-        column: the name of the correlation in it.
-        of: the two columns that are ranked.
+        table: name of the further table.
+        column: name of its column with the correlation.
+        of: the two columns to rank.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -126,19 +126,19 @@ class Table(BaseModel):
     """Arms that are compared with each other.
 
     Attributes:
-        title: what is compared, for people.
-        claims: the claims that need it.
+        title: a readable title of the comparison.
+        claims: the claims that need the table.
         run: model, data, teacher and train of a run file; ``epochs`` and ``seed`` are filled in.
         epochs: budgets, ascending; each has a schedule of its own.
-        seeds: every arm runs with each.
+        seeds: random seeds; every arm runs with each.
         grid: the weight method through whose levels an arm in full precision is tracked, or None.
-        source: what is trained first, ``data`` and ``train`` as in a run file; its network goes on with a new head.
-        track_source: a column tells how many weights of low bits were frozen in the last epoch of the source task.
+        source: the source task, ``data`` and ``train`` as in a run file; its network continues with a new head.
+        track_source: whether to record the share of low-bit weights that are frozen in the source task's last epoch.
         detector: arguments of `lowbit.models.detector`: the trained classifier becomes the trunk of a detector instead.
-        cycle: a place in the run file, ``data.speaker``, and the values that seeds 0, 1, 2, ... have there in turn; a
-            column of the table.
-        rank: added to that of its arms.
-        arms: by name.
+        cycle: a place in the run file, such as ``data.speaker``, and its values for seeds 0, 1, 2, ... in turn; it
+            becomes a column of the table.
+        rank: added to the rank of each arm.
+        arms: the arms by name.
         tune: see `Tune`, or None.
         correlation: see `Correlation`, or None.
     """
@@ -177,7 +177,7 @@ class Table(BaseModel):
     @field_validator("tune")
     @classmethod
     def _of_the_table(cls, value: Tune | None, info: ValidationInfo) -> Tune | None:
-        if value is not None and {"arms", "seeds"} <= set(info.data):  # else they are refused already
+        if value is not None and {"arms", "seeds"} <= set(info.data):  # otherwise they have been refused already
             arms, judged = info.data["arms"], info.data["seeds"]
             if unknown := [name for name in value.arms if name not in arms]:
                 raise ValueError(f"the table has no arm {unknown[0]!r}; it has {', '.join(arms)}")
@@ -190,7 +190,7 @@ class Derived(Table):
     """A table that a `Tune` adds to another one.
 
     Attributes:
-        common: the name of the other table, whose arms share one rate.
+        common: name of the other table, whose arms share one rate.
         factors: multiples of that rate, each a trial; empty for the table at the chosen rates.
         further: see `Tune`.
     """
@@ -205,18 +205,18 @@ class Training:
     """One arm of one table at one bit width, with one budget and one seed.
 
     Attributes:
-        table, arm, bits, epochs, seed: which.
-        run: the run file's content, complete.
-        phases: what follows it.
+        table, arm, bits, epochs, seed: its place in the plan.
+        run: the complete content of a run file.
+        phases: the phases that follow it.
         grid: see `Table`.
-        source: the run file's content of what is trained first, or None.
+        source: the complete run file of the source task, or None.
         detector, track_source: see `Table`.
-        columns: further columns of its rows: the arm's, what `Table.cycle` gave this seed, a rate that is not common.
-        rank: of the arm.
-        common: of tables that a `Tune` adds: the table with the common rate.
-        trial: whether it is one of the trainings by which a rate is chosen.
+        columns: further columns of its rows: the arm's, the seed's value of `Table.cycle`, and a tuned rate.
+        rank: rank of the arm.
+        common: in tables that a `Tune` adds, the table with the common rate.
+        trial: whether it is one of the trainings that a rate is chosen by.
         factor: multiple of the common rate; None in tables with a common rate, and while it is not chosen.
-        same: the training of the common table that is this one too; that one is run, and has the result.
+        same: the equal training of the common table, which runs in its place; or None.
     """
 
     table: str
@@ -239,18 +239,18 @@ class Training:
 
     @property
     def key(self) -> tuple[str | int | float, ...]:
-        """What tells it from all other trainings: table, arm, bits, epochs, seed, and the factor if it has one."""
+        """Its unique key: table, arm, bits, epochs, seed, and the factor if it has one."""
         key = self.table, self.arm, self.bits, self.epochs, self.seed
         return key if self.factor is None else (*key, self.factor)
 
     @property
     def block(self) -> tuple[str | int, ...]:
-        """The trainings that are compared: same table, budget and seed; of trials, those of the same arm."""
+        """The group that is compared: same table, budget and seed; for trials, same table, budget and arm."""
         return (self.table, self.epochs, self.arm, self.bits) if self.trial else (self.table, self.epochs, self.seed)
 
     @property
     def waits(self) -> bool:
-        """Whether its rate is still to be chosen."""
+        """Whether it waits for the choice of its learning rate."""
         return self.common is not None and self.factor is None
 
     @property
@@ -260,13 +260,13 @@ class Training:
 
     @property
     def length(self) -> int:
-        """Epochs in all, with those of the phases and of what is trained first."""
+        """Number of epochs, including its phases and its source task."""
         first = 0 if self.source is None else self.source["train"]["epochs"]
         return first + self.epochs + sum(phase.epochs for phase in self.phases)
 
     @property
     def digest(self) -> str:
-        """Changes whenever anything that is trained changes."""
+        """A fingerprint of its settings, which changes with any of them."""
         plain = [self.run, [phase.model_dump() for phase in self.phases], self.grid]
         plain += [self.source, self.detector] if self.source or self.detector else []
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
@@ -281,20 +281,20 @@ class Training:
         return RunConfig.from_dict(copy.deepcopy(self.run))
 
     def source_config(self) -> RunConfig | None:
-        """The checked run file of what is trained first, or None."""
+        """The checked run file of the source task, or None."""
         return None if self.source is None else RunConfig.from_dict(copy.deepcopy(self.source))
 
 
 def file() -> Path:
-    """The plan of the project."""
+    """Path of the project's plan."""
     return paths.project() / "notebooks" / FILE
 
 
 def load(path: Path | None = None) -> dict[str, Table]:
-    """The tables of the plan, those that a `Tune` adds last.
+    """The tables of the plan; those that a `Tune` adds come last.
 
     Raises:
-        LowbitError: no plan, or one that is not valid; the message names the place.
+        LowbitError: there is no plan, or it is not valid; the message names the place.
     """
 
     path = path or file()
@@ -323,7 +323,7 @@ def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:
     """The two tables that ``tune`` adds to ``table``."""
     plain: dict[str, Any] = {"epochs": None, "seeds": None, "phases": [], "rank": 0}
     data = table.run.get("data")
-    validation = data | {"hold_out": tune.hold_out} if isinstance(data, dict) else data  # else it is refused as a run
+    validation = data | {"hold_out": tune.hold_out} if isinstance(data, dict) else data  # otherwise the run is refused
     shared: dict[str, Any] = dict(table) | {"claims": tune.claims, "rank": tune.rank, "common": name}
     shared |= {"tune": None, "correlation": None}
     shared["arms"] = {arm: table.arms[arm].model_copy(update=plain) for arm in tune.arms}
@@ -342,10 +342,10 @@ def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:
 def trainings(tables: dict[str, Table]) -> Iterator[Training]:
     """Every training of the plan, table by table, in the order of seeds, budgets and arms.
 
-    Those at a chosen rate still wait for it: `lowbit_suite.study.rates.trainings` goes on from here by the journals.
+    Trainings at a chosen rate still wait for it here; `lowbit_suite.study.rates.trainings` adds it from the journals.
 
     Raises:
-        LowbitError: an arm that is no valid run.
+        LowbitError: an arm is not a valid run.
     """
     for name, table in tables.items():
         for seed in table.seeds:
@@ -361,7 +361,7 @@ def trainings(tables: dict[str, Table]) -> Iterator[Training]:
 def at_rate(training: Training, factor: float) -> Training:
     """A training at a multiple of its learning rate, with two more columns: ``lr_factor`` and ``lr``."""
     lr = training.config().train.lr * factor
-    changed = {} if factor == 1 else {"lr": lr}  # as it stands, the run is that of the common table
+    changed = {} if factor == 1 else {"lr": lr}  # unchanged, so that the run equals that of the common table
     run = training.run | {"train": training.run["train"] | changed}
     columns = training.columns | {"lr_factor": factor, "lr": lr}
     return _checked(replace(training, run=run, columns=columns, factor=factor))

@@ -52,7 +52,7 @@ def trainings(tables: dict[str, Table], lines: Iterable[Done]) -> list[Training]
 
 
 def choices(tables: dict[str, Table], lines: Iterable[Done]) -> dict[ArmKey, Choice]:
-    """What the trials of each arm say, by its common table, name and bits.
+    """The choice for each arm, by common table, arm name and bits.
 
     Args:
         tables: from `lowbit_suite.study.plan.load`.

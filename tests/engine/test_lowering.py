@@ -1,339 +1,264 @@
-"""Plans against the packed models that they are made of."""
-
-import copy
+"""`Lowering` by hand: which elements a value consists of, how operations read them, and which maps they get."""
 
 import numpy as np
 import pytest
-import timm
 import torch
-from torch import nn
-from typer.testing import CliRunner
 
-import lowbit
-from lowbit.engine import lower
+from lowbit.engine.format import MAP, Op
+from lowbit.engine.format import Tensor as Stored
+from lowbit.engine.lowering import SHIFT, Lowering, Value
 from lowbit.errors import LowbitError
-from lowbit.models import create
-from lowbit.nn import QuantConfig
-from lowbit.quantizers import LSQ, DenseShift, StatsQ
-from lowbit_suite.app import app
-
-SHAPES = {"ds_cnn": (3000,), "kws_resnet": (3000,)}
-# Only these have no float operation but the mean of a global average, whose sums may be ordered differently.
-INTEGERS = ("resnet8", "resnet20", "ds_cnn", "kws_resnet")
 
 
-def packed(model: nn.Module, x: torch.Tensor, bits: int = 3, method=DenseShift, **more) -> nn.Module:
-    """A calibrated and packed model with batch statistics that keep its numbers in range."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0
-    weight = method(bits=bits)
-    lowbit.quantize_(model, QuantConfig(**{"weight": weight, "activation": LSQ(bits=8), "first_last": 8} | more))
-    lowbit.calibrate(model, x)
-    with torch.no_grad():
-        model.train()(x)
-    return lowbit.pack(model.eval(), x)
+def begun(*shape: int) -> tuple[Lowering, torch.Tensor]:
+    """A lowering whose input, number 0, has been copied to number 1, and the ids of the copy ``[rows, channels]``."""
+    lowering = Lowering((1, *shape))
+    lowering.number(lowering.x)
+    made = Stored(1, *shape)
+    lowering.add(Op("gelu", [lowering.x], made))
+    return lowering, lowering.value(made, shape).ids
 
 
-def wrapped(*layers: nn.Module, features: int = 24) -> nn.Module:
-    """The layers after a packed linear layer, which `pack` needs."""
-    return nn.Sequential(nn.Linear(features, features), *layers)
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference, as a share of the expected norm."""
-    return float((actual - expected.flatten(1)).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "vit_nano_patch8", "ds_cnn", "kws_resnet"])
-@torch.no_grad()
-def test_plans_of_the_projects_models(name, bits):
-    torch.manual_seed(bits)
-    x = torch.randn(3, *SHAPES.get(name, (3, 32, 32)))
-    model = packed(create(name), x, bits)
-    plan = lowbit.plan(model, x[:1])
-    actual, expected = plan(x), model(x)
-    assert actual.shape == (3, 10)
-    if name in INTEGERS and name.startswith("resnet"):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    assert difference(actual, expected) < 0.03  # one activation that is rounded the other way
-    np.testing.assert_array_equal(plan(x.numpy()), actual.numpy())
-
-
-@pytest.mark.parametrize("qkr", [False, True])
-@torch.no_grad()
-def test_low_bit_attention(qkr):
-    torch.manual_seed(3)
-    x = torch.randn(2, 3, 32, 32)
-    model = packed(create("vit_nano_patch8"), x, 4, StatsQ, attention=True, qkr=qkr, activation=LSQ(bits=4))
-    assert difference(lowbit.plan(model, x)(x), model(x)) < 0.1
-
-
-@pytest.mark.parametrize("name", ["mobilenet_v2", pytest.param("resnet18", marks=pytest.mark.slow)])
-@torch.no_grad()
-def test_models_of_other_libraries(name):
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 64, 64)
-    model = packed(create(name, img_size=64), x)
-    assert difference(lowbit.plan(model, x)(x), model(x)) < 0.03
-
-
-@torch.no_grad()
-def test_a_shifted_window_transformer():
-    torch.manual_seed(0)
-    x = torch.randn(1, 3, 32, 32)
-    swin = timm.models.swin_transformer.SwinTransformer(
-        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=5
-    )
-    model = packed(swin, x)
-    assert difference(lowbit.plan(model, x)(x), model(x)) < 0.1
-
-
-LAYERS = {
-    "norm": nn.LayerNorm(24),
-    "norm without numbers": nn.LayerNorm(24, elementwise_affine=False, eps=0.1),
-    "gelu": nn.GELU(),
-    "relu": nn.ReLU(),
-    "relu6": nn.ReLU6(),
-    "softmax": nn.Softmax(-1),
-    "several": nn.Sequential(nn.GELU(), nn.Identity(), nn.Dropout(), nn.LayerNorm(24)),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@torch.no_grad()
-def test_float_operations_to_the_last_bits(name):
-    torch.manual_seed(1)
-    x = 3 * torch.randn(2, 7, 24)
-    layer = LAYERS[name]
-    if name == "norm":
-        nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
-    model = packed(wrapped(layer), x, first_last="same")
-    actual = lowbit.plan(model, x)(x).reshape(x.shape)
-    torch.testing.assert_close(actual, model(x), rtol=3e-6, atol=3e-6)
-
-
-class Images(nn.Module):
-    """A packed convolution, then ``layer``."""
-
-    def __init__(self, layer: nn.Module, channels: int = 20):
-        super().__init__()
-        self.conv, self.layer = nn.Conv2d(3, channels, 3, padding=1), layer
-
-    def forward(self, x):
-        return self.layer(self.conv(x))
-
-
-POOLS = {
-    "max": nn.MaxPool2d(2),
-    "overlapping max": nn.MaxPool2d(3, 2, 1),
-    "average": nn.AvgPool2d(2),
-    "average with pads": nn.AvgPool2d(3, 2, 1),
-    "average without pads": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
-    "average of a divisor": nn.AvgPool2d(2, divisor_override=3),
-    "global": nn.AdaptiveAvgPool2d(1),
-    "quarters": nn.AdaptiveAvgPool2d((3, 2)),
-    "batchnorm": nn.Sequential(nn.Identity(), nn.BatchNorm2d(20), nn.ReLU()),
-    "flatten": nn.Flatten(),
-}
-
-
-@pytest.mark.parametrize("name", POOLS)
-@torch.no_grad()
-def test_operations_on_images(name):
-    torch.manual_seed(2)
-    x = torch.randn(2, 3, 12, 8)
-    model = packed(Images(copy.deepcopy(POOLS[name])), x, first_last="same")
-    expected = model(x)
-    tolerance = 0 if "max" in name or name == "flatten" else 3e-6
-    actual = lowbit.plan(model, x)(x).reshape(expected.shape)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-class Rearranged(nn.Module):
-    """Views, slices, concatenation and sums of what a packed layer gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(24, 24), nn.Linear(24, 8)
-        self.token = nn.Parameter(torch.randn(1, 1, 24))
-
-    def forward(self, x):
-        y = self.first(x)
-        y = torch.cat([self.token.expand(x.shape[0], -1, -1), y.flip(1)], dim=1)
-        y = torch.roll(y, 2, 1) + y * 0.5
-        y = y.reshape(x.shape[0], -1, 2, 12).transpose(1, 2).flatten(2)
-        return self.last(y.reshape(x.shape[0], -1, 24)[:, 1:]).mean(1)
-
-
-class Branches(nn.Module):
-    """Convolutions that read one tensor by the same step, with different paddings: the narrow one first, or last."""
-
-    def __init__(self, paddings):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 1)
-        self.branches = nn.ModuleList(nn.Conv2d(8, 4, 2 * p + 1, padding=p) for p in paddings)
-
-    def forward(self, x):
-        y = self.first(x)
-        return torch.cat([branch(y) for branch in self.branches], 1)
-
-
-@pytest.mark.parametrize("paddings", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
-@torch.no_grad()
-def test_readers_with_different_paddings_share_a_map(paddings):
-    torch.manual_seed(8)
-    x = torch.randn(2, 3, 7, 6)
-    model = packed(Branches(paddings), x, first_last="same")
-    for branch in model.branches:  # as calibration gives it, up to the last bits
-        branch.x_scale.copy_(model.branches[0].x_scale)
-        branch.low, branch.high = model.branches[0].low, model.branches[0].high
-    plan = lowbit.plan(model, x)
-    assert torch.equal(plan(x), model(x).flatten(1))
-    assert len({row["inputs"][0] for row in plan.operations() if row["kind"] == "product"}) == 2
-
-
-@torch.no_grad()
-def test_rearrangements():
-    torch.manual_seed(4)
-    x = torch.randn(3, 5, 24)
-    model = packed(Rearranged(), x, first_last="same")
-    torch.testing.assert_close(lowbit.plan(model, x)(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_first_and_last_layers_in_full_precision():
-    torch.manual_seed(7)
-    for name in ("resnet8", "vit_nano_patch8"):
-        x = torch.randn(2, 3, 32, 32)
-        model = packed(create(name), x, first_last=None)
-        assert difference(lowbit.plan(model, x)(x), model(x)) < 0.03
-
-
-@pytest.mark.parametrize("activation", [LSQ(bits=8), LSQ(bits=4), LSQ(bits=4, bias=True), None])
-@torch.no_grad()
-def test_input_quantizers(activation):
-    """With a step from calibration, with biases, and with a scale computed for each row or image."""
-    torch.manual_seed(5)
-    x = torch.randn(3, 3, 9, 9)
-    net = nn.Sequential(nn.Conv2d(3, 10, 3, 2), nn.ReLU(), nn.Conv2d(10, 6, 1), nn.Flatten(), nn.Linear(96, 5))
-    model = packed(net, x, activation=activation, first_last="same")
-    torch.testing.assert_close(lowbit.plan(model, x)(x), model(x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 31, 33])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (5, 2, 2, 1), (3, 1, 0, 2), (1, 2, 0, 1)]
+    ("shape", "size"),
+    [((3, 8, 5), (8, 5, 3)), ((4, 6), (1, 6, 4)), ((2, 3, 4, 5), (1, 60, 2)), ((7,), (1, 1, 7)), ((), (1, 1, 1))],
 )
-@torch.no_grad()
-def test_convolutions_of_every_shape(channels, kernel, stride, padding, dilation):
-    torch.manual_seed(6)
-    x = torch.randn(2, channels, 11, 8)
-    convs = (nn.Conv2d(channels, 18, kernel, stride, padding, dilation) for _ in range(2))
-    for conv, first_last in zip(convs, ("same", 8), strict=True):  # 3 and 8 bits
-        model = packed(nn.Sequential(conv), x, first_last=first_last)
-        expected = model(x)
-        actual = lowbit.plan(model, x)(x).reshape(expected.shape)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+def test_the_size_of_the_input(shape, size):
+    x = Lowering(shape).x
+    assert (x.height, x.width, x.channels) == size
 
 
-@torch.no_grad()
-def test_the_same_for_any_threads_and_batch():
-    x = torch.randn(5, 3, 32, 32)
-    model = packed(create("vit_nano"), x)
-    one = lowbit.plan(model, x[:1], threads=1)
-    expected = torch.cat([one(item[None]) for item in x])
-    for threads in (1, 2, 3):
-        made = lowbit.Plan(one.content, threads)
-        assert torch.equal(made(x), expected)
-        assert torch.equal(made(x[:1]), expected[:1])
-    assert one(x[:0]).shape == (0, 10)
+def test_numbers_of_elements():
+    lowering, ids = begun(3, 4)
+    assert ids.tolist() == (torch.arange(12).reshape(3, 4) + 2**40).tolist()
+    value = Value(ids)
+    assert (value.shape, value.ndim, value.dtype, value.device.type) == ((3, 4), 2, torch.float32, "cpu")
+    assert lowering.of(value) is value
+    first, second = lowering.of(2.5), lowering.of(torch.tensor([[1, 2]]))
+    assert (first.ids.tolist(), second.ids.tolist()) == (2 << SHIFT, [[3 << SHIFT, (3 << SHIFT) + 1]])
+    both = torch.cat([second.ids.flip(1).flatten(), first.ids.reshape(1)])
+    np.testing.assert_array_equal(lowering.constant(both), np.array([2, 1, 2.5], np.float32))
+    assert lowering.constant(torch.cat([both, ids[0]])) is None
 
 
-def test_a_plan_is_one_operator_for_torch():
-    x = torch.randn(2, 3, 32, 32)
-    plan = lowbit.plan(packed(create("resnet8"), x), x)
-    module = nn.Sequential(lowbit.engine.PlanModule(plan), nn.ReLU())
-    expected = plan(x).relu()
-    assert torch.equal(module(x), expected)
-    assert torch.equal(torch.compile(module, fullgraph=True, backend="eager")(x), expected)
-    exported = torch.export.export(module, (x,))
-    assert "run_plan" in str(exported.graph)
-    assert torch.equal(exported.module()(x), expected)
+def test_rows_in_memory():
+    lowering, ids = begun(6, 4)
+    stored = lowering.stored[1]
+    assert lowering.view(ids) == (stored, 0, 4)
+    assert lowering.view(ids[1::2, 1:3]) == (stored, 5, 8)
+    assert lowering.view(ids[2:3, :2]) == (stored, 8, 2)  # of one row the step is its length
+    assert lowering.view(ids[1:2].expand(3, 4)) == (stored, 4, 0)
+    assert lowering.view(ids[:2]) == (stored, 0, 4)
+    for other in (ids.flip(0), ids.flip(1), ids.t(), ids[[0, 1, 3]], lowering.of(torch.ones(2, 2)).ids):
+        assert lowering.view(other) is None
+    assert lowering.rows_of(ids) == (stored, 0, 4) and len(lowering.ops) == 1
+    made, offset, step = lowering.rows_of(ids.t())
+    assert (made.height, made.width, made.channels, offset, step) == (1, 4, 6, 0, 6)
+    assert lowering.ops[-1].kind == "copy"
 
 
-def test_files(tmp_path):
-    x = torch.randn(1, 3, 32, 32)
-    plan = lowbit.plan(packed(create("resnet8"), x))  # the example is made up
-    path = plan.save(tmp_path / "net.lbp")
-    again = lowbit.load_plan(path)
-    assert again.content == plan.content
-    assert torch.equal(again(x), plan(x))
-    assert [row["kind"] for row in again.operations()][:2] == ["quantize", "product"]
-    assert (again.time(x.numpy(), repeats=2) >= 0).all()
-    with pytest.raises(LowbitError, match="cannot be read"):
-        lowbit.load_plan(tmp_path / "none.lbp")
-    path.write_bytes(plan.content[:-1])
-    with pytest.raises(LowbitError, match="cut short"):
-        lowbit.load_plan(path)
+def test_a_tensor_of_its_own_is_not_copied():
+    lowering, ids = begun(3, 4)
+    assert lowering.dense(ids, (1, 3, 4)) is lowering.stored[1]
+    assert len(lowering.ops) == 1
+    x = lowering.value(lowering.x, (3, 4)).ids  # what a caller passes is not the plan's to hand on
+    for count, other in enumerate((ids[:2], ids[1:], ids.flip(1), torch.cat([ids[:2], ids[:1]]), x), 2):
+        made = lowering.dense(other, (1, len(other), 4))
+        assert made is not lowering.stored[1] and (made.height, made.width, made.channels) == (1, len(other), 4)
+        assert len(lowering.ops) == count and lowering.ops[-1].kind == "copy"
+
+
+def test_a_copy_in_pieces():
+    lowering, ids = begun(3, 4)
+    x = lowering.value(lowering.x, (12,)).ids
+    flat = torch.cat(
+        [ids[1], x[2:5], lowering.of(torch.tensor([7.0, 8.0])).ids, lowering.of(9.0).ids[None], ids[0, :1]]
+    )
+    made = lowering.copy(flat, (1, 1, 11))
+    op = lowering.ops[-1]
+    assert op.inputs == [lowering.stored[1], lowering.x] and op.floats is made
+    assert op.data[0].tolist() == [[0, 0, 4, 4], [4, 1, 2, 3], [7, 4, 0, 2], [9, 4, 2, 1], [10, 0, 0, 1]]
+    np.testing.assert_array_equal(op.data[1], np.array([7, 8, 9], np.float32))
+    lowering.copy(ids[0], (1, 1, 4))
+    assert lowering.ops[-1].data.keys() == {0}
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_copy_has_at_most_four_sources(count):
+    lowering = Lowering((1, 4))
+    tensors = [Stored(1, 1, 3) for _ in range(count)]
+    flat = torch.cat([lowering.value(tensor, (3,)).ids for tensor in tensors])
+    if count == 4:
+        lowering.copy(flat, (1, 1, 12))
+        assert lowering.ops[-1].inputs == tensors
+        return
+    with pytest.raises(LowbitError, match="more than 4 tensors"):
+        lowering.copy(flat, (1, 1, 15))
+
+
+def ask(lowering, ids, border=(0, 0), scale=0.5, name="linear", before=None, tight=False, low=-8) -> Op:
+    """An operation that reads a map of ``ids`` ``[height, width, channels]``."""
+    op = Op("product", [None, None, None], Stored(1, 1, 1), name=name)
+    step = None if scale is None else torch.tensor(scale)
+    lowering.ask(op, ids, border, step, low, 7, before, tight)
+    lowering.add(op)
+    return op
+
+
+def finish(lowering: Lowering, op: Op) -> list[str]:
+    """The kinds of the operations when ``op`` gives the output."""
+    lowering.finish(lowering.value(op.floats, (1, 1)))
+    return [op.kind for op in lowering.ops]
+
+
+def test_a_map_is_written_by_the_operation_before():
+    lowering, ids = begun(3, 4)
+    op = ask(lowering, ids[None])
+    assert finish(lowering, op) == ["gelu", "product"]
+    made, before = op.inputs[0], lowering.ops[0]
+    assert before.map is made and before.floats is None and before.f == {1: 0.5}
+    assert (made.kind, made.height, made.width, made.channels) == (MAP, 1, 3, 4)
+    assert (made.place, made.border, made.low, made.high) == (4, (0, 0), -8, 7)
 
 
 @pytest.mark.parametrize(
-    ("x", "what"),
+    ("change", "n"),
     [
-        (torch.zeros(1, 3, 32, 31), "3072 numbers"),
-        (torch.zeros(1, 3, 32, 32, dtype=torch.float64), "float64"),
-        (np.zeros((1, 3, 32, 32)), "float64"),
-        ([[0.0]], "list"),
+        ({"rows": slice(1, None)}, {0: 4, 1: 4, 2: 0, 3: 0}),
+        ({"rows": slice(None, 2)}, {0: 0, 1: 4, 2: 0, 3: 0}),
+        ({"rows": slice(None, None, 2)}, {0: 0, 1: 8, 2: 0, 3: 0}),
+        ({"scale": None}, {0: 0, 1: 4, 2: 0, 3: 1}),
+        ({"scale": None, "name": "convolution"}, {0: 0, 1: 4, 2: 0, 3: 2}),
+        ({"before": torch.tensor([1.0, 2, 3, 4])}, {0: 0, 1: 4, 2: 0, 3: 0}),
     ],
 )
-def test_wrong_inputs(x, what):
-    plan = lowbit.plan(packed(create("resnet8"), torch.randn(2, 3, 32, 32)))
-    with pytest.raises(LowbitError, match=what):
-        plan(x)
+def test_other_maps_have_an_operation_of_their_own(change, n):
+    lowering, ids = begun(3, 4)
+    rows = ids[change.pop("rows", slice(None))]
+    op = ask(lowering, rows[None], **change)
+    assert finish(lowering, op) == ["gelu", "quantize", "product"]
+    quantize = lowering.ops[1]
+    assert (quantize.map, quantize.n) == (op.inputs[0], n)
+    assert (op.inputs[0].width, lowering.ops[0].map) == (len(rows), None)
+    if change.get("scale", 0) is None:
+        scales = op.inputs[2]
+        assert quantize.floats is scales and quantize.f == {}
+        assert (scales.height, scales.width, scales.channels) == (1, 3 if n[3] == 1 else 1, 1)
+    else:
+        assert quantize.floats is None and quantize.f == {0: 0.5}
+    assert quantize.data.get(0, np.zeros(0)).tolist() == change.get("before", torch.zeros(0)).tolist()
 
 
-class Sine(nn.Module):
-    """An operation that plans do not know."""
-
-    def forward(self, x):
-        return torch.sin(x)
-
-
-def test_what_plans_do_not_know():
-    x = torch.randn(2, 4, 24)
-    with pytest.raises(LowbitError, match=r"1, a Sine: sin is not an operation of plans; lowbit\.fuse takes"):
-        lowbit.plan(packed(wrapped(Sine()), x, first_last="same"), x)
-    with pytest.raises(LowbitError, match="not packed"):
-        lowbit.plan(wrapped(Sine()), x)
-    with pytest.raises(LowbitError, match="float64"):
-        lowbit.plan(
-            packed(create("resnet8"), torch.randn(2, 3, 32, 32)), torch.zeros(1, 3, 32, 32, dtype=torch.float64)
-        )
-
-
-def test_a_plan_that_answers_otherwise_is_refused(monkeypatch):
-    x = torch.randn(2, 4, 24)
-    model = packed(wrapped(nn.GELU()), x, first_last="same")
-    monkeypatch.setattr(lower, "lower_known", lambda lowering, module, x: x)  # GELU becomes nothing
-    with pytest.raises(LowbitError, match="another output"):
-        lowbit.plan(model, x)
+def test_planes_of_the_input():
+    """An image lies in memory channel by channel; one channel, or one place, lies there as rows too."""
+    for size, n in (((2, 3, 5), {0: 0, 1: 2, 2: 1, 3: 0}), ((1, 3, 5), {0: 0, 1: 1, 2: 0, 3: 0})):
+        lowering = Lowering(size)
+        op = ask(lowering, lowering.value(lowering.x, size).ids.permute(1, 2, 0), (2, 1))
+        assert finish(lowering, op) == ["quantize", "product"]
+        assert lowering.ops[0].n == n
+        made = op.inputs[0]
+        assert (made.height, made.width, made.channels, made.border, made.place) == (3, 5, size[0], (2, 1), 4)
+    lowering = Lowering((6, 1, 1))
+    op = ask(lowering, lowering.value(lowering.x, (6, 1, 1)).ids.permute(1, 2, 0))
+    finish(lowering, op)
+    assert lowering.ops[0].n == {0: 0, 1: 6, 2: 0, 3: 0}
+    lowering = Lowering((4, 3, 5))
+    half = lowering.value(lowering.x, (4, 3, 5)).ids[:2].permute(1, 2, 0)  # not all planes: a copy as rows
+    assert finish(lowering, ask(lowering, half)) == ["copy", "quantize", "product"]
 
 
-def test_export_by_the_command(tmp_path):
-    """A packed or a quantized file becomes a plan; a file without the input's shape is refused in one sentence."""
-    x = torch.randn(2, 3, 32, 32)
-    model = create("resnet8")
-    lowbit.quantize_(model, QuantConfig(weight=StatsQ(bits=2), activation=LSQ(bits=8), first_last=8))
-    lowbit.calibrate(model.eval(), x)
-    runner = CliRunner()
-    for name, each in (("packed", lowbit.pack(model, x)), ("quantized", model)):
-        saved = lowbit.save(each, tmp_path / f"{name}.safetensors")
-        done = runner.invoke(app, ["export", str(saved), str(tmp_path / f"{name}.lbp")])
-        assert done.exit_code == 0, done.output
-        assert "3072 -> 10 numbers" in done.output
-        assert torch.equal(lowbit.load_plan(tmp_path / f"{name}.lbp")(x), lowbit.plan(lowbit.pack(model, x), x)(x))
-    done = runner.invoke(app, ["export", str(tmp_path / "none.safetensors"), str(tmp_path / "none.lbp")])
-    assert done.exit_code != 0
-    assert not (tmp_path / "none.lbp").exists()
+@pytest.mark.parametrize(
+    ("channels", "border", "tight", "place"),
+    [
+        (5, (0, 0), False, 8), (5, (0, 0), True, 5), (8, (0, 0), False, 8), (512, (0, 0), False, 576),
+        (1024, (0, 0), False, 1088), (512, (1, 0), False, 512), (512, (0, 1), False, 512), (256, (0, 0), False, 256),
+        (516, (0, 0), False, 516), (1021, (0, 0), False, 1088),
+    ],
+)  # fmt: skip
+def test_bytes_from_place_to_place(channels, border, tight, place):
+    lowering, ids = begun(2, channels)
+    op = ask(lowering, ids[None], border, tight=tight)
+    finish(lowering, op)
+    assert op.inputs[0].place == place
+
+
+def test_equal_requests_share_a_map_with_the_widest_borders():
+    lowering, ids = begun(3, 4)
+    ops = [ask(lowering, ids[None], border) for border in ((0, 2), (1, 0), (0, 0))]
+    others = [ask(lowering, ids[None], **more) for more in ({"scale": 0.25}, {"low": -7}, {"tight": True})]
+    assert finish(lowering, others[-1]).count("quantize") == 3
+    assert ops[0].inputs[0] is ops[1].inputs[0] is ops[2].inputs[0]
+    assert ops[0].inputs[0].border == (1, 2)
+    assert len({id(op.inputs[0]) for op in [ops[0], *others]}) == 4
+    assert [op.kind for op in lowering.ops].index("quantize") == lowering.ops.index(others[0]) - 1
+
+
+@pytest.mark.parametrize("y", [3, [1], None])
+def test_a_model_must_return_one_tensor(y):
+    with pytest.raises(LowbitError, match=f"returns a {type(y).__name__}"):
+        Lowering((1, 4)).finish(y)
+
+
+def test_the_output_is_never_the_input():
+    lowering = Lowering((1, 4))
+    content = lowering.finish(lowering.value(lowering.x, (4,)))
+    assert [op.kind for op in lowering.ops] == ["copy"] and content
+    with pytest.raises(LowbitError, match="returns"):
+        lowering.finish(Value(torch.zeros(0, dtype=torch.int64)))
+
+
+def merged(before: Op, affine: Op, *, read_twice: bool = False) -> list[Op]:
+    """The operations when ``affine`` reads ``before``, and a copy reads ``affine``."""
+    lowering = Lowering((1, 3, 4))
+    lowering.add(before)
+    affine.inputs = [before.floats]
+    lowering.add(affine)
+    if read_twice:
+        lowering.add(Op("gelu", [before.floats], Stored(1, 3, 4)))
+    lowering.add(Op("gelu", [affine.floats], last := Stored(1, 3, 4)))
+    lowering.finish(lowering.value(last, (12,)))
+    return lowering.ops
+
+
+def affine(gain=False, **n) -> Op:
+    data = {0: np.full(4, 2, np.float32), 1: np.full(4, 3, np.float32)} if gain else {}
+    return Op(
+        "affine",
+        [None],
+        Stored(1, 3, 4),
+        n={0: 0, 1: 4, 11: 1} | {int(k[1:]): v for k, v in n.items()},
+        f={2: 6.0},
+        data=data,
+    )
+
+
+@pytest.mark.parametrize("kind", ["affine", "conv", "depthwise"])
+def test_a_relu_goes_into_the_operation_before(kind):
+    def before(**n):
+        return Op(kind, [Stored(1, 3, 4)], Stored(3, 1, 4), n={11: 0} | n, f={2: 0.0})
+
+    ops = merged(before(), affine())
+    assert [op.kind for op in ops] == [kind, "gelu"]
+    assert (ops[0].n[11], ops[0].f[2]) == (1, 6.0)
+    assert ops[1].inputs == [ops[0].floats] and (ops[0].floats.height, ops[0].floats.width) == (3, 1)
+    for other in (affine(n0=4), affine(n1=8)):
+        assert len(merged(before(), other)) == 3
+    assert len(merged(before(), affine(), read_twice=True)) == 4
+    relu = before()
+    relu.n[11] = 1
+    assert len(merged(relu, affine())) == 3
+
+
+def test_a_batchnorm_goes_into_a_depthwise_convolution_only():
+    def before(kind, **data):
+        held = {0: np.ones((9, 4), np.int16), 1: np.ones(4, np.float32)} | {int(k[1:]): v for k, v in data.items()}
+        return Op(kind, [Stored(1, 3, 4)], Stored(1, 3, 4), n={11: 0}, f={2: 0.0}, data=held)
+
+    ops = merged(before("depthwise"), affine(gain=True))
+    assert [op.kind for op in ops] == ["depthwise", "gelu"]
+    np.testing.assert_array_equal(ops[0].data[4], [[2] * 4, [3] * 4])
+    assert len(merged(before("conv"), affine(gain=True))) == 3
+    assert len(merged(before("depthwise", d4=np.ones((2, 4))), affine(gain=True))) == 3
+    only_gain = affine(gain=True)
+    del only_gain.data[1]
+    assert len(merged(before("depthwise"), only_gain)) == 3
