@@ -3,6 +3,10 @@
 `plan` lowers what `lowbit.pack` made to a `Plan`: operations in order, their packed weights, and one arena for all
 values between them. A plan runs from numpy arrays or torch tensors, is saved as one file, and needs neither torch nor
 Python to run: the C library's interface is ``lowbit/kernels/csrc/plan.h``.
+
+From model to file: `lower` walks through the model's graph and asks `operations` for each call; `lowering` keeps track
+of where every element lies, and of the maps of integers that layers read; `format` writes the file, which `runtime`
+runs.
 """
 
 from typing import TYPE_CHECKING

@@ -149,6 +149,15 @@ def test_other_maps_have_an_operation_of_their_own(change, n):
     assert quantize.data.get(0, np.zeros(0)).tolist() == change.get("before", torch.zeros(0)).tolist()
 
 
+def test_repeated_rows_and_transposed_squares_are_not_what_was_written():
+    """They have as many rows and channels as the tensor, which alone the operation before could round."""
+    for change, n in ((lambda ids: ids[:1].expand(4, 4), (0, 0, 0, 0)), (torch.t, (0, 4, 1, 0))):
+        lowering, ids = begun(4, 4)
+        op = ask(lowering, change(ids)[None])
+        assert finish(lowering, op) == ["gelu", "quantize", "product"]
+        assert lowering.ops[1].n == dict(enumerate(n))
+
+
 def test_planes_of_the_input():
     """An image lies in memory channel by channel; one channel, or one place, lies there as rows too."""
     for size, n in (((2, 3, 5), {0: 0, 1: 2, 2: 1, 3: 0}), ((1, 3, 5), {0: 0, 1: 1, 2: 0, 3: 0})):
@@ -207,14 +216,16 @@ def test_the_output_is_never_the_input():
         lowering.finish(Value(torch.zeros(0, dtype=torch.int64)))
 
 
-def merged(before: Op, affine: Op, *, read_twice: bool = False) -> list[Op]:
-    """The operations when ``affine`` reads ``before``, and a copy reads ``affine``."""
+def merged(before: Op, affine: Op, *, read_twice: str = "") -> list[Op]:
+    """The operations when ``affine`` reads ``before``, and another one ``affine``; ``before`` may be read twice."""
     lowering = Lowering((1, 3, 4))
     lowering.add(before)
     affine.inputs = [before.floats]
     lowering.add(affine)
-    if read_twice:
+    if read_twice == "floats":
         lowering.add(Op("gelu", [before.floats], Stored(1, 3, 4)))
+    elif read_twice == "map":
+        ask(lowering, lowering.value(before.floats, (1, 3, 4)).ids)
     lowering.add(Op("gelu", [affine.floats], last := Stored(1, 3, 4)))
     lowering.finish(lowering.value(last, (12,)))
     return lowering.ops
@@ -243,7 +254,9 @@ def test_a_relu_goes_into_the_operation_before(kind):
     assert ops[1].inputs == [ops[0].floats] and (ops[0].floats.height, ops[0].floats.width) == (3, 1)
     for other in (affine(n0=4), affine(n1=8)):
         assert len(merged(before(), other)) == 3
-    assert len(merged(before(), affine(), read_twice=True)) == 4
+    for reader in ("floats", "map"):
+        relu = affine()
+        assert relu in merged(before(), relu, read_twice=reader)
     relu = before()
     relu.n[11] = 1
     assert len(merged(relu, affine())) == 3
