@@ -1,4 +1,4 @@
-"""Whether wheels hold what their names say: ``python tools/check_wheel.py WHEEL...``; needs nothing but Python.
+"""Check that wheels contain what their names promise: ``python tools/check_wheel.py WHEEL...``; needs Python alone.
 
 The kernels are loaded if the wheel is for this machine; their parts for other machines cannot be.
 """
@@ -24,7 +24,7 @@ KERNELS = "lowbit/kernels/_native.so"
 
 
 def flaw(wheel: Path) -> str:
-    """What is wrong with a wheel; empty if nothing is."""
+    """Describe the problem with a wheel; empty if there is none."""
     tag = wheel.stem.split("-")[-3:]
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

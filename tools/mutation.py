@@ -1,8 +1,8 @@
-"""``lowbit mutate``: one deliberate fault after the other goes into a copy of the project, and its tests are asked.
+"""``lowbit mutate``: put deliberate faults into a copy of the project, one at a time, and run the tests.
 
 The faults are listed in ``tests/mutations.yaml``: a name, the file, the text to replace (which has to occur exactly
-once), the replacement, and the tests to ask. A fault that no test notices has *survived*: a hole in the tests. Tests
-that fail in the copy without any fault notice nothing: they are asked first without it.
+once), the replacement, and the tests to run. A fault that no test notices has *survived*: a gap in the tests. The tests
+run without the fault first, because tests that fail without it notice nothing.
 """
 
 import os
@@ -33,10 +33,10 @@ class Mutation:
     """One deliberate fault.
 
     Attributes:
-        name: what is wrong, in a few words.
+        name: the fault in a few words.
         file: path in the project.
-        old, new: the text, and what takes its place.
-        tests: arguments of pytest; the fault is caught when one of these tests fails.
+        old, new: the text and its replacement.
+        tests: arguments of pytest; the fault is caught if one of these tests fails.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutation: who noticed it first, or that nobody did."""
+    """The result of a mutation: caught by a test, survived, or an error."""
 
     mutation: Mutation
     status: Literal["caught", "survived", "error"]
@@ -56,10 +56,10 @@ class Outcome:
 
 
 def load(root: Path | None = None) -> list[Mutation]:
-    """The list of the project, checked against its sources.
+    """Load the project's list of faults and check it against the sources.
 
     Raises:
-        LowbitError: no list, an entry that lacks something, or a text that does not occur exactly once.
+        LowbitError: there is no list, an entry lacks a key, or a text does not occur exactly once.
     """
 
     root = root or paths.project()
@@ -93,10 +93,10 @@ def _entry(number: int, entry: Any) -> Mutation:
 
 
 def pick(mutations: Sequence[Mutation], names: Sequence[str]) -> list[Mutation]:
-    """Those whose name contains one of ``names``, case aside; all if none is given.
+    """The mutations whose name contains one of ``names``, ignoring case; all if ``names`` is empty.
 
     Raises:
-        LowbitError: one that fits no name.
+        LowbitError: one of ``names`` occurs in no mutation's name.
     """
     for name in names:
         if not any(name.lower() in mutation.name.lower() for mutation in mutations):
@@ -106,7 +106,7 @@ def pick(mutations: Sequence[Mutation], names: Sequence[str]) -> list[Mutation]:
 
 
 def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Outcome]:
-    """Tries each fault in a copy of its own and yields what became of it."""
+    """Try the mutations one by one in a copy of the project, and yield their outcomes."""
     root = root or paths.project()
     with tempfile.TemporaryDirectory(prefix="lowbit-mutate-") as scratch:
         copy = Path(scratch)

@@ -27,7 +27,7 @@ VERDICTS = re.compile(r"(?<=<!-- verdicts -->\n)(?P<shown>.*?)(?=<!-- /verdicts 
 
 @dataclass(frozen=True)
 class Quote:
-    """A number, or the table of verdicts, as it stands in the text, and as its record has it."""
+    """A bound number or table of verdicts: its text in the file, and the text that its record gives."""
 
     shown: str
     recorded: str
@@ -50,7 +50,7 @@ def find(text: str, results: Path | None = None) -> list[Quote]:
 
 
 def refresh(text: str, results: Path | None = None) -> str:
-    """The text with everything bound as its record has it."""
+    """Replace every bound number and table in the text by its record's."""
     quotes = iter(find(text, results))
     text = QUOTE.sub(lambda match: f"{next(quotes).recorded}<!--={match['binding']}-->", text)
     return VERDICTS.sub(lambda match: next(quotes).recorded, text)

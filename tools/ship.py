@@ -1,4 +1,4 @@
-"""Turns a finished training run into a checkpoint that ships with the project.
+"""Turn a finished training run into a checkpoint that ships with the project.
 
 ``python -m tools.ship results/scratch/digits_resnet20`` stores the model in half precision under
 ``lowbit/models/checkpoints``, measures what is stored, and writes the run card beside it.
@@ -18,7 +18,7 @@ LARGEST = 2 * 1024 * 1024  # bytes
 
 
 def ship(folder: str | Path) -> Path:
-    """Ships the run in ``folder`` (as ``lowbit train`` leaves it: run.json, model.safetensors); returns the new file.
+    """Ship the run in ``folder``, with run.json and model.safetensors of ``lowbit train``, and return the new file.
 
     Raises:
         LowbitError: the run is incomplete, or the stored model would be larger than 2 MiB.

@@ -1,4 +1,4 @@
-"""Brings the claims that notebooks show up to date without executing them: ``python -m tools.shown NB...``.
+"""Update the claims that notebooks show without executing the notebooks: ``python -m tools.shown NB...``.
 
 A cell that ends with ``claims.show("D1")`` prints what ``lowbit claims`` wrote, so its output can be replaced alone.
 A test fails while a stored output differs from the record.
@@ -19,14 +19,14 @@ SHOW = re.compile(r"^claims\.show\((.+)\)$", re.MULTILINE)
 
 
 def cells(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, list[str]]]:
-    """The places of the cells that show claims, with the claims' ids."""
+    """Indices of the cells that show claims, with the claims' ids."""
     for place, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and (found := SHOW.search(cell.source)):
             yield place, ast.literal_eval(f"[{found[1]}]")
 
 
 def refresh(notebook: nbformat.NotebookNode) -> bool:
-    """Replaces what the cells show, in place; returns whether anything has changed."""
+    """Replace the outputs of these cells in place, and return whether any has changed."""
     changed = False
     for place, ids in cells(notebook):
         (output,) = notebook.cells[place].outputs

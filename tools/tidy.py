@@ -1,6 +1,6 @@
-"""Executes notebooks at their own defaults and keeps what is worth committing: ``python -m tools.tidy NB...``.
+"""Execute notebooks with their default parameters and clean their outputs: ``python -m tools.tidy NB...``.
 
-Progress bars, widget state and time stamps go: they change at every run and show nothing afterwards.
+It removes progress bars, widget state and time stamps, which change with every run.
 """
 
 import sys
@@ -16,7 +16,7 @@ CELL_TIMEOUT = 600  # s
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Removes from an executed notebook, in place, what does not belong into a commit."""
+    """Remove from an executed notebook, in place, the parts that should not be committed."""
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "lowbit") if key in notebook.metadata}
     for cell in notebook.cells:
         for key in ("execution", "papermill"):
@@ -34,7 +34,7 @@ def shows_something(output: nbformat.NotebookNode) -> bool:
 
 
 def execute(path: Path) -> None:
-    """Runs the notebook at ``path`` in its own folder and writes it back with its outputs."""
+    """Run the notebook at ``path`` in its own folder and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook, timeout=CELL_TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}

@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def version(root: Path = ROOT) -> str:
-    """The version as a text."""
+    """The version as a string."""
     (found,) = re.findall(r'^__version__ = "(.+)"$', (root / "lowbit" / "__init__.py").read_text("utf-8"), re.M)
     return found
 
 
 def flaw(tag: str, root: Path = ROOT) -> str:
-    """Why ``tag`` does not fit what it stands on; empty if it does."""
+    """Why ``tag`` does not match the version or the changelog; empty if it does."""
     now = version(root)
     if tag != f"v{now}":
         return f"the tag is {tag}, and lowbit/__init__.py says {now}: the tag has to be v{now}"
