@@ -103,12 +103,30 @@ def test_times_of_operations():
     np.testing.assert_array_equal(plan(x), [[64], [64]])  # it runs as before
 
 
+def test_timing_runs_one_item_on_one_thread():
+    plan, calls = multiplied(), []
+    own = plan._library
+
+    class Recorder:
+        def lb_plan_times(self, held, on):
+            calls.append(("times", on))
+            return own.lb_plan_times(held, on)
+
+        def lb_plan_run(self, held, batch, x, y, threads):
+            calls.append(("run", batch, threads))
+            return own.lb_plan_run(held, 1, x, y, 1)
+
+    plan._library = Recorder()
+    plan.time(np.ones((2, 64), np.float32), 2)
+    assert calls == [("times", 1), ("run", 1, 1), ("times", 1), ("run", 1, 1), ("times", 0)]
+
+
 def test_threads(monkeypatch):
     assert reversed_halves(3).threads == 3
     assert reversed_halves().threads == runtime._cores()
-    if hasattr(os, "sched_getaffinity"):
-        assert runtime._cores() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", {0: {3, 5, 9}}.__getitem__, raising=False)  # 0: this process
+    assert runtime._cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert runtime._cores() == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
