@@ -137,10 +137,11 @@ def judge_run(profile: str, folder: Path, file: Path | None = None) -> list[Clai
 
 
 def judge_all(folder: Path | None = None, file: Path | None = None) -> list[Claim]:
-    """All claims judged, followed by the looks at each other profile that has tables in ``folder``."""
+    """All claims judged, followed by the looks at each other profile that has a table of theirs in ``folder``."""
     folder = folder or paths.results() / "tables"
     others = [name for name in reversed(profiles.NAMES) if any((folder / name).glob("*.csv"))]  # the larger first
-    return [claim for name in (MAIN, *others) for claim in judge(name, folder, file)]
+    found = [claim for name in (MAIN, *others) for claim in judge(name, folder, file)]
+    return [claim for claim in found if not (claim.look and claim.verdict == "no evidence")]
 
 
 def _looked_at(claim: dict[str, Any]) -> list[dict[str, Any]]:

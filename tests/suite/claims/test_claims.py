@@ -701,6 +701,16 @@ def test_the_notebooks_own_trainings_are_looked_at_and_pass_no_verdict(project, 
         assert "reproduced" not in re.sub("(?s)^.*?(?=^\\|)", "", words, flags=re.MULTILINE)
 
 
+def test_a_size_at_which_a_claim_was_not_run_has_no_look_at_it(project, tmp_path):
+    file, folder = written(tmp_path / "claims.yaml", looks=[STATEMENT]), project.results / "tables"
+    for profile, table in (("desk", "other"), ("embedded", "made")):
+        (folder / profile).mkdir(parents=True)
+        pd.DataFrame(rows({2: 1.0, 3: 1.0})).to_csv(folder / profile / f"{table}.csv", index=False)
+    found = claims.judge_all(file=file)
+    assert [(one.profile, one.verdict) for one in found] == [("study", "not tested"), ("embedded", "look")]
+    assert "no evidence" not in claims.markdown(found)
+
+
 @pytest.mark.parametrize(
     ("gains", "seeds", "direction"),
     [
