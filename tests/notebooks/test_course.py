@@ -66,16 +66,17 @@ def test_what_it_says_of_its_claims_was_written_for_the_verdicts_and_looks_of_to
     everything = claims.read(paths.results())
     for place, ids in shown.cells(notebook):
         prose = notebook.cells[place + 1].source
-        line = f"<!-- written for {' | '.join(seen_at_desk(id, everything) for id in ids)} -->"
+        line = f"<!-- written for {' | '.join(seen(id, everything) for id in ids)} -->"
         assert line in prose, f"read the text that begins {prose[:60]!r} again, correct it, and end it with\n{line}"
 
 
-def seen_at_desk(id, everything):
-    """The verdict on a claim, and the outcome of each statement of the look at desk, or of the judgment there."""
+def seen(id, everything):
+    """The verdict on a claim, and the outcome of each statement where it was seen: at desk, or else at another size."""
     judged = claims.judged(everything)[id]
-    look = next((one for one in claims.looks(everything, id) if one.profile == "desk"), judged)
-    outcomes = ", ".join(claims.outcome(statement) for statement in look.statements)
-    return f"{id}: {claims.judgment(judged, mark='')}; at desk: {outcomes}"
+    sizes = [*claims.looks(everything, id), judged]
+    size = next((one for one in sizes if one.profile == "desk"), sizes[0])
+    outcomes = ", ".join(claims.outcome(statement) for statement in size.statements)
+    return f"{id}: {claims.judgment(judged, mark='')}; at {size.profile}: {outcomes}"
 
 
 def test_what_it_shows_of_its_claims_is_what_is_recorded(notebook):
@@ -94,7 +95,7 @@ def test_a_changed_output_is_noticed_and_mended():
 
 def test_a_look_at_short_trainings_passes_no_verdict(notebook):
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    start = next((i for i, text in enumerate(cells) if text.startswith("## At desk size")), None)
+    start = next((i for i, text in enumerate(cells) if text.startswith(("## At desk size", "## At larger sizes"))), None)
     if start is None or cells[0].startswith("# 15"):  # D8 trains no network: it is judged at desk
         return
     section = cells[start : next(i for i, text in enumerate(cells) if text.startswith("## What surprised"))]

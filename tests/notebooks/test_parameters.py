@@ -17,7 +17,7 @@ NOTEBOOKS = {name: path for name, path in notebooks.available().items() if name[
 
 SMALLEST = {  # the smallest that a notebook's analysis can do with, where it is not 1 (or 0 for a size, a decay)
     "03_weight_freezing": {"epochs": 2},
-    "11_query_key_reparameterization": {"window": 2},
+    "11_query_key_reparameterization": {"window": 2, "epochs": 3},
     "15_shift_kernel": {"repeats": 5},
 }
 FROM_ZERO = {
@@ -175,9 +175,7 @@ def test_every_parameter_is_taken_at_its_edges(name):
             and not parameter.endswith("_size")
             and parameter != "window"
         ):
-            start(
-                name, **{parameter: least.get(parameter, 2 if name.startswith("11") and parameter == "epochs" else 1)}
-            )
+            start(name, **{parameter: least.get(parameter, 1)})
 
 
 def edge(name, parameter, default):
