@@ -5,6 +5,9 @@
 # make bench: what quantized training costs on this machine
 # make notebooks: execute the notebooks at their defaults and store the outputs (before committing a changed one)
 # make lock:  write the installed versions into constraints.txt
+# make site:  build the web site into build/site/html, in a small environment of its own without torch
+# make links: check the site's sources for files that are linked and missing
+# make launch: write the notebooks for Colab and Binder into build/launch
 # make versions: the fast tests with the lowest, the locked and the newest versions, in environments of their own
 
 PYTHON ?= python3
@@ -22,7 +25,7 @@ PYTEST_ARGS ?=
 JUNIT ?=
 
 # make runner: build lowbit-run, which runs plans without Python
-.PHONY: runner setup suite test lint lab bench notebooks lock versions clean
+.PHONY: runner setup suite test lint lab bench notebooks lock site links launch versions clean
 
 setup: $(VENV)/.installed lowbit/kernels/_native.so
 
@@ -79,6 +82,29 @@ notebooks: setup
 lock: setup
 	@{ grep '^#' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
 	@mv constraints.new constraints.txt
+
+# The site needs the extra [site] alone: it is built from the library's text and the notebooks' stored outputs.
+SITE := build/site
+SPHINX := $(SITE)/venv/bin/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet -c docs -d $(SITE)/doctrees
+
+$(SITE)/.installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(SITE)/venv/bin/python || $(PYTHON) -m venv $(SITE)/venv
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["site"], sep="\n")' > $(SITE)/requirements.txt
+	$(SITE)/venv/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --requirement $(SITE)/requirements.txt
+	touch $@
+
+site: $(SITE)/.installed
+	$(SITE)/venv/bin/python docs/assemble.py $(SITE)/source
+	$(SPHINX) -b html $(SITE)/source $(SITE)/html
+	$(SITE)/venv/bin/python docs/check.py $(SITE)/html
+
+links: $(SITE)/.installed
+	$(SITE)/venv/bin/python docs/assemble.py $(SITE)/source
+	$(SPHINX) -b linkcheck $(SITE)/source $(SITE)/links
+
+launch: $(SITE)/.installed
+	rm -rf build/launch
+	$(SITE)/venv/bin/python docs/launch.py build/launch
 
 versions:
 	$(PYTHON) tools/versions.py

@@ -125,7 +125,7 @@ def test_the_lock_is_exact_and_has_an_allowed_version_of_everything_that_tests_n
 
 def test_make_installs_the_lock_and_conda_too():
     installs = re.findall(r"-m pip install [^;\n]*(?:\\\n[^;\n]*)*", (ROOT / "Makefile").read_text())
-    assert len([line for line in installs if "--constraint $(CONSTRAINTS)" in line]) == 3
+    assert len([line for line in installs if "--constraint $(CONSTRAINTS)" in line]) == 4
     assert [line for line in installs if "CONSTRAINTS" not in line] == ["-m pip install --quiet --upgrade pip"]
     assert "- -c constraints.txt" in (ROOT / "environment.yml").read_text()
 
@@ -139,15 +139,21 @@ def notebook(path: Path) -> ast.AST:
 
 def test_all_other_parts_import_what_their_extra_brings():
     own = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {
-        path.stem for path in (ROOT / "notebooks").glob("*.py")
+        path.stem for folder in ("notebooks", "docs") for path in (ROOT / folder).glob("*.py")
     }
     areas = {
         "course": sources(*SUITE, "notebooks")
         | {path.name: notebook(path) for path in (ROOT / "notebooks").glob("*.ipynb")},
         "bench": sources(*BENCHMARKS),
-        "test": sources("tests", "data", "tools"),
+        "site": sources(*(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.py"))),
+        "test": sources("tests", "data", "tools", "docs/howto", "docs/pictures"),
     }
-    optional = {"course": BROUGHT["dask"] | BROUGHT["onnx"], "bench": set(), "test": {"a_package_that_nobody_has"}}
+    optional = {
+        "course": BROUGHT["dask"] | BROUGHT["onnx"],
+        "bench": set(),
+        "site": set(),
+        "test": {"a_package_that_nobody_has"},
+    }
     for area, trees in areas.items():
         assert trees
         for path, tree in trees.items():

@@ -1,0 +1,39 @@
+"""The code of the page "Quantize my model": a network of one's own, quantized and trained."""
+
+import torch
+from torch import nn
+
+import lowbit
+from lowbit.nn import quantized_layers
+from lowbit.quantizers import LSQ, StatsQ
+
+torch.manual_seed(0)
+images, labels = torch.rand(256, 3, 16, 16), torch.randint(10, (256,))
+
+# [quantize]
+model = nn.Sequential(
+    nn.Conv2d(3, 16, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(16, 32, 3, padding=1, stride=2),
+    nn.ReLU(),
+    nn.Flatten(),
+    nn.Linear(32 * 8 * 8, 10),
+)
+config = lowbit.QuantConfig(StatsQ(bits=2), LSQ(bits=4), first_last=8)
+lowbit.quantize_(model, config)
+# [calibrate]
+lowbit.calibrate(model, images[:32])
+# [train]
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for batch in range(0, 256, 64):
+    loss = nn.functional.cross_entropy(model(images[batch : batch + 64]), labels[batch : batch + 64])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+# [look]
+for layer in quantized_layers(model):
+    used = layer.weight.levels[layer.codes().long()] * layer.weight.scale(*layer.latents)
+    print(layer.name, len(layer.weight.levels), "levels", torch.equal(used, layer.layer.weight))
+# [save]
+lowbit.save(model.eval(), "trained.safetensors")
+# [end]
