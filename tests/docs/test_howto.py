@@ -68,7 +68,7 @@ def test_python(name, said, tmp_path):
 @pytest.mark.slow
 def test_a_notebook_with_other_parameters(tmp_path):
     told = shell("ablation.sh", tmp_path, LOWBIT_RESULTS=str(tmp_path / "results"))
-    assert "1 passed" in told and (tmp_path / "results/runs/smoke/report.html").is_file(), told
+    assert "passed" in told and (tmp_path / "results/runs/smoke/report.html").is_file(), told
 
 
 @pytest.mark.slow
@@ -79,14 +79,14 @@ def test_a_cluster_on_this_machine(tmp_path):
     away = {"dask scheduler": f"{sys.executable} -m dask scheduler --no-dashboard", "8786": port}
     away |= {"dask worker": f"{sys.executable} -m dask worker --no-dashboard"}
     told = shell("cluster.sh", tmp_path, away, LOWBIT_RESULTS=str(tmp_path / "results"))
-    assert "1 passed" in told, told
+    assert "passed" in told, told
 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     shutil.copytree(PROJECT / "configs", tmp_path / "configs")
     told = shell("ranks.sh", tmp_path, {"torchrun": "torchrun --standalone"}, LOWBIT_RESULTS=str(tmp_path / "results"))
-    assert "test_acc" in told or list((tmp_path / "results").rglob("*.json")), told
+    assert list((tmp_path / "results").rglob("*.json")), told
 
 
 @pytest.mark.slow
