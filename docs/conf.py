@@ -90,7 +90,11 @@ if _repository := assemble.repository():
         "repository_branch": "launch",
         "path_to_docs": "",
         "use_repository_button": True,
-        "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org"},
+        "launch_buttons": {
+            "colab_url": "https://colab.research.google.com",
+            "binderhub_url": "https://mybinder.org",
+            "notebook_interface": "jupyterlab",
+        },
     }
 
 _ALIASES = (

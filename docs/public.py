@@ -5,6 +5,7 @@ A package exports the names that its ``__init__.py`` imports for type checkers. 
 """
 
 import ast
+import functools
 from pathlib import Path
 
 PACKAGES = ("data", "engine", "kernels", "metrics", "models", "nn", "quantizers", "training")
@@ -40,6 +41,7 @@ def _listed(tree: ast.Module) -> list[str]:
     return []
 
 
+@functools.cache
 def parse(root: Path, module: str) -> ast.Module:
     """The syntax tree of a module of the library, given by its dotted name."""
     return ast.parse(_source(root, module).read_text(encoding="utf-8"))

@@ -36,17 +36,22 @@ def run(command: list[str], folder: Path, **variables: str) -> str:
     return done.stdout
 
 
-def shell(name: str, folder: Path, replaced: dict[str, str] | None = None, **variables: str) -> str:
-    """Run a script of docs/howto with ``lowbit`` from this source tree; what it starts behind ends with it."""
+def script(name: str, replaced: dict[str, str] | None = None) -> str:
+    """A script of docs/howto, with other words in the place of some."""
+    text = (HOWTO / name).read_text()
+    for old, new in (replaced or {}).items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def shell(text: str, folder: Path, **variables: str) -> str:
+    """Run a script with ``lowbit`` from this source tree; what it starts in the background ends with it."""
     (folder / "bin").mkdir()
     for command, module in (("lowbit", "lowbit"), ("torchrun", "torch.distributed.run"), ("python", "")):
         program = folder / "bin" / command
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" {f"-m {module}" if module else ""} "$@"\n')
         program.chmod(0o755)
-    text = (HOWTO / name).read_text()
-    for old, new in (replaced or {}).items():
-        assert old in text
-        text = text.replace(old, new)
     return run(["bash", "-ec", f"trap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n{text}"], folder, **variables)
 
 
@@ -67,7 +72,7 @@ def test_python(name, said, tmp_path):
 
 @pytest.mark.slow
 def test_a_notebook_with_other_parameters(tmp_path):
-    told = shell("ablation.sh", tmp_path, LOWBIT_RESULTS=str(tmp_path / "results"))
+    told = shell(script("ablation.sh"), tmp_path, LOWBIT_RESULTS=str(tmp_path / "results"))
     assert "passed" in told and (tmp_path / "results/runs/smoke/report.html").is_file(), told
 
 
@@ -78,14 +83,16 @@ def test_a_cluster_on_this_machine(tmp_path):
         port = str(probe.getsockname()[1])
     away = {"dask scheduler": f"{sys.executable} -m dask scheduler --no-dashboard", "8786": port}
     away |= {"dask worker": f"{sys.executable} -m dask worker --no-dashboard"}
-    told = shell("cluster.sh", tmp_path, away, LOWBIT_RESULTS=str(tmp_path / "results"))
+    told = shell(script("cluster.sh", away), tmp_path, LOWBIT_RESULTS=str(tmp_path / "results"))
     assert "passed" in told, told
 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path):
     shutil.copytree(PROJECT / "configs", tmp_path / "configs")
-    told = shell("ranks.sh", tmp_path, {"torchrun": "torchrun --standalone"}, LOWBIT_RESULTS=str(tmp_path / "results"))
+    told = shell(
+        script("ranks.sh", {"torchrun": "torchrun --standalone"}), tmp_path, LOWBIT_RESULTS=str(tmp_path / "results")
+    )
     assert list((tmp_path / "results").rglob("*.json")), told
 
 
@@ -95,5 +102,17 @@ def test_a_new_method_in_a_copy_of_the_sources(tmp_path):
         shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
     for name in ("pyproject.toml", "data", "results"):
         (tmp_path / name).symlink_to(PROJECT / name)
-    told = shell("method.sh", tmp_path, PYTHONPATH=str(tmp_path))
+    told = shell(script("method.sh"), tmp_path, PYTHONPATH=str(tmp_path))
     assert re.search(r"\d\d+ passed", told) and "failed" not in told, told
+
+
+@pytest.mark.slow
+def test_the_first_cell_on_colab_and_binder_unpacks_the_course_once(tmp_path):
+    sys.path.insert(0, str(PROJECT / "docs"))
+    import launch
+
+    cell = launch.INSTALL.format(repository="https://github.com/someone/lowbit")
+    where = "import lowbit\nprint('course:', lowbit.paths.project())\n%cd -q ..\n"
+    (tmp_path / "cell.ipy").write_text(cell + where + cell + where)  # the second notebook finds what the first unpacked
+    told = shell("python -m IPython cell.ipy", tmp_path)
+    assert told.count(f"course: {tmp_path.resolve() / 'course'}\n") == 2 and "Traceback" not in told, told
