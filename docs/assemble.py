@@ -78,6 +78,7 @@ def course_pages(target: Path) -> None:
             heading, _, rest = notebook.cells[0].source.partition("\n")
             notebook.cells[0].source = f"{heading}\n\n:::{{div}} facts\n{facts(entry, names)}\n:::\n{rest}"
             for cell in notebook.cells:
+                cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")  # a mark for tests, not for readers
                 if cell.cell_type == "markdown":
                     cell.source = CODE_SPAN.sub(
                         lambda found: f"[`{found[1]}`]({found[1]}.ipynb)" if found[1] in names.values() else found[0],
