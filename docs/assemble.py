@@ -2,7 +2,7 @@
 
 The written pages are copied from docs/. The others are made here from what they show, so that they cannot go stale:
 the course from notebooks/ and docs/course.yaml, the API pages from the source of lowbit/, the results from results/,
-and the explorables from notebooks/explorables/. Nothing of lowbit is imported.
+and the explorables from lowbit_suite/explorables/. Nothing of lowbit is imported.
 """
 
 import importlib.util
@@ -253,20 +253,21 @@ def benchmarks_page(target: Path) -> str:
     return "\n".join(lines)
 
 
-def explore_page(target: Path) -> None:
-    """The page of explorables: whatever notebooks/explorables/ holds, by the first line of its text."""
-    folder = ROOT / "notebooks" / "explorables"
-    lines = [(DOCS / "_explore.md").read_text(encoding="utf-8")]
-    pages = []
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if path.suffix in (".ipynb", ".md"):
-            shutil.copyfile(path, target / path.name)
-            pages.append(path.stem)
-    if pages:
-        lines += ["```{toctree}", ":maxdepth: 1", *pages, "```"]
-    else:
-        lines.append("There are none in this version. The course's notebooks draw the same ideas step by step.")
-    (target / "index.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def explore_page(target: Path, modules: Path) -> None:
+    """The page of explorables: each as its picture, which ``embed.js`` makes live by the modules beside it."""
+    folder = ROOT / "lowbit_suite" / "explorables"
+    spec = importlib.util.spec_from_file_location("explorables", folder / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    explorables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(explorables)
+    text = (DOCS / "_explore.md").read_text(encoding="utf-8")
+    for name in explorables.ALT:
+        assert f"<!-- {name} -->" in text, f"docs/_explore.md has no place for {name}"
+        text = text.replace(f"<!-- {name} -->", explorables.figure(name))
+    (target / "index.md").write_text(text, encoding="utf-8")
+    modules.mkdir(parents=True)
+    for path in folder.glob("*.js"):
+        shutil.copyfile(path, modules / path.name)
 
 
 def mathjax(target: Path) -> None:
@@ -295,7 +296,7 @@ def assemble(target: Path) -> None:
     course_pages(target / "course")
     api_pages(target / "api")
     result_pages(target / "results")
-    explore_page(target / "explore")
+    explore_page(target / "explore", target / "_static" / "explorables")
     mathjax(target / "_static" / "mathjax")
     for path in (DOCS / "pictures").glob("*.svg"):
         shutil.copyfile(path, target / "_static" / path.name)

@@ -70,6 +70,7 @@ linkcheck_ignore = ["https?://.*"]  # `make links` is about the site's own files
 
 html_theme = "sphinx_book_theme"
 html_css_files = ["site.css"]
+html_js_files = [("explorables/embed.js", {"type": "module"})]  # wherever a stored output holds an explorable
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,

@@ -25,7 +25,7 @@ ${marked("dark")} .lowbit-explorable { ${variables("dark")} color-scheme: dark; 
 .lowbit-explorable input[type="range"] { width: 100%; margin: 0; accent-color: var(--blue); }
 .lowbit-explorable .value { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .lowbit-explorable fieldset { margin: 0; padding: 0; border: 0; min-width: 0; min-height: 30px; display: flex; flex-wrap: wrap; align-items: center; gap: 2px 12px; }
-.lowbit-explorable legend { float: left; padding: 0; margin-right: 4px; }
+.lowbit-explorable legend { float: left; width: auto; margin: 0 4px 0 0; padding: 0; font: inherit; }
 .lowbit-explorable fieldset label { white-space: nowrap; }
 .lowbit-explorable input[type="radio"] { accent-color: var(--blue); margin: 0 4px 0 0; vertical-align: -1px; }
 .lowbit-explorable input:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }

@@ -147,15 +147,21 @@ def test_the_picture_is_what_its_script_draws():
         assert numbers[0] == pytest.approx(numbers[1], abs=0.11)  # the last digit, on another processor
 
 
-def test_the_explorables_that_are_there_are_listed(monkeypatch, tmp_path):
-    (tmp_path / "notebooks" / "explorables").mkdir(parents=True)
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(assemble, "ROOT", tmp_path)
-    assemble.explore_page(tmp_path / "out")
-    assert "toctree" not in (tmp_path / "out" / "index.md").read_text()
-    (tmp_path / "notebooks" / "explorables" / "grid.md").write_text("# Drag a weight")
-    assemble.explore_page(tmp_path / "out")
-    assert "\ngrid\n" in (tmp_path / "out" / "index.md").read_text() and (tmp_path / "out" / "grid.md").is_file()
+def test_each_explorable_is_on_the_explore_page_and_its_modules_beside_it(site):
+    page = BeautifulSoup((site / "explore" / "index.html").read_text(), "html.parser")
+    named = [place["data-explorable"] for place in page.find_all(attrs={"data-explorable": True})]
+    assert named == ["denseshift", "oscillation", "query_key", "annealing"]
+    assert all(len(image["alt"]) > 50 for image in page.select("[data-explorable] img"))
+    (script,) = [tag for tag in page.find_all("script", type="module") if "explorables" in tag["src"]]
+    embed = site / "explore" / script["src"].partition("?")[0]
+    assert embed.is_file() and all((embed.parent / f"{name}.js").is_file() for name in named)
+
+
+def test_an_explorable_without_a_place_is_noticed(monkeypatch, tmp_path):
+    (tmp_path / "_explore.md").write_text("# Explore\n\n<!-- denseshift -->\n")
+    monkeypatch.setattr(assemble, "DOCS", tmp_path)
+    with pytest.raises(AssertionError, match="no place for oscillation"):
+        assemble.explore_page(tmp_path, tmp_path / "modules")
 
 
 def test_the_conf_can_be_loaded():
