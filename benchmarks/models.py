@@ -199,6 +199,23 @@ def planned(model: Model, threads: int, folder: Path, bits: int, activation: int
     return Built(partial(plan, x), facts=facts)
 
 
+def exported(model: Model, threads: int, folder: Path, bits: int, engine: str) -> Built:
+    """The packed model's ONNX file (`lowbit.nn.onnx.export_onnx`) in ``engine``, "onnxruntime" or "openvino"."""
+    import lowbit
+    from lowbit.nn.onnx import export_onnx
+
+    _begin(threads)
+    made, x = quantized(model, bits), model.inputs()
+    expected = made(x)
+    path = folder / f"{model.name}.{model.batch}.{bits}.{engine}.onnx"
+    export_onnx(lowbit.pack(made, x), x, path)
+    if engine == "openvino":
+        step, result = runtimes.openvino_step(path, x, threads)
+    else:
+        step, result = runtimes.onnxruntime_step(runtimes.onnxruntime_session(path, threads), x)
+    return Built(step, facts={"mb": _megabytes(path), "error": check_close(result(), expected, PACKED)})
+
+
 def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
     """The model's ONNX file, made if it is not there yet.
 
@@ -300,6 +317,8 @@ ENGINES = {
     **{f"lowbit {bits}-bit compiled": partial(packed, bits=bits, compile=True) for bits in (2, 3, 4)},
     **{f"lowbit {bits}-bit plan": partial(planned, bits=bits) for bits in (2, 3, 4)},
     "lowbit 3-bit plan, 4-bit inputs": partial(planned, bits=3, activation=4),
+    "onnxruntime 3-bit, exported": partial(exported, bits=3, engine="onnxruntime"),
+    "openvino 3-bit, exported": partial(exported, bits=3, engine="openvino"),
     "onnxruntime fp32": onnxruntime_model,
     "onnxruntime int8 static": partial(onnxruntime_model, kind="static"),
     "onnxruntime int8 dynamic": partial(onnxruntime_model, kind="dynamic"),

@@ -6,7 +6,7 @@ differs by one step, and later layers differ visibly. So equal logits cannot be 
 the first difference between integers is a single step, of a value at a border.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,29 +38,62 @@ def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> "pd.DataFrame":
         ``first_step`` (the largest one, in steps) and ``from_border`` (the largest distance of a value from the border
         between its two integers, in steps).
     """
+    forms = {name: form for name, module in packed.named_modules() if (form := _form(module)) is not None}
+    inputs = zip(_inputs(model, forms, x), _inputs(packed, forms, x), strict=True)
+    return _table(
+        (name, forms[name], fake, _integers(forms[name], real), int((fake != real).sum()))
+        for (name, fake), (_, real) in inputs
+    )
+
+
+@torch.no_grad()
+def compare_integers(packed: nn.Module, integers: Mapping[str, Tensor], x: Tensor) -> "pd.DataFrame":
+    """Compare the integers of a packed model with those that another engine computes for the same batch.
+
+    Args:
+        packed: the result of `lowbit.pack`; each of its layers is called once.
+        integers: the engine's integers, by name of the packed layer or quantizer that they enter.
+        x: the input batch ``[B, ...]`` of both.
+
+    Returns:
+        The table of `compare` for these names without ``values_differ``, and ``step``, the smallest step of a rounding.
+    """
+    forms = {name: form for name in integers if (form := _form(packed.get_submodule(name))) is not None}
+    inputs = _inputs(packed, forms, x)
+    table = _table((name, forms[name], value, integers[name], 0) for name, value in inputs)
+    table["step"] = [float(forms[name].scale.min()) for name in table.layer]
+    return table.drop(columns="values_differ")
+
+
+def _integers(form: IntegerForm, x: Tensor) -> Tensor:
+    return torch.clamp(torch.round(_in_steps(form, x)), form.low, form.high)
+
+
+def _in_steps(form: IntegerForm, x: Tensor) -> Tensor:
+    return (x if form.before is None else x + form.before) / form.scale
+
+
+def _table(pairs: Iterable[tuple[str, IntegerForm, Tensor, Tensor, int]]) -> "pd.DataFrame":
+    """The table of `compare` from each rounding's name, form, input, other integers, and ``values_differ``."""
     with extra("train", "the table of differences"):
         import pandas as pd
 
-    forms = {name: form for name, module in packed.named_modules() if (form := _form(module)) is not None}
-    inputs = zip(_inputs(model, forms, x), _inputs(packed, forms, x), strict=True)
-    seen = torch.zeros(len(x), dtype=torch.bool)
+    seen = torch.zeros(0, dtype=torch.bool)
     rows = []
-    for (name, fake), (_, real) in inputs:
-        form = forms[name]
-        values = [(v if form.before is None else v + form.before) / form.scale for v in (fake, real)]
-        integers = [torch.clamp(torch.round(v), form.low, form.high) for v in values]
-        differ = (integers[0] != integers[1]).reshape(len(x), -1)
+    for name, form, value, others, values_differ in pairs:
+        images = len(value)
+        seen = seen if len(seen) else torch.zeros(images, dtype=torch.bool)
+        steps, own = _in_steps(form, value), _integers(form, value)
+        differ = (own != others).reshape(images, -1)
         new = differ.any(1) & ~seen
         first = differ & new[:, None]
-        step, border = (
-            (a.reshape(len(x), -1)[first]) for a in ((integers[0] - integers[1]).abs(), (integers[0] + integers[1]) / 2)
-        )
-        away = (values[0].reshape(len(x), -1)[first] - border).abs()
+        step, border = ((a.reshape(images, -1)[first]) for a in ((own - others).abs(), (own + others) / 2))
+        away = (steps.reshape(images, -1)[first] - border).abs()
         rows.append(
             {
                 "layer": name,
                 "numbers": differ.numel(),
-                "values_differ": int((fake != real).sum()),
+                "values_differ": values_differ,
                 "steps_differ": int(differ.sum()),
                 "first": int(new.sum()),
                 "first_step": int(step.max()) if len(step) else 0,
