@@ -156,6 +156,11 @@ class _Weight(NamedTuple):
     bits: int
 
 
+def _weight(packed: Tensor, levels: Sequence[int] | None, *rest: Any) -> _Weight:
+    """The arguments as they are, but an empty list of levels, for which AOTInductor's packages give None."""
+    return _Weight(packed, levels or (), *rest)
+
+
 class _Epilogue(NamedTuple):
     """The operators' last arguments, with their defaults: the input's range, and what is done to each sum."""
 
@@ -278,7 +283,7 @@ def _check_conv2d(x: Tensor, weight: _Weight, window: _Window, epilogue: _Epilog
 
 
 def _of_linear(arguments: Sequence[Any]) -> tuple[_Weight, _Epilogue]:
-    return _Weight(*arguments[:7]), _Epilogue(*arguments[7:])
+    return _weight(*arguments[:7]), _Epilogue(*arguments[7:])
 
 
 def _fake_linear(x: Tensor, *arguments: Any) -> Tensor:
@@ -315,7 +320,7 @@ def _linear_cpu(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _of_conv2d(arguments: Sequence[Any]) -> tuple[_Weight, _Window, _Epilogue]:
-    return _Weight(*arguments[:7]), _Window(*arguments[7:11]), _Epilogue(*arguments[11:])
+    return _weight(*arguments[:7]), _Window(*arguments[7:11]), _Epilogue(*arguments[11:])
 
 
 def _new_nhwc(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
