@@ -275,7 +275,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, opset: int 
 
 def _compress_(graph: Any, two_bits: bool) -> None:
     """Store the integers behind each DequantizeLinear of ``graph``, in place, in as few bits as ONNX has for them."""
-    from onnx import TensorProto, helper, numpy_helper
+    with extra("onnx", "ONNX export"):
+        from onnx import TensorProto, helper, numpy_helper
 
     held = {tensor.name: tensor for tensor in graph.initializer}
     weights = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"} & held.keys()
