@@ -1,7 +1,10 @@
 """The course's figures: one style, colors that color-blind readers can tell apart, tensors drawn as tensors."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +14,14 @@ from lowbit.extras import extra
 
 with extra("course", "lowbit_suite.plotting"):
     import matplotlib.pyplot as plt
+    import pandas as pd
+    import PIL.Image
     import seaborn as sns
+    from IPython.core.getipython import get_ipython
+    from IPython.core.pylabtools import print_figure
+    from IPython.display import Image, Markdown, display
     from matplotlib.axes import Axes
+    from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
 
 from lowbit_suite.records.context import current
@@ -20,7 +29,119 @@ from lowbit_suite.records.context import current
 PALETTE = sns.color_palette("colorblind")
 BLUE, ORANGE, GREEN, RED, PURPLE = (PALETTE[i] for i in (0, 1, 2, 3, 4))
 DIVERGING = "PuOr"  # for signed values: distinguishable with any color vision, white at zero
-GREY = "0.45"
+SEQUENTIAL = "cividis"  # for values of one sign: light means more, with any color vision
+GREY = "0.45"  # for what is there to compare with
+INK, PAPER = "black", "white"
+
+# Seven hues that people with any color vision can tell apart, each at least 3:1 against white (a test computes both).
+_BLUE, _VERMILION, _GREEN, _PINK = "#0072B2", "#D55E00", "#009E73", "#CC5A9E"
+_INDIGO, _BROWN, _WINE = "#332288", "#7A4E00", "#882255"
+PARTS = [_BLUE, _VERMILION, _GREEN, _PINK, _INDIGO, _BROWN, _WINE, "#767676"]
+"""For the parts of one drawing that shows no methods: classes, bit fields, speakers, pieces of a file."""
+
+
+LEVELS, LATENTS = _BLUE, _VERMILION  # the two values of one weight
+
+
+class Look(NamedTuple):
+    """How a line and its points are drawn, as matplotlib takes it."""
+
+    color: str
+    marker: Any
+    dashes: tuple[float, ...] | str = ""  # of seaborn: "" is a solid line
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keywords for ``Axes.plot`` and ``Axes.errorbar``: color, marker and line style."""
+        return {"color": self.color, "marker": self.marker, "linestyle": (0, self.dashes) if self.dashes else "-"}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """The same without a line."""
+        return self.line | {"linestyle": "none"}
+
+
+_DASHED, _DOTTED = (4, 1.5), (1, 1.5)
+METHODS = {
+    "full precision": Look(INK, "*", _DOTTED),
+    "denseshift": Look(_BLUE, "o"),
+    "statsq": Look(_GREEN, "s"),
+    "lsq": Look(_VERMILION, "D"),
+    "s3": Look(_PINK, "^"),
+    "pot": Look(_INDIGO, "v"),
+    "apot": Look(_BROWN, "P"),
+    "inq": Look(_WINE, "X"),
+    "deepshift_q": Look(_BLUE, "<", _DASHED),
+    "deepshift_ps": Look(_VERMILION, ">", _DASHED),
+    "dorefa": Look(_GREEN, "p", _DASHED),
+    "s3_low_variance": Look(_WINE, (3, 1, 0), _DASHED),
+    "pact": Look(_INDIGO, "h", _DASHED),
+    "uniform": Look(_BROWN, (4, 1, 0), _DASHED),
+    "ewgs": Look(_WINE, "d", _DASHED),
+    "ternary": Look(_PINK, (4, 1, 45), _DOTTED),
+    "ttq": Look(_BROWN, (3, 1, 180), _DOTTED),
+    "binary": Look(_INDIGO, (6, 1, 0), _DOTTED),
+    "lsqplus": Look(_VERMILION, (8, 1, 0), _DOTTED),
+    # the grids of notebook 18: StatsQ's, without a zero, and its twin with one
+    "mid-rise": Look(_GREEN, "s"),
+    "mid-tread": Look(_VERMILION, "D"),
+}
+"""The look of each method in every figure, by its name in the registry; a method of your own adds a line."""
+
+_OTHERS: tuple[Any, ...] = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "d")
+
+
+LEARNING_RATES = (
+    "Validation result against the learning rate, on a logarithmic axis, one line for each arm; "
+    "a ring marks the rate chosen for each."
+)
+"""Alternative text for `learning_rates`."""
+
+
+def look(name: Any) -> Look:
+    """The look of a method.
+
+    Args:
+        name: name in the registry or of the class, in any case, also followed by its bits (``"S3, 2 bits"``); the
+            number 32 (bits) stands for full precision.
+
+    Raises:
+        KeyError: the method has no look in `METHODS`.
+    """
+    found = _found(name)
+    if found is None:
+        raise KeyError(f"no look for {name!r}; plotting.METHODS has {', '.join(METHODS)}; add a line there")
+    return found
+
+
+def looks(names: Iterable[Any]) -> dict[Any, Look]:
+    """A look for each name: of methods their own, of all others (widths, settings) shades from dark to light."""
+    names = list(dict.fromkeys(names))
+    others = [name for name in names if _found(name) is None]
+    # Up to 0.55 the shades of this map have a contrast of at least 3:1 against white.
+    shades = plt.get_cmap(SEQUENTIAL)(np.linspace(0, 0.55, len(others)))
+    dashes = ("", _DASHED, _DOTTED)
+    free = {
+        name: Look(to_hex(shade), _OTHERS[i % len(_OTHERS)], dashes[i % len(dashes)])
+        for i, (name, shade) in enumerate(zip(others, shades, strict=True))
+    }
+    return {name: free.get(name) or look(name) for name in names}
+
+
+def styles(names: Iterable[Any]) -> dict[str, dict[Any, Any]]:
+    """`looks` as seaborn takes them: ``sns.lineplot(..., hue=x, style=x, **plotting.styles(names))``."""
+    chosen = looks(names)
+    return {
+        "palette": {name: own.color for name, own in chosen.items()},
+        "markers": {name: own.marker for name, own in chosen.items()},
+        "dashes": {name: own.dashes for name, own in chosen.items()},
+    }
+
+
+def _found(name: Any) -> Look | None:
+    if isinstance(name, str):
+        return METHODS.get(re.sub(r",? \d+ bits?$", "", name.lower()))
+    return METHODS["full precision"] if name == 32 else None
 
 
 def use_style() -> None:
@@ -39,13 +160,69 @@ def use_style() -> None:
     )
 
 
-def save(figure: Figure, name: str) -> Path:
-    """Write ``figure`` as ``<name>.png`` to the run's figures folder (``results/scratch/figures`` outside a run)."""
+def save(figure: Figure, name: str, alt: str | None = None) -> Path:
+    """Write ``figure`` as ``<name>.png`` to the run's figures folder (``results/scratch/figures`` outside a run).
+
+    With ``alt``, a notebook also shows the figure here and closes it, so that ``plt.show()`` is not needed: only then
+    does the stored output carry the text. nbconvert's classic template renders it, and MyST-NB does from the cell,
+    where ``tools.tidy`` copies it; JupyterLab does not yet.
+
+    Args:
+        figure: the figure.
+        name: name of the file, ``NN_name``.
+        alt: what the figure shows to those who cannot see it: the axes and what to see, in one or two sentences.
+    """
     folder = current().figures or paths.results() / "scratch" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Description": alt} if alt else None)
+    if alt and get_ipython() is not None:
+        display(Image(print_figure(figure, bbox_inches="tight"), alt=alt))
+        plt.close(figure)
     return path
+
+
+def alt_text(path: Path) -> str | None:
+    """The alternative text that `save` wrote into a picture; None if it has none or is no picture."""
+    try:
+        with PIL.Image.open(path) as picture:
+            return picture.info.get("Description")
+    except PIL.UnidentifiedImageError:
+        return None
+
+
+def recorded(profile: str, name: str, table: str, alt: str | None = None) -> None:
+    """Show a figure of a recorded run, with a caption of the facts in the table it was drawn from.
+
+    Args:
+        profile: profile of the run, ``"desk"`` or another folder of ``results/figures``.
+        name: name of the figure, as given to `save`.
+        table: name of the table, as given to `lowbit.save_table`.
+        alt: alternative text, for pictures that were stored without one; else the caption stands for it.
+    """
+    path = paths.results() / "figures" / profile / f"{name}.png"
+    facts = paths.results() / "tables" / profile / f"{table}.json"
+    if not (path.exists() and facts.exists()):
+        print(f"The recorded figure {name} is not here: results/figures and results/tables come with the source tree.")
+        return
+    caption = _caption(json.loads(facts.read_text()), pd.read_csv(facts.with_suffix(".csv")))
+    display(Image(path.read_bytes(), width=860, alt=alt_text(path) or alt or caption), Markdown(f"*{caption}*"))
+
+
+def _caption(about: dict[str, Any], rows: pd.DataFrame) -> str:
+    """Data, network, epochs and seeds from a table's settings, and the full-precision twin's accuracy, if there."""
+    settings = about["settings"]
+    parts = [str(settings[key]) for key in ("dataset", "model_name") if key in settings]
+    parts += [", ".join(settings["models"])] if "models" in settings else []
+    parts += [f"{settings['epochs']} epochs"] if "epochs" in settings else []
+    parts += [f"{len(settings['seeds'])} seeds"] if "seeds" in settings else []
+    arm = next((column for column in ("method", "sigma", "bits", "arm", "cell") if column in rows), None)
+    value = next((column for column in ("accuracy, %", "target, %", "mAP, %") if column in rows), None)
+    twin = rows[rows[arm].isin(["full precision", 32])] if arm and value else rows[:0]
+    if len(twin):
+        parts.append(f"full-precision twin {twin[value].mean():.1f} % ({value.removesuffix(', %')})")
+    parts += [f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"] if "threads" in settings else []
+    return f"Recorded at {settings['profile']} size: {', '.join(parts)}. Command: {about['command']}"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -98,20 +275,20 @@ def weights_on_grid(ax: Axes, latent: torch.Tensor, weight: torch.Tensor, title:
     for threshold in (levels[1:] + levels[:-1]) / 2:
         ax.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
     share = ax.twinx()
-    share.vlines(levels, 0, 100 * counts / counts.sum(), color=BLUE, linewidth=3)
-    share.plot(levels, 100 * counts / counts.sum(), "o", color=BLUE)
-    share.set_ylabel("weights on the level, %", color=BLUE)
+    share.vlines(levels, 0, 100 * counts / counts.sum(), color=LEVELS, linewidth=3)
+    share.plot(levels, 100 * counts / counts.sum(), "o", color=LEVELS)
+    share.set_ylabel("weights on the level, %", color=LEVELS)
     share.set_ylim(bottom=0)
     share.grid(False)
     share.spines["right"].set_visible(True)
 
 
 def number_line(ax: Axes, rows: dict[str, torch.Tensor]) -> None:
-    """Draw sets of values as dots on parallel number lines, one set per row, with zero marked."""
-    for height, levels in enumerate(reversed(rows.values())):
+    """Draw sets of values on parallel number lines, one set per row in the look of its name, with zero marked."""
+    for height, (levels, own) in enumerate(zip(reversed(rows.values()), reversed(looks(rows).values()), strict=True)):
         values = torch.as_tensor(levels).float().numpy()
         ax.axhline(height, color=GREY, linewidth=0.8, zorder=1)
-        ax.plot(values, np.full(len(values), height), "o", color=PALETTE[height % len(PALETTE)], zorder=2)
+        ax.plot(values, np.full(len(values), height), **own.points, zorder=2)
     ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
     ax.set_yticks(range(len(rows)), list(reversed(rows)))
     ax.grid(False, axis="y")
@@ -127,8 +304,8 @@ def trajectory(
     for threshold in thresholds:
         if low - margin <= threshold <= high + margin:
             ax.axhline(threshold, color=GREY, linestyle="--", linewidth=1, zorder=1)
-    ax.step(steps, values, where="post", color=BLUE, label="level in use")
-    ax.plot(steps, latents, color=ORANGE, label="latent weight")
+    ax.step(steps, values, where="post", color=LEVELS, label="level in use")
+    ax.plot(steps, latents, color=LATENTS, label="latent weight")
     ax.set(title=title, xlabel="training step", ylabel="weight / scale", ylim=(low - margin, high + margin))
 
 
@@ -142,13 +319,11 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
         value: the column to draw, means over the seeds.
     """
     factors = sorted(rates.lr_factor.unique())
-    arms, once = rates[arm].nunique(), [*PALETTE, "black"]
-    colors = [*once, *once][:arms]
-    dashes = [*[""] * len(once), *[(3, 1.5)] * len(once)][:arms]  # a color used twice is dashed the second time
+    arms = rates[arm].nunique()
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grids have a layout of their own
         grid = sns.relplot(
-            rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", markers=True, dashes=dashes,
-            errorbar=None, height=max(3.2, 0.3 * arms), aspect=1 if panel else 1.6, palette=colors,
+            rates, x="lr_factor", y=value, hue=arm, style=arm, col=panel, kind="line", errorbar=None,
+            height=max(3.2, 0.3 * arms), aspect=1 if panel else 1.6, **styles(rates[arm]),
         )  # fmt: skip
     for shown, ax in grid.axes_dict.items() if panel else [(None, grid.ax)]:
         chosen = rates[rates.chosen & (True if panel is None else rates[panel] == shown)]

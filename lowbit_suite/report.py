@@ -43,7 +43,7 @@ class Card:
     parameters: list[tuple[str, str]]
     metrics: list[dict]
     notes: list[str]
-    figures: list[tuple[str, str]]
+    figures: list[tuple[str, str, str]]
     links: list[tuple[str, str]]
 
     @property
@@ -162,9 +162,17 @@ def _card(entry: Entry, run: Run, baseline: baselines.Baseline | None, folder: P
         [(name, _value(value)) for name, value in entry.parameters.items()],
         metrics,
         notes,
-        [(picture.stem, base64.b64encode(picture.read_bytes()).decode()) for picture in pictures],
+        [_figure(picture, entry.name) for picture in pictures],
         links,
     )
+
+
+def _figure(path: Path, notebook: str) -> tuple[str, str, str]:
+    """Name, base64 content and alternative text of a picture."""
+    from lowbit_suite.plotting import alt_text  # only where there are pictures: matplotlib takes a while to import
+
+    alt = alt_text(path) or f"figure {path.stem} of {notebook}"
+    return path.stem, base64.b64encode(path.read_bytes()).decode(), alt
 
 
 def _place(value: float, accepted: baselines.Accepted) -> dict[str, float] | None:

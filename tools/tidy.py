@@ -16,13 +16,19 @@ CELL_TIMEOUT = 600  # s
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove from an executed notebook, in place, the parts that should not be committed."""
+    """Remove from an executed notebook, in place, the parts that should not be committed.
+
+    The alternative text of a cell's first picture is put into its metadata too, where MyST-NB looks for it.
+    """
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "lowbit") if key in notebook.metadata}
     for cell in notebook.cells:
         for key in ("execution", "papermill"):
             cell.metadata.pop(key, None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if shows_something(output)]
+            about = [o.metadata.get("image/png", {}) for o in cell.outputs if "image/png" in o.get("data", {})]
+            if alts := [own["alt"] for own in about if "alt" in own]:
+                cell.metadata["mystnb"] = {"image": {"alt": alts[0]}}
     return notebook
 
 

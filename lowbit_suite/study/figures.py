@@ -12,8 +12,6 @@ from lowbit_suite import claims, plotting
 from lowbit_suite.claims import measuring
 from lowbit_suite.study import tables
 
-MARKERS = "osD^vP*X"
-
 
 def folder() -> Path:
     """The folder of the figures."""
@@ -54,9 +52,10 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
     figure, axes = plt.subplots(1, len(units), figsize=(6.5 * len(units), 4.2), squeeze=False)
     for ax, (value, unit) in zip(axes[0], units, strict=True):
         own = [(item, frame) for item, frame in found if (item["value"], item["unit"]) == (value, unit)]
+        looks = plotting.looks(item["says"] for item, _ in own)
         for place, (item, frame) in enumerate(own):
-            _line(ax, place, f"{item['says']}{_trend(item, where)}", frame)
-        ax.axhline(0, color="black", linewidth=1)
+            _line(ax, place, looks[item["says"]], f"{item['says']}{_trend(item, where)}", frame)
+        ax.axhline(0, color=plotting.INK, linewidth=1)
         for margin in {item.get("margin", 0) for item, _ in own} - {0}:
             ax.axhline(-margin, color=plotting.GREY, linewidth=1, linestyle=":")
         ax.set_xscale("log", base=2)
@@ -100,13 +99,13 @@ def _trend(item: dict[str, Any], where: Path) -> str:
     return "" if effect is None else f"\nslope for each doubling: {effect}"
 
 
-def _line(ax: plt.Axes, place: int, label: str, frame: pd.DataFrame) -> None:
+def _line(ax: plt.Axes, place: int, look: plotting.Look, label: str, frame: pd.DataFrame) -> None:
     """Draw one statement, shifted a little by its place. Lengths with fewer than five seeds get hollow markers."""
-    color = plotting.PALETTE[place % len(plotting.PALETTE)]
     steps = frame.steps * 2 ** (0.06 * place)
     bars = [frame["mean"] - frame.low, frame.high - frame["mean"]]
-    ax.errorbar(steps, frame["mean"], bars, color=color, capsize=3, linewidth=1.2, label=label)
+    style = look.line | {"marker": None}
+    ax.errorbar(steps, frame["mean"], bars, **style, capsize=3, linewidth=1.2, label=label)
     for few in (False, True):
         chosen = frame[(frame.n < 5) == few]
-        face = "white" if few else color
-        ax.plot(steps[chosen.index], chosen["mean"], MARKERS[place % len(MARKERS)], color=color, markerfacecolor=face)
+        face = plotting.PAPER if few else look.color
+        ax.plot(steps[chosen.index], chosen["mean"], **look.points, markerfacecolor=face)

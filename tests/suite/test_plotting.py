@@ -1,5 +1,6 @@
 """The course's drawings put what they are given where they say."""
 
+import itertools
 import json
 import math
 
@@ -11,8 +12,10 @@ import seaborn as sns
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.colors import to_rgb
 
-from lowbit import metrics
+from lowbit import metrics, quantizers
 from lowbit_suite import plotting
 
 
@@ -57,6 +60,49 @@ def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path / "figures")}))
     path = plotting.save(ax.figure, "name")
     assert path == tmp_path / "figures" / "name.png" and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_alt_text_is_in_the_file(ax, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path)}))
+    path = plotting.save(ax.figure, "name", alt="Accuracy in % against bits: α rises, β falls.")
+    assert plotting.alt_text(path) == "Accuracy in % against bits: α rises, β falls."
+    plain = plotting.save(ax.figure, "plain")
+    assert plotting.alt_text(plain) is None
+
+
+def test_alt_text_goes_with_the_output_of_a_notebook(ax, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path)}))
+    shown = []
+    monkeypatch.setattr(plotting, "get_ipython", lambda: "a notebook")
+    monkeypatch.setattr(plotting, "display", shown.append)
+    plotting.save(ax.figure, "plain")
+    assert not shown and plt.fignum_exists(ax.figure.number)
+    plotting.save(ax.figure, "name", alt="A < B.")
+    data, metadata = DisplayFormatter().format(shown[0])
+    assert data["image/png"] and metadata["image/png"]["alt"] == "A < B."
+    assert not plt.fignum_exists(ax.figure.number), "plt.show() would show it a second time"
+
+
+def test_a_recorded_figure_has_its_facts_beside_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOWBIT_RESULTS", str(tmp_path))
+    shown = []
+    monkeypatch.setattr(plotting, "display", lambda *given: shown.extend(given))
+    plotting.recorded("desk", "02_figure", "02_table")
+    assert not shown and capsys.readouterr().out.count("\n") == 1
+    (tmp_path / "figures" / "desk").mkdir(parents=True)
+    (tmp_path / "tables" / "desk").mkdir(parents=True)
+    figure, _ = plt.subplots()
+    figure.savefig(tmp_path / "figures" / "desk" / "02_figure.png")
+    plt.close(figure)
+    settings = {"profile": "desk", "dataset": "digits", "model_name": "resnet8", "epochs": 7, "seeds": [0, 1]}
+    about = {"settings": settings, "command": "lowbit run 02"}
+    (tmp_path / "tables" / "desk" / "02_table.json").write_text(json.dumps(about))
+    rows = 'method,"accuracy, %"\nfull precision,61\nfull precision,62\nlsq,10\n'
+    (tmp_path / "tables" / "desk" / "02_table.csv").write_text(rows)
+    plotting.recorded("desk", "02_figure", "02_table")
+    facts = "digits, resnet8, 7 epochs, 2 seeds, full-precision twin 61.5 % (accuracy)"
+    assert shown[1].data == f"*Recorded at desk size: {facts}. Command: lowbit run 02*"
+    assert shown[0].alt == shown[1].data.strip("*")
 
 
 def test_seaborn_draws_the_interval_that_is_judged(ax):
@@ -120,3 +166,78 @@ def test_apart_keeps_order_distance_and_what_is_apart_already(values, least):
     assert (np.diff(placed[order]) >= least - 1e-9).all()
     assert sum(placed) == pytest.approx(sum(values), abs=1e-6)
     assert plotting.apart(placed, least) == pytest.approx(placed, abs=1e-6)
+
+
+# Linear RGB as people with protanopia, deuteranopia and tritanopia see it (Machado, Oliveira and Fernandes 2009).
+VISION = {
+    "full": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def linear(color):
+    c = np.array(to_rgb(color))
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def contrast_with_white(color):
+    """WCAG 2.1, section 1.4.11 asks for 3 where a line carries meaning."""
+    return 1.05 / (linear(color) @ [0.2126, 0.7152, 0.0722] + 0.05)
+
+
+def lab(light):
+    """CIE 1976 L*a*b* of linear RGB, white point D65."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(light, 0, 1) / [0.9505, 1, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_contrast_worked_by_hand():
+    assert contrast_with_white("black") == pytest.approx(21) and contrast_with_white("white") == pytest.approx(1)
+
+
+SHADES = [look for count in (1, 4, 12) for look in plotting.looks(range(1, count + 1)).values()]
+
+
+@pytest.mark.parametrize("color", sorted({*plotting.PARTS, *(look.color for look in plotting.METHODS.values())}))
+def test_each_color_stands_out_from_white(color):
+    assert contrast_with_white(color) >= 3
+
+
+def test_shades_stand_out_from_white():
+    assert min(contrast_with_white(look.color) for look in SHADES) >= 3
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_methods_colors_differ_with_any_color_vision(vision):
+    seen = {color: lab(VISION[vision] @ linear(color)) for color in {look.color for look in plotting.METHODS.values()}}
+    for one, two in itertools.combinations(seen, 2):
+        assert np.linalg.norm(seen[one] - seen[two]) >= 12, f"{one} and {two} look alike"
+
+
+def test_every_method_has_a_look_of_its_own_without_color():
+    assert set(quantizers.names()) <= set(plotting.METHODS)
+    grids = ("mid-rise", "mid-tread")  # drawn with none of the methods whose looks they share
+    markers = [look.marker for name, look in plotting.METHODS.items() if name not in grids]
+    assert len(markers) == len(set(markers))
+    unlike = list(plotting.looks(range(1, 13)).values())
+    assert len({(look.marker, look.dashes) for look in unlike}) == 12
+
+
+@pytest.mark.parametrize("name", ["s3", "S3", "S3, 2 bits", "s3 2 bits"])
+def test_a_method_is_found_by_each_of_its_names(name):
+    assert plotting.look(name) == plotting.METHODS["s3"]
+
+
+def test_names_that_are_no_methods():
+    with pytest.raises(KeyError, match="no look for 'kmeans'"):
+        plotting.look("kmeans")
+    looks = plotting.looks([32, 4, "lsq", 2])
+    assert list(looks) == [32, 4, "lsq", 2]
+    assert looks[32] == plotting.METHODS["full precision"] and looks["lsq"] == plotting.METHODS["lsq"]
+    assert looks[4] != looks[2] and not {looks[4].color, looks[2].color} & {
+        look.color for look in plotting.METHODS.values()
+    }
