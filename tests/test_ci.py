@@ -10,6 +10,7 @@ import yaml
 PROJECT = Path(__file__).parents[1]
 PACKAGES = {  # Ubuntu's package for each program that a test looks for
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "g++": "g++",
     "git": "git",
     "qemu-aarch64": "qemu-user",
     "mount": "mount",
