@@ -160,7 +160,7 @@ def use_style() -> None:
     )
 
 
-def save(figure: Figure, name: str, alt: str | None = None) -> Path:
+def save(figure: Figure, name: str, alt: str | None = None) -> None:
     """Write ``figure`` as ``<name>.png`` to the run's figures folder (``results/scratch/figures`` outside a run).
 
     With ``alt``, a notebook also shows the figure here and closes it, so that ``plt.show()`` is not needed: only then
@@ -179,7 +179,6 @@ def save(figure: Figure, name: str, alt: str | None = None) -> Path:
     if alt and get_ipython() is not None:
         display(Image(print_figure(figure, bbox_inches="tight"), alt=alt))
         plt.close(figure)
-    return path
 
 
 def alt_text(path: Path) -> str | None:

@@ -31,6 +31,36 @@ def test_two_cells_or_more_are_compared(path):
     assert all(compared(cell) for cell in cells if "NBVAL_CHECK_OUTPUT" in cell.source), "a mark without effect"
 
 
+MACHINE_PATH = re.compile(r"(?:Posix|Windows)Path\(|(?<![\w./:])/(?:home|root|work|tmp|mnt|opt|private|Users)/\w|[A-Z]:\\\\")
+
+
+def written(output):
+    """All text that an output shows, without pictures inside HTML."""
+    texts = [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
+    return re.sub(r"base64,[A-Za-z0-9+/=]+", "", "\n".join(texts))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_output_names_a_place_on_a_machine(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [text for cell in cells for text in map(written, cell.outputs) if MACHINE_PATH.search(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("PosixPath('figures/a.png')", True),
+        ("written: /home/someone/a.png", True),
+        ("(/tmp/x)", True),
+        ("https://example.org/home/x", False),
+        ("results/tmp/a.png", False),
+        ("and/or 1/2", False),
+    ],
+)
+def test_places_on_machines_are_noticed(text, is_one):
+    assert bool(MACHINE_PATH.search(text)) == is_one
+
+
 def test_make_test_compares_every_notebook_within_a_limit():
     (line,) = [line for line in (paths.project() / "Makefile").read_text().splitlines() if "--nbval" in line]
     assert " notebooks " in line

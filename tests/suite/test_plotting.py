@@ -58,16 +58,16 @@ def test_number_line_has_a_row_for_each_set(ax):
 
 def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path / "figures")}))
-    path = plotting.save(ax.figure, "name")
-    assert path == tmp_path / "figures" / "name.png" and path.read_bytes().startswith(b"\x89PNG")
+    assert plotting.save(ax.figure, "name") is None, "a notebook would show it as the cell's output"
+    assert (tmp_path / "figures" / "name.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_alt_text_is_in_the_file(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path)}))
-    path = plotting.save(ax.figure, "name", alt="Accuracy in % against bits: α rises, β falls.")
-    assert plotting.alt_text(path) == "Accuracy in % against bits: α rises, β falls."
-    plain = plotting.save(ax.figure, "plain")
-    assert plotting.alt_text(plain) is None
+    plotting.save(ax.figure, "name", alt="Accuracy in % against bits: α rises, β falls.")
+    assert plotting.alt_text(tmp_path / "name.png") == "Accuracy in % against bits: α rises, β falls."
+    plotting.save(ax.figure, "plain")
+    assert plotting.alt_text(tmp_path / "plain.png") is None
 
 
 def test_alt_text_goes_with_the_output_of_a_notebook(ax, tmp_path, monkeypatch):
