@@ -12,6 +12,13 @@ Engines = Annotated[
     list[str] | None,
     typer.Option(help="a name or a pattern such as 'lowbit*'; repeat for several; a name that is not known lists all"),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; "
+        "default all but deit-small"
+    ),
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="also write the results to this file, and what they depend on to NAME.machine.json"),
@@ -84,13 +91,7 @@ def kernels(
 
 @app.command()
 def models(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; "
-            "default all but deit-small"
-        ),
-    ] = None,
+    model: Models = None,
     engine: Engines = None,
     threads: Threads = None,
     batch: Annotated[
@@ -112,13 +113,7 @@ def models(
 
 @app.command()
 def start(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="resnet18, deit-tiny, deit-small, resnet20, vit_nano, kws_resnet or ds_cnn; repeat for several; "
-            "default all but deit-small"
-        ),
-    ] = None,
+    model: Models = None,
     repeats: Annotated[int, typer.Option(min=3, help="rounds counted")] = 9,
     json_file: JsonFile = None,
 ) -> None:

@@ -216,7 +216,7 @@ def exported(model: Model, threads: int, folder: Path, bits: int, engine: str) -
     return Built(step, facts={"mb": _megabytes(path), "error": check_close(result(), expected, PACKED)})
 
 
-def _onnx(model: Model, folder: Path, kind: str = "fp32") -> Path:
+def onnx_file(model: Model, folder: Path, kind: str = "fp32") -> Path:
     """The model's ONNX file, made if it is not there yet.
 
     ``kind`` is "fp32"; "ready", the same optimized for quantization; or made of that by ONNX Runtime's tools, "static"
@@ -243,9 +243,9 @@ def _write_onnx(model: Model, folder: Path, kind: str, path: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if kind == "ready":  # all shapes are fixed, so that symbolic ones, which fail on spectrograms, are not needed
-        quant_pre_process(str(_onnx(model, folder)), str(path), skip_symbolic_shape=True)
+        quant_pre_process(str(onnx_file(model, folder)), str(path), skip_symbolic_shape=True)
         return
-    ready = _onnx(model, folder, "ready")
+    ready = onnx_file(model, folder, "ready")
     front = {"nodes_to_exclude": _front(ready)} if model.pixels is None else {}
     if kind == "dynamic":
         tools.quantize_dynamic(ready, path, weight_type=tools.QuantType.QInt8, per_channel=True, **front)
@@ -285,7 +285,7 @@ class _Calibration:
 def onnxruntime_model(model: Model, threads: int, folder: Path, kind: str = "fp32") -> Built:
     """ONNX Runtime with the float32 file or a quantized one."""
     _begin(threads)
-    path, x = _onnx(model, folder, kind), model.inputs()
+    path, x = onnx_file(model, folder, kind), model.inputs()
     step, result = runtimes.onnxruntime_step(runtimes.onnxruntime_session(path, threads), x)
     error = check_close(result(), model.create()(x), 1e-3 if kind == "fp32" else INT8)
     return Built(step, facts={"mb": _megabytes(path), "error": error})
@@ -296,7 +296,7 @@ def openvino_model(model: Model, threads: int, folder: Path, kind: str = "fp32",
     import openvino
 
     _begin(threads)
-    path, x = _onnx(model, folder, kind), model.inputs()
+    path, x = onnx_file(model, folder, kind), model.inputs()
     half = precision == "bf16"
     if half and "BF16" not in runtimes.openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise RuntimeError("OpenVINO does not offer bf16 on this processor")

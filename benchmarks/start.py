@@ -85,7 +85,7 @@ def programs(model: Model, folder: Path) -> dict[str, Program]:
     files[f"lowbit {BITS}-bit runner"] = files[f"lowbit {BITS}-bit plan"]
     for kind in ("fp32", "static"):
         for peer in ("onnxruntime", "openvino"):
-            files[f"{peer} {'int8' if kind == 'static' else kind}"] = whole._onnx(model, folder, kind)
+            files[f"{peer} {'int8' if kind == 'static' else kind}"] = whole.onnx_file(model, folder, kind)
     runner = build.build_runner(folder)
     found = {}
     for name, file in files.items():

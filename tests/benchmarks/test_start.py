@@ -41,7 +41,7 @@ def test_a_plan_answers_without_torch_in_little_memory(folder):
 def test_peers_answer_too(folder, kind):
     pytest.importorskip(kind)
     pytest.importorskip("onnxscript")
-    answer = start.first_answer(kind, program(folder, kind, models._onnx(MODEL, folder)))
+    answer = start.first_answer(kind, program(folder, kind, models.onnx_file(MODEL, folder)))
     with torch.no_grad():
         assert torch.allclose(answer, MODEL.create()(MODEL.inputs()), rtol=1e-3, atol=1e-3)
 

@@ -44,16 +44,9 @@ static __attribute__((noinline)) void finish_some(const lb_job *job, int64_t row
   for (int r = 0; r < rows; r++) lb_finish512(job, row + r, 1, block, acc + r * step, 1);
 }
 
-/* Weights beyond int8 of two blocks, where they are few. */
-typedef struct {
-  lb_windows windows;
-  lb_rounds rounds[2];
-  int any[2];
-} beyond;
-
-/* Adds what they miss to the sums of R rows, which start at a[]. */
-LB_INLINE void add_rounds(const int R, const lb_windows *w, const lb_rounds *rounds, const uint8_t *const a[TILE],
-                          __m512i acc[TILE][4]) {
+/* Adds what block h of two misses to the sums of R rows, which start at a[]. */
+LB_INLINE void add_rounds(const int R, const lb_beyond *w, int h, const uint8_t *const a[TILE], __m512i acc[TILE][4]) {
+  const lb_rounds *const rounds = w->rounds + h;
   const __m512i ones = _mm512_set1_epi8(1);
   int64_t i = 0;
   for (int64_t window = 0; window < w->windows; window++)
@@ -70,10 +63,9 @@ LB_INLINE void add_rounds(const int R, const lb_windows *w, const lb_rounds *rou
 
 /* R rows by B blocks, one or two. Spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few
  * sums neighboring rows of weights add into different registers, to keep the multipliers busy: U of them for each
- * result. `two`: weights beyond int8 have a second table, looked up for all; else w and rounds tell where they are, if
- * any[] says that a block has some. */
+ * result. `two`: weights beyond int8 have a second table, looked up for all; else `few` tells where they are. */
 LB_INLINE void tile(const int bits, const int two, const int B, const int R, const lb_job *job, int64_t row,
-                    int64_t block, const lb_tables *t, const beyond *few) {
+                    int64_t block, const lb_tables *t, const lb_beyond *few) {
   const int U = R == 1 ? 4 : R == 2 || B == 1 ? 2 : 1;
   const int step = bits * 64;
   const uint8_t *p[2] = {job->packed + block * job->block_bytes};
@@ -131,7 +123,7 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
       for (int h = 0; h < B; h++) acc[h][r][0] = _mm512_add_epi32(acc[h][r][0], acc[h][r][u]);
 #pragma GCC unroll 2
   for (int h = 0; h < B; h++) {
-    if (!two && bits < 8 && few->any[h]) add_rounds(R, &few->windows, few->rounds + h, a, acc[h]);
+    if (!two && bits < 8 && few->rounds[h].any) add_rounds(R, few, h, a, acc[h]);
     if (R == TILE) {
       __m512i sums[TILE]; /* a copy: acc itself stays in registers */
 #pragma GCC unroll 8
@@ -143,10 +135,10 @@ LB_INLINE void tile(const int bits, const int two, const int B, const int R, con
   }
 }
 
-typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const beyond *);
+typedef void tile_fn(const lb_job *, int64_t, int64_t, const lb_tables *, const lb_beyond *);
 #define KERNEL(BITS, TWO, B, R) \
   static __attribute__((noinline)) void tile_##BITS##_##TWO##_##B##_##R( \
-      const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const beyond *few) { \
+      const lb_job *job, int64_t row, int64_t block, const lb_tables *t, const lb_beyond *few) { \
     tile(BITS, TWO, B, R, job, row, block, t, few); \
   }
 #define EACH_ROWS(DO, BITS, TWO, B) DO(BITS, TWO, B, 1) DO(BITS, TWO, B, 2) DO(BITS, TWO, B, 4) DO(BITS, TWO, B, 8)
@@ -160,19 +152,18 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   static tile_fn *const kernels[5][2][4] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
   const lb_tables t = lb_make_tables(job);
   const int two = lb_needs_two(job), kind = job->bits == 8 ? 4 : job->bits - 2;
-  beyond few = {0};
+  lb_beyond few = {0};
   const int64_t rows = row1 - row0, groups = job->used_k / 4;
   const int finds = two && (job->bits != 4 || rows > FEWEST);
-  if (finds && lb_windows_of(&few.windows, few.rounds, job, 2)) return LB_NO_MEMORY;
+  if (finds && lb_windows_of(&few, job)) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b += 2) {
     const int blocks = (int)lb_min(2, block1 - b);
     int dense = two && !finds;
     for (int h = 0; finds && !dense && h < blocks; h++) {
-      const int64_t found = lb_find_beyond(job, b + h, &t, &few.windows);
+      const int64_t found = lb_find_beyond(job, b + h, &t, &few);
       /* until a second table for all would be quicker: a weight found takes 7 cycles, a round 1.5 for each row */
       const int64_t most = job->bits == 4 ? lb_max(0, (rows * groups - 7 * found) * 2 / (3 * rows)) : groups;
-      const int64_t rounds = lb_rounds_of(&few.windows, found, lb_min(most, groups), few.rounds + h);
-      few.any[h] = rounds > 0, dense = rounds < 0;
+      dense = !lb_rounds_of(&few, h, found, lb_min(most, groups));
     }
     tile_fn *const *of = kernels[dense ? 3 : kind][blocks - 1];
     int64_t m = row0;

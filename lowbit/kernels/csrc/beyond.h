@@ -6,43 +6,42 @@
 #define LOWBIT_BEYOND_H
 #include "avx512.h"
 
-typedef struct {
-  int64_t windows;
-  int64_t *offset;     /* [windows]: from a row's start */
-  uint16_t *window_of; /* [k / 4]: of each row of 64 weights; and where its four bytes are: */
-  uint8_t *at;
-  uint16_t *found_row; /* [16 * k], of one block: the row, */
-  uint8_t *found_byte; /* and which of its bytes, 4 * output + (k mod 4) */
-} lb_windows;
-
 /* The rounds of one block. */
 typedef struct {
   int32_t *until; /* [windows]: the rounds of this window and those before */
   uint64_t *mask; /* of each round: which of its bytes count, */
   uint8_t *index; /* [64], and where in the window their activations are */
+  int any;
 } lb_rounds;
 
-/* Divides the rows of activations into windows, and makes room for up to k / 4 rounds of each of `blocks` blocks. */
-static __attribute__((unused)) int lb_windows_of(lb_windows *w, lb_rounds *rounds, const lb_job *job, int blocks) {
+typedef struct {
+  int64_t windows;
+  int64_t *offset;     /* [windows]: from a row's start */
+  uint16_t *window_of; /* [k / 4]: of each row of 64 weights; and where its four bytes are: */
+  uint8_t *at;
+  /* [16 * k], of one block: a row, of which there are less than 2^16 where no sum can leave int32, and which of its
+   * bytes, 4 * output + (k mod 4) */
+  uint16_t *found_row;
+  uint8_t *found_byte;
+  lb_rounds rounds[2]; /* up to k / 4 of each of two blocks, and 16 that are too many */
+} lb_beyond;
+
+/* Divides the rows of activations into windows, and makes room. */
+static int lb_windows_of(lb_beyond *w, const lb_job *job) {
+  enum { PARTS = 11 };
   const int64_t k = job->used_k, groups = k / 4;
-  int64_t windows = 0;
+  int64_t windows = 0, size = 0;
   for (int s = 0; s < job->n_spans; s++) windows += (job->spans[s].length + 63) / 64;
-  enum { FIXED = 5 };
-  const int64_t bytes[FIXED + 3] = {windows * 8, groups * 2, groups, (16 * k + 64) * 2, 16 * k + 64,
-                                    windows * 4, (groups + 16) * 8, (groups + 16) * 64};
-  int64_t size = 0;
-  for (int i = 0; i < FIXED + 3; i++) size += lb_round_up(bytes[i], 64) * (i < FIXED ? 1 : blocks);
-  uint8_t *room = lb_scratch(LB_SLOT_EXTRA, (size_t)size), *part[FIXED + 3 * 2];
+  const int64_t bytes[PARTS] = {windows * 8, groups * 2, groups, (16 * k + 64) * 2, 16 * k + 64,
+                                windows * 4, (groups + 16) * 8, (groups + 16) * 64,
+                                windows * 4, (groups + 16) * 8, (groups + 16) * 64};
+  for (int i = 0; i < PARTS; i++) size += lb_round_up(bytes[i], 64);
+  uint8_t *room = lb_scratch(LB_SLOT_EXTRA, (size_t)size), *part[PARTS];
   if (!room) return LB_NO_MEMORY;
-  for (int i = 0; i < FIXED + 3 * blocks; i++) {
-    part[i] = room;
-    room += lb_round_up(bytes[i < FIXED ? i : FIXED + (i - FIXED) % 3], 64);
-  }
-  *w = (lb_windows){windows, (int64_t *)part[0], (uint16_t *)part[1], part[2], (uint16_t *)part[3], part[4]};
-  for (int h = 0; h < blocks; h++) {
-    uint8_t **p = part + FIXED + 3 * h;
-    rounds[h] = (lb_rounds){(int32_t *)p[0], (uint64_t *)p[1], p[2]};
-  }
+  for (int i = 0; i < PARTS; room += lb_round_up(bytes[i++], 64)) part[i] = room;
+  *w = (lb_beyond){windows, (int64_t *)part[0], (uint16_t *)part[1], part[2], (uint16_t *)part[3], part[4],
+                   {{(int32_t *)part[5], (uint64_t *)part[6], part[7], 0},
+                    {(int32_t *)part[8], (uint64_t *)part[9], part[10], 0}}};
   int64_t window = -1, row = 0;
   for (int s = 0; s < job->n_spans; s++)
     for (int64_t at = 0; at < job->spans[s].length; at += 4, row++) {
@@ -52,10 +51,9 @@ static __attribute__((unused)) int lb_windows_of(lb_windows *w, lb_rounds *round
   return LB_OK;
 }
 
-/* Finds what of block b lies beyond int8: how many. Activations at its pads are
- * zero, so they need no care. No branches for 4 bits: which rows have any cannot be predicted. */
-static __attribute__((unused)) int64_t lb_find_beyond(const lb_job *job, int64_t b, const lb_tables *t,
-                                                      const lb_windows *w) {
+/* Finds what of block b lies beyond int8: how many. Activations at its pads are zero, so they need no care. No branches
+ * for 4 bits: which rows have any cannot be predicted. */
+static int64_t lb_find_beyond(const lb_job *job, int64_t b, const lb_tables *t, const lb_beyond *w) {
 #define DOWN(I) I + 15, I + 14, I + 13, I + 12, I + 11, I + 10, I + 9, I + 8, I + 7, I + 6, I + 5, I + 4, I + 3, I + 2, I + 1, I
   const __m512i numbers = _mm512_set_epi8(DOWN(48), DOWN(32), DOWN(16), DOWN(0)); /* 0 ... 63 */
 #undef DOWN
@@ -93,8 +91,9 @@ static __attribute__((unused)) int64_t lb_find_beyond(const lb_job *job, int64_t
   return count;
 }
 
-/* The rounds of a block in which `found` weights beyond were found: how many, or -1 if more than `most`. */
-static __attribute__((unused)) int64_t lb_rounds_of(const lb_windows *w, int64_t found, int64_t most, lb_rounds *rounds) {
+/* The rounds of block h of two, in which `found` weights beyond were found: whether there are at most `most`. */
+static int lb_rounds_of(lb_beyond *w, int h, int64_t found, int64_t most) {
+  lb_rounds *const rounds = w->rounds + h;
 #define FOUR(I) (I + 3) * 0x01010101, (I + 2) * 0x01010101, (I + 1) * 0x01010101, I * 0x01010101
   const __m512i spread = _mm512_set_epi32(FOUR(12), FOUR(8), FOUR(4), FOUR(0)); /* byte n of 16 to bytes 4 n ... 4 n + 3 */
 #undef FOUR
@@ -111,10 +110,11 @@ static __attribute__((unused)) int64_t lb_rounds_of(const lb_windows *w, int64_t
     __mmask64 mask;
     for (int first = 0; (mask = _mm512_cmpgt_epu8_mask(counts, _mm512_add_epi8(slots, _mm512_set1_epi8((char)first)))); first += 4)
       rounds->mask[end++] = mask;
-    if (end > most) return -1;
+    if (end > most) return 0;
     rounds->until[window] = (int32_t)end;
   }
-  return end;
+  rounds->any = end > 0;
+  return 1;
 }
 
 #endif
