@@ -21,6 +21,7 @@ from lowbit.errors import CheckpointError, LowbitError, MissingExtraError
 
 if TYPE_CHECKING:
     from lowbit.nn.attention import LowBitAttention
+    from lowbit.nn.products import LowBitProducts
     from lowbit.quantizers.base import Method
 
 __all__ = ["DTYPES", "FORMAT", "load", "load_into", "load_weights_", "read", "save"]
@@ -226,9 +227,15 @@ def _quantization(model: nn.Module) -> dict[str, Any] | None:
     from lowbit.nn import quantized_layers
     from lowbit.nn.attention import low_bit_attentions
     from lowbit.nn.convert import method_of
+    from lowbit.nn.products import low_bit_products, projections_of
 
-    layers, attentions = {}, low_bit_attentions(model)
+    layers = {}
+    attentions: dict[str, LowBitAttention | LowBitProducts] = {**low_bit_attentions(model), **low_bit_products(model)}
     inside = {f"{name}.{part}" for name in attentions for part in ("qk", "v")}  # their attention restores these
+    for name, products in low_bit_products(model).items():
+        if products.query_key:
+            names = projections_of(name, model.get_submodule(name)).names
+            inside |= {f"{name}.{part}" for part in names or ()}
     for layer in quantized_layers(model):
         if layer.name not in inside:
             layers[layer.name] = _methods(method_of(layer.weight), method_of(layer.activation))
@@ -246,7 +253,7 @@ def _methods(weight: "Method | None", activation: "Method | None") -> dict[str, 
     return {kind: plain[kind] for kind in ("weight", "activation")}
 
 
-def _attention_settings(attention: "LowBitAttention") -> dict[str, Any]:
+def _attention_settings(attention: "LowBitAttention | LowBitProducts") -> dict[str, Any]:
     settings = attention.settings
     return settings | _methods(settings["weight"], settings["activation"])
 
@@ -255,8 +262,11 @@ def _restore_quantization_(model: nn.Module, quantization: Mapping[str, Any] | N
     """Put the file's quantizers into ``model``; return one text for each layer that does not fit."""
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
-    from lowbit.nn.convert import QUANTIZABLE, attach_, replace_
+    from lowbit.nn.calls import replace_
+    from lowbit.nn.convert import QUANTIZABLE, attach_
     from lowbit.nn.deploy import description
+    from lowbit.nn.multihead import separate_
+    from lowbit.nn.products import attach_products_, has_projections, projections_of
 
     if description(model) is not None:
         return ["the module is packed already; give one as it was before lowbit.quantize_"]
@@ -268,14 +278,20 @@ def _restore_quantization_(model: nn.Module, quantization: Mapping[str, Any] | N
     if quantization is None:
         return []
     wrong = []
-    for name, settings in quantization.get("attention", {}).items():
+    attentions = quantization.get("attention", {})
+    separate = {name.rpartition(".")[0] for name in quantization["layers"]} | attentions.keys()
+    separate_(model, lambda layer, name: name.rpartition(".")[0] in separate)
+    for name, settings in attentions.items():
         attention = dict(model.named_modules()).get(name)
-        if attention is None or not is_attention(attention):
+        if attention is None or not (is_attention(attention) or has_projections(attention)):
             wrong.append(f"there is no attention layer {name!r}")
             continue
         config = QuantConfig(weight=settings["weight"], activation=settings["activation"])
         settings = settings | {"weight": config.weight, "activation": config.activation}
-        replace_(model, attention, LowBitAttention(attention, **settings))
+        if is_attention(attention):
+            replace_(model, attention, LowBitAttention(attention, **settings))
+        else:
+            attach_products_(attention, projections_of(name, attention), **settings)
     modules = dict(model.named_modules())
     for name, methods in quantization["layers"].items():
         layer = modules.get(name)

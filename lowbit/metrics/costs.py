@@ -28,6 +28,7 @@ from lowbit.extras import extra
 from lowbit.metrics.layers import parametrization_of, weight_of
 from lowbit.nn.attention import low_bit_attentions
 from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers
+from lowbit.nn.products import low_bit_products
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers import ActivationQuantizer
 
@@ -186,7 +187,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
 def _integer(model: nn.Module) -> list[str]:
     """Names of the attentions whose own products have quantized factors."""
-    attentions = low_bit_attentions(model).items()
+    attentions = (*low_bit_attentions(model).items(), *low_bit_products(model).items())
     return [name for name, attention in attentions if isinstance(attention.softmax_quantizer, ActivationQuantizer)]
 
 

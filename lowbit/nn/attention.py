@@ -184,7 +184,9 @@ class LowBitAttention(nn.Module):
             if self.v.bias is not None:
                 self.v.bias.copy_(source.qkv.bias.chunk(3)[2])
         if weight is not None:
-            parametrize.register_parametrization(self.v, "weight", weight.weight(wv))
+            quantizer = weight.weight(wv)
+            parametrize.register_parametrization(self.v, "weight", quantizer)
+            quantizer.initialize_(self.v.get_parameter("parametrizations.weight.original"))
         self.x_quantizer = operand(activation)
         if activation is not None:
             for layer in (self.qk, self.v):  # visible to code that counts bits, but not registered a second time

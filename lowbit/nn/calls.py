@@ -1,17 +1,20 @@
-"""Facts about modules: the code that a call runs, the modules that a model calls, the weight of a layer.
+"""Modules: the code that a call runs, the modules that a model calls, the weight of a layer, its replacement.
 
 A packed layer or a fused graph replaces a module by the computation of torch's own class. That is right only if nothing
 else takes part: no method of a subclass, no override on the object, no hook.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from lowbit.errors import LowbitError
 
 # Attributes that decide what a call computes, or what a module's own code reads.
 _DECIDES = (
@@ -72,6 +75,42 @@ def holds_module(function: Callable[..., Any]) -> bool:
     held = [getattr(function, "__self__", None), *(cell.cell_contents for cell in cells if cell != _EMPTY)]
     held += [getattr(value, "__self__", None) for value in held] + list(getattr(function, "args", ()))
     return any(isinstance(value, nn.Module) for value in held)
+
+
+def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace ``old`` by ``new`` under all names that ``old`` has in ``model``.
+
+    Raises:
+        LowbitError: ``old`` is the model itself.
+    """
+    if old is model:
+        raise LowbitError(
+            f"the model is a single {type(model).__name__}, which cannot be replaced inside itself; wrap it: "
+            "torch.nn.Sequential(layer)"
+        )
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The result of ``model`` for a batch: one tensor, a tuple or list of arguments, or a dict of named ones."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def size_of(batch: Any) -> int:
+    """The number of items in a batch that `call` takes: the length of its first tensor.
+
+    Raises:
+        LowbitError: there is no tensor in it.
+    """
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    if first is None:
+        raise LowbitError(f"a batch is a tensor, or a tuple, list or dict with one, not {type(batch).__name__}")
+    return len(first)
 
 
 @contextmanager

@@ -26,8 +26,10 @@ from lowbit.nn.attention import (
     is_attention,
     low_bit_attentions,
 )
-from lowbit.nn.calls import calls_of, listed, weight_of, weight_parametrization
+from lowbit.nn.calls import call, calls_of, listed, replace_, size_of, weight_of, weight_parametrization
 from lowbit.nn.config import QuantConfig, check_not_empty
+from lowbit.nn.multihead import separate_
+from lowbit.nn.products import attach_products_, check_projections, has_projections, low_bit_products, projections_of
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.nn.refusals import check_attention, check_model, check_ties, check_weight
 from lowbit.quantizers.base import ActivationQuantizer, Method, WeightQuantizer, as_float
@@ -95,64 +97,70 @@ def quantize_(model: nn.Module, config: QuantConfig, filter_fn: Filter | None = 
     """
     check_not_empty(config)
     check_model(model, filter_fn)
-    if any(True for _ in quantized_layers(model)) or low_bit_attentions(model):
+    if any(True for _ in quantized_layers(model)) or low_bit_attentions(model) or low_bit_products(model):
         raise LowbitError("this model is quantized already; quantize_ starts from a full-precision model")
-    plan = [entry for entry in _plan(model, config) if filter_fn is None or filter_fn(entry[1], entry[0])]
-    attentions = _attentions(model, config, filter_fn)
-    replaced = {f"{name}.qkv": attention.qkv for name, attention in attentions.items()} if config.qkr else {}
-    plan = [entry for entry in plan if all(entry[1] is not qkv for qkv in replaced.values())]
-    if not plan and not attentions:
-        kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
-        raise LowbitError(
-            f"no layer of {type(model).__name__} is left to quantize: quantize_ needs a {kinds} that neither "
-            f"first_last={config.first_last!r} nor filter_fn excludes"
-        )
-    # All checks run before anything is changed.
-    for name, layer, (weight, _) in plan:
-        check_weight(name, layer, weight is not None)
-    for name, attention in attentions.items():
-        check_weight(f"{name}.qkv", attention.qkv, config.qkr)
-        check_attention(name, attention, config.qkr)
-        if config.qkr:
-            check_reparameterizable(name, attention, config.weight)
-    check_ties(model, [(name, layer, weight) for name, layer, (weight, _) in plan], replaced)
-    for _, layer, methods in plan:
-        _build(layer, *methods)
+    undo = separate_(model, filter_fn)
+    try:
+        plan, timm, others = _checked_plan(model, config, filter_fn)
+    except BaseException:
+        undo()
+        raise
+    settings = {"weight": config.weight, "activation": config.activation, "query_key": config.qkr}
+    settings |= {"factors": config.attention, "z_bias": config.z_bias, "softmax_step": config.softmax_step}
     low: dict[str, LowBitAttention] = {}
-    for name, attention in attentions.items():
-        low[name] = LowBitAttention(
-            attention,
-            config.weight,
-            config.activation,
-            query_key=config.qkr,
-            factors=config.attention,
-            fresh=config.attention_start == "as_published",
-            z_bias=config.z_bias,
-            softmax_step=config.softmax_step,
-        )
+    for name, attention in timm.items():
+        low[name] = LowBitAttention(attention, fresh=config.attention_start == "as_published", **settings)
         low[name].train(attention.training)
-    for name, attention in attentions.items():
+    for name, attention in timm.items():
         replace_(model, attention, low[name])
+    for name, other in others.items():
+        attach_products_(other, projections_of(name, other), **settings)
     for _, layer, methods in plan:
         _attach(layer, *_build(layer, *methods))
     return model
 
 
-def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace ``old`` by ``new`` under all names that ``old`` has in ``model``.
+Entry = tuple[str, Layer, tuple[Method | None, Method | None]]
 
-    Raises:
-        LowbitError: ``old`` is the model itself.
-    """
-    if old is model:
+
+def _checked_plan(
+    model: nn.Module, config: QuantConfig, filter_fn: Filter | None
+) -> tuple[list[Entry], dict[str, "TimmAttention"], dict[str, nn.Module]]:
+    """What `quantize_` is to change: layers with their methods, timm's attention and other attention, all checked."""
+    plan = [entry for entry in _plan(model, config) if filter_fn is None or filter_fn(entry[1], entry[0])]
+    timm, others = _attentions(model, config, filter_fn)
+    replaced: dict[str, nn.Module] = {}
+    if config.qkr:
+        replaced |= {f"{name}.qkv": attention.qkv for name, attention in timm.items()}
+        for name, other in others.items():
+            projections = projections_of(name, other)
+            layers = check_projections(name, other, projections, config.weight)
+            replaced |= {f"{name}.{part}": layer for part, layer in zip(projections.names or (), layers, strict=True)}
+    plan = [entry for entry in plan if all(entry[1] is not layer for layer in replaced.values())]
+    if not plan and not timm and not others:
+        kinds = ", ".join(cls.__name__ for cls in QUANTIZABLE)
         raise LowbitError(
-            f"the model is a single {type(model).__name__}, which cannot be replaced inside itself; wrap it: "
-            "torch.nn.Sequential(layer)"
+            f"no layer of {type(model).__name__} is left to quantize: quantize_ needs a {kinds} that neither "
+            f"first_last={config.first_last!r} nor filter_fn excludes"
         )
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+    for name, layer, (weight, _) in plan:
+        check_weight(name, layer, weight is not None)
+    for name, attention in timm.items():
+        check_weight(f"{name}.qkv", attention.qkv, config.qkr)
+        check_attention(name, attention, config.qkr)
+        if config.qkr:
+            check_reparameterizable(name, attention, config.weight)
+    for name, lost in replaced.items():
+        check_weight(name, lost)
+    check_ties(model, [(name, layer, weight) for name, layer, (weight, _) in plan], replaced)
+    for _, layer, methods in plan:
+        _build(layer, *methods)
+    if others and config.attention_start == "as_published":
+        raise LowbitError(
+            f"attention_start='as_published' is for timm's attention; {next(iter(others))!r} is a "
+            f"{type(others[next(iter(others))]).__name__}: use 'pretrained'"
+        )
+    return plan, timm, others
 
 
 def attach_(layer: Layer, weight: Method | None, activation: Method | None) -> None:
@@ -193,19 +201,32 @@ def _attach(layer: Layer, weight: WeightQuantizer | None, activation: Activation
         layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _attentions(model: nn.Module, config: QuantConfig, filter_fn: Filter | None) -> dict[str, "TimmAttention"]:
-    """The attention layers that `LowBitAttention` is to replace, by name."""
+def _attentions(
+    model: nn.Module, config: QuantConfig, filter_fn: Filter | None
+) -> tuple[dict[str, "TimmAttention"], dict[str, nn.Module]]:
+    """The attention that gets low-bit products, by name: timm's, which is replaced, and other, which stays."""
     if not (config.attention or config.qkr):
-        return {}
-    every = {name: module for name, module in model.named_modules() if is_attention(module)}
-    chosen = {name: m for name, m in every.items() if filter_fn is None or filter_fn(m.qkv, f"{name}.qkv")}
-    if not chosen:
+        return {}, {}
+    timm = {name: module for name, module in model.named_modules() if is_attention(module)}
+    timm = {name: m for name, m in timm.items() if filter_fn is None or filter_fn(m.qkv, f"{name}.qkv")}
+    others = {name: module for name, module in model.named_modules() if has_projections(module)}
+    if filter_fn is not None:
+        others = {name: module for name, module in others.items() if _chosen(name, module, filter_fn)}
+    if not timm and not others:
         raise LowbitError(
             f"attention={config.attention}, qkr={config.qkr}: {type(model).__name__} has no attention layer that can "
-            "be quantized (only timm's Attention and WindowAttention, in ViT, DeiT and Swin, can), or filter_fn "
-            "excludes its qkv layers"
+            "be quantized (Attention and WindowAttention of timm, in ViT, DeiT and Swin, torch.nn.MultiheadAttention, "
+            "and attention of transformers can), or filter_fn excludes its layers"
         )
-    return chosen
+    return timm, others
+
+
+def _chosen(name: str, attention: nn.Module, filter_fn: Filter) -> bool:
+    """Whether ``filter_fn`` accepts a layer of the attention, or the attention itself if it has none."""
+    layers = {part: layer for part, layer in attention.named_modules() if isinstance(layer, QUANTIZABLE)}
+    return any(filter_fn(layer, f"{name}.{part}") for part, layer in layers.items()) or (
+        not layers and filter_fn(attention, name)
+    )
 
 
 def _plan(model: nn.Module, config: QuantConfig) -> Iterator[tuple[str, Layer, tuple[Method | None, Method | None]]]:
@@ -244,19 +265,14 @@ def _quantizable(model: nn.Module) -> Iterator[tuple[str, Layer]]:
             inside_attention.append(f"{name}." if name else "")
         elif isinstance(module, QUANTIZABLE) and not name.startswith(tuple(inside_attention)):
             yield name, module
-    if inside_attention:
-        warnings.warn(
-            f"{len(inside_attention)} torch.nn.MultiheadAttention layers stay in full precision, because they read "
-            "their weights without calling their layers; all layers of timm's vision transformers can be quantized",
-            stacklevel=4,
-        )
 
 
 def first_and_last(model: nn.Module) -> set[str]:
     """Names of the layers next to the input and the output.
 
     timm's models name them in ``pretrained_cfg`` (first_conv, classifier). In other models they are the first and the
-    last linear or convolution layer in order of registration.
+    last linear or convolution layer in order of registration. Where an embedding comes before all of them (models of
+    text), it is the first layer, and only the last is named.
     """
     layers = [name for name, _ in _quantizable(model)]
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -266,7 +282,10 @@ def first_and_last(model: nn.Module) -> set[str]:
         named |= {value} if isinstance(value, str) else set(value)
     aliases = _aliases(model)
     ends = {aliases[name] for name in named if name in aliases} & set(layers)
-    return ends | ({layers[0], layers[-1]} if layers and len(ends) < 2 else set())
+    if len(ends) >= 2 or not layers:
+        return ends
+    begins = next(module for module in model.modules() if isinstance(module, (*QUANTIZABLE, nn.Embedding)))
+    return ends | {layers[-1]} | (set() if isinstance(begins, nn.Embedding) else {layers[0]})
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -305,7 +324,7 @@ def quantized_layers(model: nn.Module) -> Iterator[QuantizedLayer]:
             yield layer
 
 
-def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
+def calibrate(model: nn.Module, x: Any) -> nn.Module:
     """Set the starting step of every activation quantizer that has none yet, by one forward pass of ``x``.
 
     The model's mode, gradients and running statistics do not change. A warning names quantized layers that the pass
@@ -313,7 +332,8 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
 
     Args:
         model: a quantized model; without activation quantizers nothing happens.
-        x: one normalized input batch, on the model's device. BatchNorm layers normalize it by its own statistics, as
+        x: one normalized input batch, on the model's device: a tensor, or a tuple or dict of the model's arguments.
+            BatchNorm layers normalize it by its own statistics, as
             in training, because running statistics of the full-precision model may not fit quantized weights.
 
     Returns:
@@ -322,8 +342,9 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
     Raises:
         LowbitError: ``x`` is empty.
     """
-    if len(x) == 0:
-        raise LowbitError(f"calibrate needs a batch with items, not one of shape {list(x.shape)}")
+    if size_of(x) == 0:
+        shape = f" of shape {list(x.shape)}" if isinstance(x, Tensor) else ""
+        raise LowbitError(f"calibrate needs a batch with items, not one{shape}")
     if not any(isinstance(module, ActivationQuantizer) for module in model.modules()):
         return model
     layers = {each.layer: each.name for each in quantized_layers(model) if each.activation is not None}
@@ -331,12 +352,12 @@ def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     model.eval()
-    if len(x) > 1:
+    if size_of(x) > 1:
         for norm in norms:
             norm.train()
     try:
         with torch.no_grad(), calls_of(layers) as called:
-            model(x)
+            call(model, x)
     finally:
         for module, training in was_training.items():
             module.training = training

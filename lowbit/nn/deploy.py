@@ -19,8 +19,18 @@ from lowbit.errors import LowbitError
 from lowbit.extras import extra
 from lowbit.kernels.packing import BITS, pack_weight
 from lowbit.nn.attention import INPUT
-from lowbit.nn.calls import calls_of, computes_as, holds_module, listed, own_class, weight_of, weight_parametrization
-from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers, replace_
+from lowbit.nn.calls import (
+    call,
+    calls_of,
+    computes_as,
+    holds_module,
+    listed,
+    own_class,
+    replace_,
+    weight_of,
+    weight_parametrization,
+)
+from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, store_
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, WeightQuantizer
 
@@ -40,7 +50,7 @@ CLOSE, CLOSE_IN_HALF, CLOSE_IF_DYNAMIC, CLOSE_AS_A_WHOLE = 0.01, 0.05, 0.25, 0.5
 _FACTS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 
 
-def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
+def pack(model: nn.Module, example: Any = None) -> nn.Module:
     """A copy of the quantized ``model`` for inference: packed weights, integer kernels, BatchNorm folded in.
 
     Linear layers and convolutions of 2, 3 or 4 bits become `PackedLinear` and `PackedConv2d`. The quantizer of a
@@ -57,7 +67,8 @@ def pack(model: nn.Module, example: Tensor | None = None) -> nn.Module:
 
     Args:
         model: a model that was quantized by `lowbit.quantize_` and trained; it does not change.
-        example: an input batch of the model's dtype, on its device. It is used to find the BatchNorm that follows each
+        example: an input batch of the model's dtype, on its device: a tensor, or a tuple or dict of the model's
+            arguments. It is used to find the BatchNorm that follows each
             convolution and the layers that are called, and to compare each packed layer and the whole packed model with
             ``model``. None uses a generated input for models of `lowbit.models.create`; in other models nothing is
             folded and nothing compared.
@@ -181,7 +192,7 @@ def _rehearse(
     model: nn.Module,
     layers: Mapping[nn.Module, QuantizedLayer],
     candidates: Mapping[nn.Module, PackedLayer],
-    example: Tensor,
+    example: Any,
 ) -> tuple[Any, set[nn.Module], set[nn.Module]]:
     """Run ``example`` and compare each packed layer with its source, on the same input.
 
@@ -210,7 +221,7 @@ def _rehearse(
     hooks += [layer.register_forward_hook(leaves) for layer in candidates]
     try:
         with calls_of(layers) as called:
-            output = model(example)
+            output = call(model, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -228,10 +239,10 @@ def _close(actual: Tensor, expected: Tensor, share: float) -> bool:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, example: Tensor, expected: Any) -> None:
+def _compare(model: nn.Module, example: Any, expected: Any) -> None:
     """Refuse a packed model that fails, or whose output differs from that of the quantized model."""
     try:
-        actual = model(example)
+        actual = call(model, example)
     except Exception as error:  # whatever the model's own code raises when it meets a packed layer
         first = (str(error).splitlines() or [""])[0]
         raise LowbitError(
@@ -357,7 +368,7 @@ def made_up(model: nn.Module, random: bool = False) -> Tensor | None:
     return x.to(device=packed.device, dtype=packed.dtype)
 
 
-def _batchnorms(model: nn.Module, example: Tensor) -> dict[str, str]:
+def _batchnorms(model: nn.Module, example: Any) -> dict[str, str]:
     """Names of convolutions, each with the BatchNorm that alone takes its outputs, found by running ``example``."""
     outputs: dict[int, tuple[Tensor, nn.Module]] = {}  # of convolutions; kept alive, so that ids stay unique
     takers: dict[int, list[nn.Module]] = {}
@@ -405,7 +416,7 @@ def _batchnorms(model: nn.Module, example: Tensor) -> dict[str, str]:
         hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
     try:
         with torch.no_grad(), Uses(), Operators():
-            result = model(example)
+            result = call(model, example)
     finally:
         for hook in hooks:
             hook.remove()

@@ -27,7 +27,7 @@ from lowbit.extras import extra
 from lowbit.files import write_atomically
 from lowbit.kernels import reference
 from lowbit.kernels.packing import integer_levels
-from lowbit.nn.convert import replace_
+from lowbit.nn.calls import replace_
 from lowbit.nn.packed import PackedConv2d, PackedLayer, is_stored, output_dtype
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.nn.calls import weight_of, weight_parametrization
+from lowbit.nn.huggingface import is_conv1d
 from lowbit.nn.packed import PackedLayer
 from lowbit.quantizers.base import Method, refuse_nonfinite
 
@@ -40,6 +41,11 @@ def check_model(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | 
             raise LowbitError(f"{where} compiled and would ignore quantizers; quantize it before torch.compile")
         if isinstance(module, PackedLayer):
             raise LowbitError(f"{where} packed already; quantize_ starts from a full-precision model")
+        if is_conv1d(module) and (filter_fn is None or filter_fn(module, name)):
+            raise LowbitError(
+                f"{where} a Conv1D of transformers, whose weight is the transpose of a linear layer's; call "
+                "lowbit.nn.huggingface.conv1d_to_linear_(model) first, or exclude it by filter_fn"
+            )
         scripted = isinstance(module, torch.jit.ScriptModule) and (name == "" or module.original_name in SCRIPTED)
         parts = type(module).__module__.split(".")
         by_torch = parts[:3] == ["torch", "ao", "nn"] and bool({"quantized", "qat"} & set(parts))

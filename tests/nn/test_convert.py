@@ -222,11 +222,16 @@ def test_assigning_a_weight_that_is_not_finite_is_refused(name, bad):
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
 
 
-def test_torch_attention_is_left_out_aloud():
+def test_torch_attention_is_quantized_by_its_parts():
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 2))
-    with pytest.warns(UserWarning, match="MultiheadAttention"):
-        quantize_(model, QuantConfig(weight=StatsQ(), activation=LSQ()))
-    assert {found.name for found in quantized_layers(model)} == {"1.linear1", "1.linear2"}
+    quantize_(model, QuantConfig(weight=StatsQ(), activation=LSQ()))
+    parts = {f"1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert {found.name for found in quantized_layers(model)} == {"1.linear1", "1.linear2"} | parts
+
+
+def test_an_embedding_is_the_first_layer_of_a_model_of_text():
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    assert first_and_last(model) == {"2"}
 
 
 def test_calibration_does_not_trust_statistics_gathered_before():

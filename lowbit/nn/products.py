@@ -1,0 +1,241 @@
+"""Low-bit products of attention for modules that project queries, keys and values by three layers of their own.
+
+These are our form of `torch.nn.MultiheadAttention` (`lowbit.nn.multihead`) and the attention of Hugging Face's models
+(`lowbit.nn.huggingface`). `lowbit.nn.attention` has the form for timm, whose projections are one layer.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from lowbit.errors import LowbitError
+from lowbit.nn import huggingface
+from lowbit.nn.attention import INPUT, expect_, operand
+from lowbit.nn.query_key import QueryKeyProduct
+from lowbit.quantizers.base import Method
+
+PRODUCTS = huggingface.PRODUCTS
+
+
+@dataclass(frozen=True)
+class Projections:
+    """How an attention module makes its queries, keys and values.
+
+    Attributes:
+        heads: number of heads.
+        size: width of a head.
+        groups: number of heads that share keys and values.
+        names: the attributes of the query, key and value layers; None if one layer makes several of them.
+    """
+
+    heads: int
+    size: int
+    groups: int = 1
+    names: tuple[str, str, str] | None = None
+
+
+class LowBitProducts(nn.Module):
+    """Attention on given queries, keys and values, with quantized factors: ``q̂·k̂ᵀ`` and ``â·v̂``.
+
+    It shares steps and biases among elements as `lowbit.nn.LowBitAttention` does, and differs from it only in that the
+    projections stay in the module around it.
+
+    Args:
+        projections: heads and sizes.
+        like: a tensor with the module's device and dtype.
+        width: width C of the module's input.
+        weight, activation, query_key, factors, z_bias, softmax_step: as in `lowbit.nn.LowBitAttention`. With
+            ``query_key``, the module's query layer passes its quantized input x̂ on, and its key layer returns
+            ``x̂·M̂ᵀ`` of all heads (see `reparameterize_`).
+    """
+
+    def __init__(
+        self,
+        projections: Projections,
+        like: Tensor,
+        width: int,
+        weight: Method | None = None,
+        activation: Method | None = None,
+        query_key: bool = False,
+        factors: bool = True,
+        z_bias: Literal["channel", "head"] = "channel",
+        softmax_step: Literal["head", "query"] = "head",
+    ):
+        super().__init__()
+        self.settings: dict[str, Any] = {"weight": weight, "activation": activation}
+        self.settings |= {"query_key": query_key, "factors": factors}
+        options = {"z_bias": (z_bias, "channel"), "softmax_step": (softmax_step, "head")}
+        self.settings |= {name: value for name, (value, default) in options.items() if value != default}
+        factor = activation if factors else None
+        self.heads, self.groups, self.query_key, self.width = (
+            projections.heads,
+            projections.groups,
+            query_key,
+            width,
+        )
+        shared = projections.heads // projections.groups * projections.size  # width of keys and values
+        if query_key:
+            self.z_quantizer = operand(factor, bias_dims=(-2, -1) if z_bias == "head" else None)
+            expect_(self.z_quantizer, (None, None, self.heads, width), like)
+        else:
+            self.q_quantizer, self.k_quantizer = operand(factor), operand(factor)
+            expect_(self.q_quantizer, (None, None, projections.heads * projections.size), like)
+            expect_(self.k_quantizer, (None, None, shared), like)
+        self.v_quantizer = operand(factor, token="channel")
+        expect_(self.v_quantizer, (None, None, shared), like)
+        by_token = getattr(factor, "granularity", None) == "token"
+        step_dims = (-2,) if softmax_step == "query" and by_token else None
+        self.softmax_quantizer = operand(factor, channel="tensor", signed=False, step_dims=step_dims)
+        expect_(self.softmax_quantizer, (None, self.heads, None, None), like)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            q: float ``[B, N, heads·d]``; with ``query_key`` the input x̂, ``[B, N, C]``.
+            k: float ``[B, M, heads/groups·d]``; with ``query_key`` ``[B, M, heads·C]``.
+            v: float ``[B, M, heads/groups·d]``.
+            mask: what is added to the logits, broadcastable to ``[B, heads, N, M]``; or boolean, False where no
+                attention is allowed; or None.
+            scale: factor of the logits.
+            dropout: share of the weights set to zero in training.
+
+        Returns:
+            The result ``[B, N, heads·d]``, and the attention weights ``[B, heads, N, M]``.
+        """
+        if self.query_key:
+            z = self.z_quantizer(k.unflatten(-1, (self.heads, self.width)))
+            logits = (q[:, None] * scale) @ z.permute(0, 2, 3, 1)
+        else:
+            q = self.q_quantizer(q).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            logits = (q * scale) @ self._of_each_head(self.k_quantizer(k)).transpose(2, 3)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+        attention = F.dropout(self.softmax_quantizer(logits.softmax(-1)), dropout, self.training)
+        y = attention @ self._of_each_head(self.v_quantizer(v))
+        return y.transpose(1, 2).flatten(2), attention
+
+    def _of_each_head(self, x: Tensor) -> Tensor:
+        """``[B, M, heads/groups·d]`` as ``[B, heads, M, d]``."""
+        x = x.unflatten(-1, (self.heads // self.groups, -1)).transpose(1, 2)
+        return x if self.groups == 1 else x.repeat_interleave(self.groups, 1)
+
+
+def check_projections(
+    name: str, module: nn.Module, projections: Projections, weight: Method | None
+) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The query, key and value layers of an attention to reparameterize, or a refusal.
+
+    Args:
+        name: the module's name, for the message.
+        module: the attention module.
+        projections: how it makes queries, keys and values.
+        weight: the weight method, or None.
+
+    Raises:
+        LowbitError: they are not three plain linear layers of the same input and of equal heads, or the method has
+            several latents.
+    """
+    no = f"qkr=True is not possible for {name!r}: "
+    if projections.names is None or projections.groups != 1:
+        raise LowbitError(
+            f"{no}query-key reparameterization needs a linear layer each for queries, keys and values, with as many "
+            f"heads, and nothing between them and their product; {type(module).__name__} has another form or is not "
+            "known to have this one; use qkr=False"
+        )
+    layers = [getattr(module, part) for part in projections.names]
+    for part, layer in zip(projections.names, layers, strict=True):
+        if type(layer) is not nn.Linear:
+            raise LowbitError(
+                f"{no}its {part} is a {type(layer).__name__}, which may compute with more than its weight, not a "
+                "torch.nn.Linear; use qkr=False"
+            )
+    q, k, v = layers
+    if q.weight.shape != k.weight.shape or q.in_features != v.in_features:
+        raise LowbitError(
+            f"{no}its queries, keys and values have weights of {list(q.weight.shape)}, {list(k.weight.shape)} and "
+            f"{list(v.weight.shape)}, which cannot be made from one input; use qkr=False"
+        )
+    if q.in_features % projections.size:
+        raise LowbitError(f"{no}its input of {q.in_features} features is no multiple of a head of {projections.size}")
+    if weight is not None and not isinstance(weight.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
+        raise LowbitError(
+            f"{no}the product of query and key weights replaces the latent of {weight!r}, which has several; use a "
+            "method with one latent, such as StatsQ or LSQ"
+        )
+    return q, k, v
+
+
+def has_projections(module: nn.Module) -> bool:
+    """Whether `attach_products_` takes ``module``: `lowbit.nn.multihead.MultiheadAttention`, or one of transformers."""
+    return hasattr(type(module), "projections") or huggingface.is_attention(module)
+
+
+def projections_of(name: str, module: nn.Module) -> Projections:
+    """How an attention module makes its queries, keys and values; ``name`` is for the message of a refusal.
+
+    Raises:
+        LowbitError: the module does not tell.
+    """
+    own = getattr(module, "projections", None)
+    return own if isinstance(own, Projections) else Projections(*huggingface.projections_of(name, module))
+
+
+def attach_products_(module: nn.Module, projections: Projections, **settings: Any) -> None:
+    """Give an attention module its `LowBitProducts`, in place; with ``query_key`` also `reparameterize_` it.
+
+    Args:
+        module: a module for which `has_projections` is true.
+        projections: how it makes queries, keys and values.
+        settings: arguments of `LowBitProducts`.
+    """
+    if settings.get("query_key"):
+        q, _, _ = check_projections(type(module).__name__, module, projections, settings.get("weight"))
+        like, width = q.weight, q.in_features
+        reparameterize_(module, projections, settings.get("weight"), settings.get("activation"))
+    else:
+        like, width = next(module.parameters()), projections.heads * projections.size
+    products = LowBitProducts(projections, like, width, **settings)
+    module.add_module(PRODUCTS, products.train(module.training))
+    if huggingface.is_attention(module):
+        huggingface.hand_over_(module, bool(settings.get("query_key")))
+
+
+def reparameterize_(
+    module: nn.Module, projections: Projections, weight: Method | None, activation: Method | None
+) -> None:
+    """Put query-key reparameterization in the place of the query and key layers of ``module``.
+
+    The module's code must quantize its input x by the ``x_quantizer`` that this adds. Then the query layer passes x̂ on,
+    and the key layer computes ``x̂·M̂ᵀ`` for all heads, M̂ being the quantized ``WqᵀWk`` of each (see
+    `lowbit.nn.query_key`). The biases of queries and keys are dropped.
+    """
+    names = projections.names
+    assert names is not None
+    q, k, v = (getattr(module, name) for name in names)
+    wq, wk = q.weight.detach().clone(), k.weight.detach().clone()
+    product = nn.Linear(q.in_features, projections.heads * q.in_features, bias=False, device=wq.device, dtype=wq.dtype)
+    parametrize.register_parametrization(product, "weight", QueryKeyProduct(projections.heads, wq, wk, weight))
+    if weight is not None:
+        quantizer = weight.weight(v.weight.detach())
+        parametrize.register_parametrization(v, "weight", quantizer)
+        quantizer.initialize_(v.get_parameter("parametrizations.weight.original"))
+    module.x_quantizer = operand(activation)
+    if activation is not None:
+        expect_(module.x_quantizer, (None, None, q.in_features), wq)
+        for layer in (product, v):  # visible to code that counts bits, but not registered a second time
+            layer.__dict__[INPUT] = module.x_quantizer
+    setattr(module, names[0], nn.Identity())
+    setattr(module, names[1], product)
+
+
+def low_bit_products(model: nn.Module) -> dict[str, LowBitProducts]:
+    """The `LowBitProducts` of every attention module that holds some, by the attention module's name."""
+    held = {name: getattr(module, PRODUCTS, None) for name, module in model.named_modules()}
+    return {name: products for name, products in held.items() if isinstance(products, LowBitProducts)}
