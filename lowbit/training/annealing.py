@@ -19,7 +19,7 @@ from lowbit.training.config import TrainConfig
 from lowbit.training.hooks import quantized_weights
 
 if TYPE_CHECKING:
-    from lowbit.training.loop import State
+    from lowbit.training.hooks import State
 
 RATE = 0.1
 """Largest step allowed, in half widths of the zone in which a weight may move."""

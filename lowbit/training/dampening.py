@@ -16,7 +16,7 @@ from lowbit.quantizers.base import as_float, nearest
 from lowbit.training.hooks import quantized_weights
 
 if TYPE_CHECKING:
-    from lowbit.training.loop import State
+    from lowbit.training.hooks import State
 
 
 def dampening_loss(w: Tensor, q: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:

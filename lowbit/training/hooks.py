@@ -1,9 +1,42 @@
-"""Hooks of quantization methods in the loop: a penalty on their latents, and a call before each step."""
+"""What a training loop calls: callbacks with the `State` of the run, and the hooks of quantization methods."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from lowbit.nn import QuantizedLayer, quantized_layers
 from lowbit.quantizers import WeightQuantizer
+from lowbit.training.config import TrainConfig
+
+
+@dataclass
+class State:
+    """The state of a run, as callbacks see it.
+
+    A callback is any object with some of the methods ``before_forward(state)``, ``on_gradients(state)`` (after
+    backward, before the step), ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return
+    metrics for the history), ``state_dict()`` and ``load_state_dict(d)`` (saved in, and restored from, the checkpoint).
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    steps_per_epoch: int
+    epoch: int = 0  # from 0
+    step: int = 0  # optimization steps begun before this one, over all epochs
+    lr: float = 0.0
+    loss: torch.Tensor | None = None  # detached scalar of the last step, over this process's share
+    row: dict[str, Any] = field(default_factory=dict)  # the epoch's metrics, for on_epoch
+
+
+def call(callbacks: Sequence[object], method: str, state: State) -> Iterator[Any]:
+    """Call ``method`` of every callback that has it, and yield what each returns."""
+    for callback in callbacks:
+        if hasattr(callback, method):
+            yield getattr(callback, method)(state)
 
 
 class QuantizerHooks:

@@ -15,7 +15,7 @@ from lowbit.quantizers import WeightQuantizer
 from lowbit.training.dampening import check_start, cosine, one_latent_layers
 
 if TYPE_CHECKING:
-    from lowbit.training.loop import State
+    from lowbit.training.hooks import State
 
 
 def freezing_step_(

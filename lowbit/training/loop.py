@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
@@ -23,33 +22,13 @@ from lowbit.training.answers import stored_answers
 from lowbit.training.batches import Batches
 from lowbit.training.config import TrainConfig, differences
 from lowbit.training.distributed import Processes, processes
-from lowbit.training.hooks import QuantizerHooks
+from lowbit.training.hooks import QuantizerHooks, State, call
 from lowbit.training.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from tqdm.auto import tqdm
 
 LOOK_EVERY = 20  # steps between checks of the loss on a GPU, where each check waits for the device
-
-
-@dataclass
-class State:
-    """The state of a run, as callbacks see it.
-
-    A callback is any object with some of the methods ``before_forward(state)``, ``on_gradients(state)`` (after
-    backward, before the step), ``on_step(state)`` (after it), ``on_epoch(state)`` (after evaluation; may return
-    metrics for the history), ``state_dict()`` and ``load_state_dict(d)`` (saved in, and restored from, the checkpoint).
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    config: TrainConfig
-    steps_per_epoch: int
-    epoch: int = 0  # from 0
-    step: int = 0  # optimization steps begun before this one, over all epochs
-    lr: float = 0.0
-    loss: torch.Tensor | None = None  # detached scalar of the last step, over this process's share
-    row: dict[str, Any] = field(default_factory=dict)  # the epoch's metrics, for on_epoch
 
 
 def train(
@@ -265,7 +244,7 @@ def _run(
                     if not math.isfinite(row[name]):
                         raise _not_finite(name.replace("_", " "), row[name], state, out)
             state.row = row
-            for metrics in _call(callbacks, "on_epoch", state):
+            for metrics in call(callbacks, "on_epoch", state):
                 row |= metrics or {}
             row["seconds"] = time.perf_counter() - started
             history.append(row)
@@ -297,20 +276,20 @@ def _one_epoch(
         state.step = state.epoch * batches.steps + index
         state.lr = optim.learning_rate(state.step, batches.steps, config)
         optim.set_learning_rate(state.optimizer, state.lr)
-        list(_call(callbacks, "before_forward", state))
+        list(call(callbacks, "before_forward", state))
         hooks.before_step(state.step / (config.all_epochs * batches.steps))
         state.optimizer.zero_grad()
         loss, parts = task.loss(forward, x, y, here)
         loss = hooks.add_penalty(loss)
         loss.backward()
-        list(_call(callbacks, "on_gradients", state))
+        list(call(callbacks, "on_gradients", state))
         if config.clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         state.optimizer.step()
         state.loss = losses[index] = loss.detach()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value
-        list(_call(callbacks, "on_step", state))
+        list(call(callbacks, "on_step", state))
         if (index + 1) % look == 0 or index + 1 == batches.steps:
             bad = (~losses[: index + 1].isfinite()).nonzero()
             if len(bad):
@@ -432,12 +411,6 @@ def _not_finite(what: str, value: float, state: State, out: str | Path | None) -
         f"the {what} became {value} in epoch {state.epoch + 1}, step {state.step % state.steps_per_epoch + 1} of "
         f"{state.steps_per_epoch}, at learning rate {state.lr:.3g}; lower lr, warm up longer or set clip_grad{kept}"
     )
-
-
-def _call(callbacks: Sequence[object], method: str, state: State) -> Iterator[Any]:
-    for callback in callbacks:
-        if hasattr(callback, method):
-            yield getattr(callback, method)(state)
 
 
 def _autocast(config: TrainConfig, here: Processes) -> torch.autocast:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lowbit.errors import LowbitError
 
 if TYPE_CHECKING:
-    from lowbit.training.loop import State
+    from lowbit.training.hooks import State
 
 
 class Moments:
