@@ -191,7 +191,7 @@ CAPTION = re.compile(r"(\d\d)_(\w+)")
 def result_pages(target: Path) -> None:
     """The verdicts, the figures, the benchmarks and the suite's own reports."""
     shutil.copytree(ROOT / "results" / "figures", target / "figures")
-    for name in ("claims", "faults", "mutations", "versions"):
+    for name in ("claims", "faults", "models", "mutations", "versions"):
         text = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8")
         (target / f"{name}.md").write_text(linked(text, "results/"), encoding="utf-8")
     (target / "figures.md").write_text(figures_page(), encoding="utf-8")

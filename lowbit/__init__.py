@@ -19,6 +19,7 @@ _lazy, _dir, __all__ = lazy_loader.attach(
         "functional",
         "kernels",
         "metrics",
+        "migration",
         "models",
         "nn",
         "paths",
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from lowbit import functional as functional
     from lowbit import kernels as kernels
     from lowbit import metrics as metrics
+    from lowbit import migration as migration
     from lowbit import models as models
     from lowbit import nn as nn
     from lowbit import paths as paths

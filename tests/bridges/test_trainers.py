@@ -333,3 +333,36 @@ def test_transformers_own_gradient_checkpointing():
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None)
         assert mine.grad is None or torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.fixture
+def processes(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation", [None, LSQ(bits=4, granularity="channel")], ids=["weights", "inputs too"])
+def test_a_sharded_model_trains_and_callbacks_refuse_it(activation, processes):
+    from torch.distributed.fsdp import fully_shard
+
+    model, (x, y) = network(StatsQ(bits=2), activation), batches()[0]
+    lowbit.calibrate(model, x)
+    other = copy.deepcopy(model)
+    fully_shard(model, mesh=processes)
+    for each in (model, other):
+        nn.functional.cross_entropy(each(x), y).backward()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+    with pytest.raises(LowbitError, match=r"'0\..*' is divided among processes"):
+        Hooks(model, torch.optim.SGD(model.parameters(), RATE), epochs=1, steps_per_epoch=1)
+
+
+def test_a_step_for_a_whole_tensor_cannot_be_sharded(processes):
+    """A limit of torch's; the day it is gone, the how-to page need not name it."""
+    from torch.distributed.fsdp import fully_shard
+
+    with pytest.raises(ValueError, match="scalar parameters"):
+        fully_shard(network(StatsQ(bits=2), LSQ(bits=4)), mesh=processes)

@@ -57,13 +57,18 @@ def shell(text: str, folder: Path, **variables: str) -> str:
 
 def test_every_script_is_run_here():
     assert {path.name for path in HOWTO.glob("*.sh")} == RUN
-    assert {path.name for path in HOWTO.glob("*.py")} == {"quantize.py", "deploy.py", "ablation.py"}
+    assert {path.name for path in HOWTO.glob("*.py")} == {"quantize.py", "deploy.py", "ablation.py", "elsewhere.py"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("quantize", "4 levels True"), ("deploy", ""), ("ablation", r"95 % interval .* 5 seeds\)")],
+    [
+        ("quantize", "4 levels True"),
+        ("deploy", ""),
+        ("elsewhere", "same answers True"),
+        ("ablation", r"95 % interval .* 5 seeds\)"),
+    ],
 )
 def test_python(name, said, tmp_path):
     told = run([sys.executable, str(HOWTO / f"{name}.py")], tmp_path, LOWBIT_RESULTS=str(tmp_path / "results"))

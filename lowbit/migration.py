@@ -1,0 +1,179 @@
+"""Read checkpoints that the papers' own programs have written into models of lowbit, to evaluate, pack and deploy them.
+
+Layouts, as the published code names its tensors:
+
+- "ofq": https://github.com/nbasyl/OFQ, ViT and DeiT, with and without query-key reparameterization
+- "denseshift", "s3": https://github.com/xinlinli170/noah-research (S3-Training), 3-bit residual networks
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.nn.calls import listed
+from lowbit.nn.config import QuantConfig
+from lowbit.nn.convert import calibrate
+from lowbit.quantizers.lsq import LSQ
+from lowbit.quantizers.statsq import StatsQ
+
+Layout = Literal["ofq", "denseshift", "s3"]
+
+# What each layout calls a tensor, as a pattern, and what lowbit calls it; "" for tensors that nothing reads. The first
+# pattern that matches counts.
+_BIASES = (("b4", "bias_in"), ("aft", "bias_out"))
+_OFQ: tuple[tuple[str, str], ...] = (
+    (r"(.*\.)?(statsq_fn|qk_quant|v_quant)\.clip_val", ""),
+    (r"(.*\.attn)\.q\.weight", r"\1.qk.parametrizations.weight.original0"),
+    (r"(.*\.attn)\.k\.weight", r"\1.qk.parametrizations.weight.original1"),
+    (r"(.*\.attn)\.quant_x_4_qkv\.input_quant_fn\.s", r"\1.x_quantizer.step"),
+    *((rf"(.*\.attn)\.quant_x_4_qkv\.move_{a}\.bias", rf"\1.x_quantizer.{b}") for a, b in _BIASES),
+    (r"(.*\.attn)\.quan_a_qkx_fn\.s", r"\1.z_quantizer.step"),
+    *((rf"(.*\.attn)\.move_qkx_{a}\.bias", rf"\1.z_quantizer.{b}") for a, b in _BIASES),
+    (r"(.*\.attn)\.quan_a_(q|k|v|softmax)_fn\.s", r"\1.\2_quantizer.step"),
+    *((rf"(.*\.attn)\.move_(q|k|v)_{a}\.bias", rf"\1.\2_quantizer.{b}") for a, b in _BIASES),
+    (r"(.*)\.input_quant_fn\.s", r"\1.input_quantizer.step"),
+    *((rf"(.*)\.move_{a}\.bias", rf"\1.input_quantizer.{b}") for a, b in _BIASES),
+    (r"(.*)\.input_quant_fn\.signed", r"\1.input_quantizer._extra_state"),
+    (r"(.*)\.lsqw_fn\.s", r"\1.parametrizations.weight.0.step"),
+)
+_DENSESHIFT = (
+    (r"(.*)\.weight_sign", r"\1.parametrizations.weight.original0"),
+    (r"(.*)\.weight_t([123])", r"\1.parametrizations.weight.original\2"),
+)
+_S3 = (
+    (r"(.*)\.weight_sign", r"\1.parametrizations.weight.original0"),
+    (r"(.*)\.weight_val", r"\1.parametrizations.weight.original1"),
+    (r"(.*)\.weight_shift", r"\1.parametrizations.weight.original2"),
+    (r"(.*)\.weight_shift2", r"\1.parametrizations.weight.original3"),
+)
+_LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {"ofq": _OFQ, "denseshift": _DENSESHIFT, "s3": _S3}
+
+
+def ofq_config(bits: int, qkr: bool = True) -> QuantConfig:
+    """How OFQ's program quantizes a ViT or DeiT: the configuration for a model with timm's names.
+
+    Args:
+        bits: bit width of weights and activations.
+        qkr: whether the run had query-key reparameterization.
+    """
+    return QuantConfig(
+        StatsQ(bits=bits),
+        LSQ(bits=bits, granularity="token", bias=True, signed=True),
+        first_last=8,
+        unsigned=("*.fc2",),
+        attention=True,
+        qkr=qkr,
+        z_bias="head" if qkr else "channel",
+        softmax_step="query",
+        end_bias=True,
+    )
+
+
+def load_published_(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor], layout: Layout, example: Tensor | None = None
+) -> nn.Module:
+    """Put the tensors of a published program's checkpoint into a quantized model, in place.
+
+    Args:
+        model: quantized by `lowbit.quantize_` as the checkpoint was: by `ofq_config`, ``DenseShift(bits=3)`` or
+            ``S3(bits=3)``, with layers that have the names of the checkpoint's (timm's ViT and DeiT, torchvision's and
+            timm's ResNet).
+        source: the file, or the tensors by name. Nothing in a file is run; only tensors and plain data are read.
+        layout: whose program wrote it.
+        example: a batch of images, which tells the number of tokens; needed by "ofq".
+
+    Returns:
+        The same model, in evaluation mode.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not those of the model; the message names them.
+        LowbitError: the layout is unknown, or ``example`` is missing.
+    """
+    if layout not in _LAYOUTS:
+        raise LowbitError(f"layout={layout!r} is not allowed; {', '.join(_LAYOUTS)} are")
+    if layout == "ofq":
+        if example is None:
+            raise LowbitError("layout='ofq' needs example=..., a batch of images: its steps belong to single tokens")
+        calibrate(model, example)
+    given = _read(source) if isinstance(source, str | Path) else dict(source)
+    given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
+    own = model.state_dict()
+    found, unused = _translated(given, own, layout)
+    missing = [name for name in own if name not in found]
+    if unused or missing:
+        raise CheckpointError(
+            f"this is no checkpoint of layout {layout!r} for this model: "
+            + "; ".join(
+                f"{what} {listed(names)}"
+                for what, names in (("it lacks", missing), ("the model has no place for", unused))
+                if names
+            )
+        )
+    for name, tensor in found.items():
+        if tensor.numel() != own[name].numel():
+            raise CheckpointError(
+                f"{name!r} is {list(tensor.shape)} in the file; the model needs {list(own[name].shape)}"
+            )
+        found[name] = tensor.reshape(own[name].shape).to(own[name].dtype)
+    model.load_state_dict(found)
+    return model.eval()
+
+
+def _translated(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The given tensors under lowbit's names, and the names of those that have no place."""
+    found, unused = {}, []
+    for name, tensor in given.items():
+        if name.endswith(".weight") and f"{name}_sign" in given:
+            continue  # the same tensor under two names
+        if name.endswith(".attn.move_qkv_b4.bias"):
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                found[name.replace("move_qkv_b4.bias", f"{part}_quantizer.bias_in")] = third
+            continue
+        new = _renamed(name, layout)
+        latent = f"{new.removesuffix('.weight')}.parametrizations.weight.original"
+        if new.endswith(".weight") and new not in own and latent in own:
+            new = latent
+        if new in own:
+            found[new] = tensor
+        elif new:
+            unused.append(name)
+    # What a quantizer knows of its input's sign is not stored, except for images.
+    for name, tensor in own.items():
+        if name.endswith("._extra_state"):
+            found.setdefault(name, tensor)
+    return found, unused
+
+
+def _renamed(name: str, layout: Layout) -> str:
+    for pattern, new in _LAYOUTS[layout]:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(new)
+    return name
+
+
+def _read(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save has written: of a training's state, the averaged model's if it has one."""
+    try:
+        # timm's trainer stores its command line, an object without code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch raises for a file that is none, or that holds other objects
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as tensors and plain data: {first:.200}") from None
+    for key in ("state_dict_ema", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise CheckpointError(f"{path} holds no tensors by name")
+    return content
