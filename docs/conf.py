@@ -104,6 +104,7 @@ _ALIASES = (
 )
 nitpick_ignore_regex = [
     # Other projects' names: their inventories would have to be fetched.
+    ("py:.*", r"(lightning|transformers)(\..*)?"),
     ("py:.*", r"(torch|numpy|np|pydantic|collections|typing|pathlib|enum|os|pd|pandas|nn|abc|Tensor|Field|Ge)(\..*)?"),
     # Type aliases, which signatures show by name; the descriptions of the arguments say what they allow.
     ("py:class", "|".join(_ALIASES.split())),

@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 
 PACKAGES = ("data", "engine", "kernels", "metrics", "models", "nn", "quantizers", "training")
-MODULES = ("environment", "errors", "migration", "nn.huggingface", "paths")
+MODULES = ("environment", "errors", "migration", "paths")
 """Modules whose own public definitions are documented; packages and `lowbit.functional` have their tables."""
 
 

@@ -22,8 +22,6 @@ from lowbit.nn.convert import calibrate
 from lowbit.quantizers.lsq import LSQ
 from lowbit.quantizers.statsq import StatsQ
 
-Layout = Literal["ofq", "denseshift", "s3"]
-
 # What each layout calls a tensor, as a pattern, and what lowbit calls it; "" for tensors that nothing reads. The first
 # pattern that matches counts.
 _BIASES = (("b4", "bias_in"), ("aft", "bias_out"))
@@ -76,7 +74,10 @@ def ofq_config(bits: int, qkr: bool = True) -> QuantConfig:
 
 
 def load_published_(
-    model: nn.Module, source: str | Path | Mapping[str, Tensor], layout: Layout, example: Tensor | None = None
+    model: nn.Module,
+    source: str | Path | Mapping[str, Tensor],
+    layout: Literal["ofq", "denseshift", "s3"],
+    example: Tensor | None = None,
 ) -> nn.Module:
     """Put the tensors of a published program's checkpoint into a quantized model, in place.
 
@@ -126,7 +127,7 @@ def load_published_(
 
 
 def _translated(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: Layout
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The given tensors under lowbit's names, and the names of those that have no place."""
     found, unused = {}, []
@@ -152,7 +153,7 @@ def _translated(
     return found, unused
 
 
-def _renamed(name: str, layout: Layout) -> str:
+def _renamed(name: str, layout: str) -> str:
     for pattern, new in _LAYOUTS[layout]:
         if match := re.fullmatch(pattern, name):
             return match.expand(new)

@@ -8,6 +8,7 @@ describes the layers but not how to build them: `load_into` takes the module tha
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -187,8 +188,10 @@ def _restore_(
     if container.was_converted(header):  # a tensor that waits for its first batch would take the file's dtype
         waiting = {name: held.dtype for name, held in own.items() if held.shape == (0,)}
         tensors = {**tensors, **{name: tensors[name].to(dtype) for name, dtype in waiting.items()}}
+    state = OrderedDict(tensors)
+    state._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]  # some modules ask for their version
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as error:  # by a module's own rules for its state
         raise CheckpointError(f"{path} does not fit {what}: {error!s:.300}") from None
 

@@ -484,3 +484,20 @@ def test_any_value_in_the_header_of_a_packed_zoo_model_too(data, zoo_file, tmp_p
     except CheckpointError:
         return
     assert model(images()).isfinite().all()
+
+
+class Versioned(nn.Linear):
+    """A layer that refuses the state of another version, as torchvision's MNASNet does."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        if local_metadata.get("version") != 3:
+            raise ValueError(f"version {local_metadata.get('version')} is not 3")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def test_modules_are_told_their_version(tmp_path):
+    model = nn.Sequential(Versioned(4, 3))
+    path = lowbit.save(model, tmp_path / "model.safetensors")
+    assert torch.equal(lowbit.load_into(nn.Sequential(Versioned(4, 3)), path)[0].weight, model[0].weight)

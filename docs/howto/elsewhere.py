@@ -5,7 +5,7 @@ import transformers
 
 import lowbit
 from lowbit.metrics import OscillationTracker
-from lowbit.nn.huggingface import family_filter
+from lowbit.nn import family_filter
 from lowbit.quantizers import LSQ, StatsQ
 
 torch.manual_seed(0)

@@ -9,12 +9,16 @@ from lowbit.nn.convert import (
     quantize_,
     quantized_layers,
 )
+from lowbit.nn.huggingface import Logits, conv1d_to_linear_, family_filter
 
 __all__ = [
+    "Logits",
     "QuantConfig",
     "QuantizedLayer",
     "calibrate",
     "compile_quantizers",
+    "conv1d_to_linear_",
+    "family_filter",
     "first_and_last",
     "quantize_",
     "quantized_layers",

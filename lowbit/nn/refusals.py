@@ -44,7 +44,7 @@ def check_model(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | 
         if is_conv1d(module) and (filter_fn is None or filter_fn(module, name)):
             raise LowbitError(
                 f"{where} a Conv1D of transformers, whose weight is the transpose of a linear layer's; call "
-                "lowbit.nn.huggingface.conv1d_to_linear_(model) first, or exclude it by filter_fn"
+                "lowbit.nn.conv1d_to_linear_(model) first, or exclude it by filter_fn"
             )
         scripted = isinstance(module, torch.jit.ScriptModule) and (name == "" or module.original_name in SCRIPTED)
         parts = type(module).__module__.split(".")

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The calls that `lowbit.train` makes around every step, for another loop::
+    """The calls that `lowbit.train` makes around every step, for another loop.
+
+    Example::
 
         hooks = lowbit.training.Hooks(model, optimizer, callbacks, epochs=3, steps_per_epoch=len(loader))
         for images, labels in loader:

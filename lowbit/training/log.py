@@ -9,8 +9,6 @@ from lowbit.training.hooks import State
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Write = Callable[[dict[str, float], int], Any]
-
 
 class Log:
     """Callback of `lowbit.train` that logs the loss and the learning rate of steps, and all metrics of epochs.
@@ -28,7 +26,7 @@ class Log:
         LowbitError: ``every`` is negative.
     """
 
-    def __init__(self, write: Write, every: int = 0):
+    def __init__(self, write: Callable[[dict[str, float], int], Any], every: int = 0):
         if every < 0:
             raise LowbitError(f"every={every!r} is not allowed; use a number of steps, or 0 to log epochs alone")
         self.write, self.every = write, every
@@ -47,7 +45,7 @@ class Log:
         self.write(numbers, state.step + 1)
 
 
-def tensorboard(writer: "SummaryWriter") -> Write:
+def tensorboard(writer: "SummaryWriter") -> Callable[[dict[str, float], int], None]:
     """A function for `Log` that writes each number as a scalar of TensorBoard."""
 
     def write(numbers: dict[str, float], step: int) -> None:
