@@ -55,7 +55,7 @@ class PackedLayerEntry(_Entry):
 
 
 class PackedEntry(_Entry):
-    """The structure of a packed model, as `lowbit.nn.deploy.description` returns it."""
+    """The structure of a packed model, as `lowbit.nn.structure.description` returns it."""
 
     layers: dict[Name, PackedLayerEntry]
     stored: list[Name]

@@ -45,8 +45,8 @@ def save(model: nn.Module, path: str | Path, dtype: str | None = None, card: dic
         LowbitError: ``dtype`` is unknown, or the model holds something that cannot be stored in a file.
     """
     from lowbit.models.spec import check
-    from lowbit.nn.deploy import description
     from lowbit.nn.fuse import FUSED
+    from lowbit.nn.structure import description
 
     if dtype is not None and dtype not in DTYPES:
         raise LowbitError(f"dtype={dtype!r} is not allowed; None, {', '.join(DTYPES)} are")
@@ -165,7 +165,7 @@ def _restore_(
     Raises:
         CheckpointError: the file does not fit the model.
     """
-    from lowbit.nn.deploy import restore_
+    from lowbit.nn.structure import restore_
 
     before = set(model.state_dict())
     described = header.get("packed")
@@ -267,9 +267,9 @@ def _restore_quantization_(model: nn.Module, quantization: Mapping[str, Any] | N
     from lowbit.nn.attention import LowBitAttention, is_attention
     from lowbit.nn.calls import replace_
     from lowbit.nn.convert import QUANTIZABLE, attach_
-    from lowbit.nn.deploy import description
     from lowbit.nn.multihead import separate_
     from lowbit.nn.products import attach_products_, has_projections, projections_of
+    from lowbit.nn.structure import description
 
     if description(model) is not None:
         return ["the module is packed already; give one as it was before lowbit.quantize_"]

@@ -4,15 +4,13 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowbit.errors import LowbitError
@@ -31,6 +29,7 @@ from lowbit.nn.calls import (
     weight_parametrization,
 )
 from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, _quantize_input, quantized_layers
+from lowbit.nn.folding import fold_, following_norms, note_folded_
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, store_
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm, WeightQuantizer
 
@@ -40,14 +39,11 @@ if TYPE_CHECKING:
 KINDS: dict[type[PackedLayer], str] = {PackedLinear: "linear", PackedConv2d: "conv2d"}
 OF_TORCH: dict[str, type[nn.Linear | nn.Conv2d]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
 GEOMETRY = ("stride", "padding", "dilation")
-FOLDED = "folded"  # the attribute of a packed model that names the BatchNorm layers folded into others
 HOOKS = (_quantize_input,)
 # How far a packed layer's output may be from the layer's own on the example, as a share of the output's norm: sums of
 # float32 differ in their last bits, a value at the border between two steps may be rounded to the other, bf16 rounds,
 # and inputs that were floats become 8 bits.
 CLOSE, CLOSE_IN_HALF, CLOSE_IF_DYNAMIC, CLOSE_AS_A_WHOLE = 0.01, 0.05, 0.25, 0.5
-# Types of results that do not depend on the values in a tensor: shape, dtype, ...
-_FACTS = (bool, int, torch.Size, torch.dtype, torch.device, torch.layout)
 
 
 def pack(model: nn.Module, example: Any = None) -> nn.Module:
@@ -105,7 +101,7 @@ def pack(model: nn.Module, example: Any = None) -> nn.Module:
                 raise
             shown = None
     if shown is not None:
-        follows = _batchnorms(model, shown)
+        follows = following_norms(model, shown)
         if wrong:
             warnings.warn(
                 "layers whose packed form gives other values for the example keep floats and store codes: "
@@ -124,16 +120,11 @@ def pack(model: nn.Module, example: Any = None) -> nn.Module:
             f"without groups that have torch's own forward and are called, and up to 8 bits if the input is quantized "
             f"too (this model's weights: {kinds or 'full precision'})"
         )
-    folded = [follows[name] for name in names if name in follows and _fold_(model, name, follows[name])]
-    _note_folded_(model, folded)
+    folded = [follows[name] for name in names if name in follows and fold_(model, name, follows[name])]
+    note_folded_(model, folded)
     if example is not None:
         _compare(model, example, expected)
     return model
-
-
-def _note_folded_(model: nn.Module, names: Sequence[str]) -> None:
-    """Record the names of folded BatchNorm layers in ``model``, for `description`."""
-    setattr(model, FOLDED, list(names))
 
 
 def _refuse_uncalibrated(model: nn.Module, layers: Sequence[QuantizedLayer], shown: bool) -> None:
@@ -167,7 +158,7 @@ def _never_called(layer: QuantizedLayer) -> bool:
 def _refuse_uncopied(model: nn.Module, layers: Sequence[QuantizedLayer]) -> None:
     """Refuse modules whose copy would not be the same module with codes instead of weights."""
     quantized = [layer for layer in layers if layer.weight is not None]
-    if others := [layer.name for layer in quantized if not _only_quantized(layer.layer)]:
+    if others := [layer.name for layer in quantized if not is_only_quantized(layer.layer)]:
         raise LowbitError(
             f"layers have another parametrization beside that of the quantized weight: {listed(others)}; remove it "
             "(torch.nn.utils.parametrize.remove_parametrizations), or exclude these layers by quantize_'s filter_fn"
@@ -328,7 +319,7 @@ def _store_codes_(quantized: QuantizedLayer) -> None:
         return
     codes, levels, scale = quantized.codes(), quantizer.levels, quantizer.scale(*quantized.latents)
     dtype = weight_of(layer).dtype
-    _drop_quantizer_(layer)
+    drop_quantizer_(layer)
     store_(layer, codes, levels, scale, dtype)
     if _never_called(quantized):
         del layer._modules[INPUT]
@@ -337,13 +328,13 @@ def _store_codes_(quantized: QuantizedLayer) -> None:
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _drop_quantizer_(layer: nn.Module) -> None:
+def drop_quantizer_(layer: nn.Module) -> None:
     """Remove a layer's quantized weight with its latents; torch's own function would change the class of copies."""
     layer.__class__ = own_class(layer)
     del layer._modules["parametrizations"]
 
 
-def _only_quantized(layer: nn.Module) -> bool:
+def is_only_quantized(layer: nn.Module) -> bool:
     """Whether a layer has no parametrization besides a quantizer of its weight."""
     if not parametrize.is_parametrized(layer):
         return True
@@ -366,114 +357,6 @@ def made_up(model: nn.Module, random: bool = False) -> Tensor | None:
     packed = next((module.like for module in model.modules() if isinstance(module, PackedLayer)), like)
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)) if random else torch.zeros(1, *shape)
     return x.to(device=packed.device, dtype=packed.dtype)
-
-
-def _batchnorms(model: nn.Module, example: Any) -> dict[str, str]:
-    """Names of convolutions, each with the BatchNorm that alone takes its outputs, found by running ``example``."""
-    outputs: dict[int, tuple[Tensor, nn.Module]] = {}  # of convolutions; kept alive, so that ids stay unique
-    takers: dict[int, list[nn.Module]] = {}
-    sources: dict[nn.Module, set[nn.Module | None]] = {}  # of a BatchNorm; None is anything but a convolution
-    inside: list[nn.Module] = []  # the BatchNorms that are running
-    elsewhere: set[int] = set()  # outputs that anything else reads or changes
-
-    def outputs_in(tree: Any) -> set[int]:
-        return {id(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and id(leaf) in outputs}
-
-    class Uses(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            used: set[int] = set() if inside else outputs_in((args, kwargs))
-            result = func(*args, **(kwargs or {}))
-            if not isinstance(result, _FACTS):
-                elsewhere.update(used)
-            return result
-
-    class Operators(TorchDispatchMode):  # `Uses` does not see scripted functions; the operators they call arrive here
-        def __torch_dispatch__(
-            self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            elsewhere.update(set() if inside else outputs_in((args, kwargs)))
-            return func(*args, **(kwargs or {}))
-
-    def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taken = outputs_in((args, kwargs))
-        for key in taken:
-            takers.setdefault(key, []).append(module)
-        if isinstance(module, nn.BatchNorm2d):
-            sources.setdefault(module, set()).update({outputs[key][1] for key in taken} or {None})
-            inside.append(module)
-
-    def leaves(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, nn.Conv2d) and isinstance(output, Tensor):
-            outputs[id(output)] = (output, module)
-        if inside and inside[-1] is module:
-            inside.pop()
-
-    hooks = []
-    for module in model.modules():
-        hooks.append(module.register_forward_hook(leaves))
-        hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
-    try:
-        with torch.no_grad(), Uses(), Operators():
-            result = call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    elsewhere |= outputs_in(result)
-    norms: dict[nn.Module, set[nn.Module | None]] = {}  # of a convolution; None: something else takes an output too
-    for key, (_, conv) in outputs.items():
-        modules = takers.get(key, [])
-        alone = len(modules) == 1 and isinstance(modules[0], nn.BatchNorm2d) and key not in elsewhere
-        norms.setdefault(conv, set()).add(modules[0] if alone else None)
-    names = {module: name for name, module in model.named_modules()}
-    pairs = ((conv, taking.pop()) for conv, taking in norms.items() if len(taking) == 1)
-    return {names[conv]: names[norm] for conv, norm in pairs if norm is not None and sources[norm] == {conv}}
-
-
-def _fold_(model: nn.Module, name: str, norm_name: str) -> bool:
-    """Fold a BatchNorm into the packed layer ``name``, unless it is of another kind or has no running statistics."""
-    norm, layer = model.get_submodule(norm_name), model.get_submodule(name)
-    assert isinstance(norm, nn.BatchNorm2d) and isinstance(layer, PackedLayer)
-    if norm.running_var is None or norm.running_mean is None:
-        warnings.warn(f"BatchNorm {norm_name!r} has no running statistics and is not folded", stacklevel=3)
-        return False
-    if not _foldable(norm):
-        return False
-    gain = (norm.running_var.float() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().float()
-    shift = -norm.running_mean.float() * gain + (0 if norm.bias is None else norm.bias.detach().float())
-    layer.fold_(gain, shift)
-    replace_(model, norm, without_norm(norm))
-    return True
-
-
-def _foldable(norm: nn.Module) -> bool:
-    """Whether ``norm`` computes what torch's BatchNorm does, or timm's BatchNorm with an activation."""
-    if not type(norm).__module__.startswith("timm."):
-        return computes_as(norm, nn.BatchNorm2d) and not parametrize.is_parametrized(norm)
-    from timm.layers.norm_act import BatchNormAct2d
-
-    return type(norm) is BatchNormAct2d and computes_as(norm, BatchNormAct2d)
-
-
-def description(model: nn.Module) -> dict[str, Any] | None:
-    """The structure of a packed model, which `lowbit.save` stores as JSON; None if the model is not packed."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLayer)}
-    stored = [name for name, layer in model.named_modules() if is_stored(layer)]
-    if not layers and not stored:
-        return None
-    return {
-        "layers": {name: {"kind": KINDS[type(layer)]} | layer.settings() for name, layer in layers.items()},
-        "stored": stored,
-        "folded": [
-            f"{name}.{norm}" if name else norm
-            for name, module in model.named_modules()
-            if isinstance(folded := module.__dict__.get(FOLDED), list)
-            for norm in folded
-        ],
-    }
 
 
 def summary(model: nn.Module) -> "pandas.DataFrame":
@@ -509,98 +392,3 @@ def summary(model: nn.Module) -> "pandas.DataFrame":
     size = sum(tensor.numel() for tensor in rest)
     rows.append(("(rest)", "float32", size, 32, sum(t.numel() * t.element_size() for t in rest)))
     return pandas.DataFrame(rows, columns=["layer", "how", "weights", "bits", "bytes"])
-
-
-def restore_(model: nn.Module, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Replace layers of a model in full precision by the packed layers of a `description`, as far as they fit.
-
-    Args:
-        model: the model, changed in place.
-        described: a `description` that `lowbit.container.PackedEntry` has checked.
-        tensors: all tensors of the file.
-
-    Returns:
-        One text for each layer that does not fit; if there are any, the model must be discarded.
-    """
-    wrong = []
-    packed: dict[str, dict[str, Any]] = described["layers"]
-    steps: list[tuple[str, Callable[[nn.Module, Mapping[str, Tensor]], None]]] = [
-        *((name, partial(_restore_packed_, model, settings)) for name, settings in packed.items()),
-        *((name, _restore_stored_) for name in described["stored"]),
-        *((name, partial(_restore_folded_, model)) for name in described["folded"]),
-    ]
-    for name, restore in steps:
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            wrong.append(f"there is no layer {name!r}")
-            continue
-        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        try:
-            restore(layer, own)
-        except LowbitError as error:
-            wrong.append(f"{name!r}: {error}")
-    _note_folded_(model, described["folded"])
-    return wrong
-
-
-def _restore_packed_(
-    model: nn.Module, settings: Mapping[str, Any], layer: nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
-    kind = OF_TORCH[settings["kind"]]
-    if not isinstance(layer, kind) or not computes_as(layer, kind, HOOKS) or not _only_quantized(layer):
-        raise LowbitError(
-            f"it is a {type(layer).__name__}; a packed layer takes the place of a plain nn.{kind.__name__}"
-        )
-    geometry = {name: list(settings.get(name) or ()) for name in GEOMETRY}
-    has = {name: list(getattr(layer, name, ())) for name in GEOMETRY}
-    if settings["shape"] != list(layer.weight.shape) or geometry != has:
-        raise LowbitError(
-            f"its weight is {list(layer.weight.shape)}, {has}; in the file it is {settings['shape']}, {geometry}"
-        )
-    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        raise LowbitError("a packed convolution has groups=1 and padding_mode='zeros'")
-    packed_kind = {word: cls for cls, word in KINDS.items()}[settings["kind"]]
-    packed = packed_kind.restore(settings, tensors, layer.weight.dtype)
-    replace_(model, layer, packed.to(layer.weight.device))
-
-
-def _restore_stored_(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    if not isinstance(layer, QUANTIZABLE) or not _only_quantized(layer):
-        kinds = ", ".join(f"nn.{cls.__name__}" for cls in QUANTIZABLE)
-        raise LowbitError(f"it is a {type(layer).__name__}; stored codes take the place of the weight of a {kinds}")
-    missing = [name for name in ("codes", "levels", "row_scale") if name not in tensors]
-    if missing:
-        raise LowbitError(f"stored codes need {', '.join(missing)}")
-    codes, levels, scale = (tensors[name] for name in ("codes", "levels", "row_scale"))
-    if codes.dtype != torch.uint8 or codes.shape != layer.weight.shape:
-        raise LowbitError(
-            f"its weight is {list(layer.weight.shape)}, in the file it has codes {codes.dtype} {list(codes.shape)}"
-        )
-    fits = scale.ndim <= codes.ndim and all(
-        size in (1, whole) for size, whole in zip(reversed(scale.shape), reversed(codes.shape), strict=False)
-    )
-    floats = levels.is_floating_point() and scale.is_floating_point()
-    if not floats or levels.ndim != 1 or not fits or (codes.numel() and int(codes.max()) >= len(levels)):
-        raise LowbitError(
-            f"its codes, levels {levels.dtype} {list(levels.shape)} and row_scale {scale.dtype} {list(scale.shape)} do "
-            "not belong together"
-        )
-    device, dtype = layer.weight.device, layer.weight.dtype
-    if parametrize.is_parametrized(layer):  # the layers of query-key reparameterization are quantized from the start
-        _drop_quantizer_(layer)
-    store_(layer, codes.to(device), levels.to(device), scale.to(device), dtype)
-
-
-def _restore_folded_(model: nn.Module, norm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    if not _foldable(norm):
-        raise LowbitError(f"it is a {type(norm).__name__}; only an nn.BatchNorm2d can be folded")
-    replace_(model, norm, without_norm(norm))
-
-
-def without_norm(norm: nn.Module) -> nn.Module:
-    """The module that replaces a folded BatchNorm: the identity, or the activation that timm's BatchNorm contains."""
-    activation = getattr(norm, "act", None)
-    if activation is not None:
-        return nn.Sequential(getattr(norm, "drop", nn.Identity()), activation)
-    return nn.Identity()
