@@ -37,7 +37,7 @@ def run(
         raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(held)}")
     list(plan.trainings(held))  # refuses an invalid plan before anything starts
     deadline = math.inf if hours is None else time.time() + 3600 * hours
-    command = [sys.executable, "-m", "lowbit_suite.study.worker", "--deadline", str(deadline)]
+    command = [sys.executable, "-m", "lowbit_suite.study.trainer", "--deadline", str(deadline)]
     command += [word for name in table or () for word in ("--table", name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     workers = [subprocess.Popen(command, env=environment, preexec_fn=partial(os.nice, nice)) for _ in range(jobs)]
@@ -91,11 +91,11 @@ def status() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowbit_suite.study import plan, queue, rates, worker
+    from lowbit_suite.study import plan, queue, trainer, tuning
 
     held, here = plan.load(), queue.kind()
     lines = queue.done(held)
-    everything = rates.trainings(held, lines)
+    everything = tuning.trainings(held, lines)
     ended = queue.current(everything, lines)
     shown = Table(title=f"the study, on this kind of processor ({here})", title_justify="left")
     for column in ("table", "claims", "trainings", "epochs", "core hours spent", "core hours left here"):
@@ -118,7 +118,7 @@ def status() -> None:
         folder = queue.folder(training)
         if folder.is_dir() and training.key not in ended:
             console.print(
-                f"begun here: {training}: {worker.epochs_done(folder)} of {training.length} epochs", highlight=False
+                f"begun here: {training}: {trainer.epochs_done(folder)} of {training.length} epochs", highlight=False
             )
     if stale := len({line.key for line in lines} - set(ended)):
         console.print(f"{stale} trainings in the journals are of an earlier plan; they are not used", highlight=False)
@@ -128,8 +128,8 @@ def status() -> None:
 def tables() -> None:
     """Write results/tables/study from the journals, for 'lowbit claims', and draw each claim's effect by budget."""
     from lowbit_suite.running.run_json import show_path
+    from lowbit_suite.study import collected as made
     from lowbit_suite.study import figures
-    from lowbit_suite.study import tables as made
 
     for path in [*made.write(), *figures.write()]:
         print(show_path(path))

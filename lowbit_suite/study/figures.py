@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lowbit import paths
 from lowbit_suite import claims, plotting
 from lowbit_suite.claims import measuring
-from lowbit_suite.study import tables
+from lowbit_suite.study import collected
 
 
 def folder() -> Path:
@@ -27,7 +27,7 @@ def write() -> list[Path]:
     """Draw every claim that the study's tables have effects for, and return the files."""
     written = []
     for claim in claims.load():
-        figure = draw(claim, tables.folder())
+        figure = draw(claim, collected.folder())
         if figure is not None:
             folder().mkdir(parents=True, exist_ok=True)
             figure.savefig(picture(claim["id"]), metadata={"Software": None})  # the same bytes with any version

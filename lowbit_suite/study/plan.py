@@ -71,7 +71,7 @@ class Arm(BaseModel):
 
 
 class Tune(BaseModel):
-    """Learning rates for single arms of a table, chosen on validation data; `lowbit_suite.study.rates` has the rule.
+    """Learning rates for single arms of a table, chosen on validation data; `lowbit_suite.study.tuning` has the rule.
 
     It adds two tables. ``<table>_rates`` has the trials. ``<table>_tuned`` has the arms at their chosen rates, with the
     table's seeds and its longest budget.
@@ -342,7 +342,7 @@ def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:
 def trainings(tables: dict[str, Table]) -> Iterator[Training]:
     """Every training of the plan, table by table, in the order of seeds, budgets and arms.
 
-    Trainings at a chosen rate still wait for it here; `lowbit_suite.study.rates.trainings` adds it from the journals.
+    Trainings at a chosen rate still wait for it here; `lowbit_suite.study.tuning.trainings` adds it from the journals.
 
     Raises:
         LowbitError: an arm is not a valid run.

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lowbit_suite import claims
-from lowbit_suite.study import figures, tables
+from lowbit_suite.study import collected, figures
 
 
 def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5))):
@@ -23,8 +23,8 @@ def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5
         for arm, gain in arms
         for seed in range(seeds)
     ]
-    tables.folder().mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(tables.folder() / "ofq.csv", index=False)
+    collected.folder().mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(collected.folder() / "ofq.csv", index=False)
 
 
 def claim(id="O2"):
@@ -34,7 +34,7 @@ def claim(id="O2"):
 def test_effects_at_each_length(project):
     table()
     (item,) = [one for one in claim()["statements"] if one.get("role") == "primary"]
-    frame = figures.effects(item, tables.folder())
+    frame = figures.effects(item, collected.folder())
     assert frame.steps.tolist() == [2343, 7810, 30459] and frame.n.tolist() == [5, 5, 4]
     expected = [0.5 * np.log2(epochs) + shift for epochs, shift in ((3, 0.2), (10, 0.2), (39, 0.15))]
     assert frame["mean"].tolist() == pytest.approx(expected)
@@ -44,7 +44,7 @@ def test_effects_at_each_length(project):
 
 def test_a_picture_shows_every_effect_and_the_line_of_none(project):
     table()
-    figure = figures.draw(claim(), tables.folder())
+    figure = figures.draw(claim(), collected.folder())
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2,343", "7,810", "30,459"]
     assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines)  # no effect

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from lowbit import LowbitError
-from lowbit_suite.study import plan, queue, rates
+from lowbit_suite.study import plan, queue, tuning
 
 CORRELATION = {"table": "by_seed", "column": "rank", "of": ["a", "b"]}
 SOURCE = {"data": {"name": "digits"}, "train": {"epochs": 1}}
@@ -107,7 +107,7 @@ def test_what_the_study_has_begun_to_train_stays_what_it_is(table):
 def test_every_line_of_the_projects_journals_belongs_to_the_plan():
     held = plan.load()
     lines = queue.done(held)
-    kept = queue.current(rates.trainings(held, lines), lines)
+    kept = queue.current(tuning.trainings(held, lines), lines)
     assert [line for line in lines if line not in kept.get(line.key, [])] == []
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowbit_suite.study import plan, queue, tables
+from lowbit_suite.study import collected, plan, queue
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def test_blocks_of_others_are_taken_up_when_nothing_else_is_left(trainings):
 def test_a_table_has_one_kind_of_processor_in_a_block(trainings):
     block = [t for t in trainings if t.block == ("shift", 1, 0)]
     lines = [ended(block[0], "bf16", accuracy=1), *(ended(t, "avx2", accuracy=2) for t in block[:2])]
-    chosen = tables.choose(trainings, queue.current(trainings, lines))
+    chosen = collected.choose(trainings, queue.current(trainings, lines))
     assert [(line.key, line.kind) for line in chosen] == [(t.key, "avx2") for t in block[:2]]
-    assert tables.frame(chosen)["accuracy, %"].tolist() == [2, 2]
+    assert collected.frame(chosen)["accuracy, %"].tolist() == [2, 2]
 
 
 def test_the_time_of_an_epoch_is_that_of_the_arm_or_else_of_the_table(trainings):

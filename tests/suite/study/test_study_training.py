@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit_suite.app import app
-from lowbit_suite.study import plan, queue, tables, training, worker
+from lowbit_suite.study import collected, plan, queue, trainer, training
 
 SHARED = {"arm", "bits", "epochs", "steps", "seed", "accuracy, %", "test loss", "train loss", "seconds"}
 MOTION = {"oscillating, %", "frequency", "memory", "frozen, %", "sign frozen, %", "flip rate, %", "changed level, %"}
@@ -106,7 +106,7 @@ def test_a_source_task_goes_before_with_the_same_weights_and_another_head(planne
     assert one.length == 2 and one.columns == {"seed": 9} and one.run["data"]["subset"]["seed"] == 9
     (row,) = training.run(one, tmp_path / "one")["rows"]
     assert {"target, %", "source, %", "source seconds"} <= set(row) and "accuracy, %" not in row
-    assert row["source, %"] > 25 and worker.epochs_done(tmp_path / "one") == 2
+    assert row["source, %"] > 25 and trainer.epochs_done(tmp_path / "one") == 2
     (again,) = training.run(one, tmp_path / "one")["rows"]  # all epochs are there
     assert again == row
 
@@ -143,13 +143,13 @@ def test_correlations_are_of_ranks_over_the_arms_of_whole_seeds():
         for arm, (frozen, target) in enumerate(pairs)
     ]
     wanted = plan.Correlation(table="by_seed", column="rank", of=("frozen", "target"))
-    found = tables.correlations(pd.DataFrame(rows), wanted, arms=4)
+    found = collected.correlations(pd.DataFrame(rows), wanted, arms=4)
     assert found.columns.tolist() == ["epochs", "seed", "arms", "rank"] and found.seed.tolist() == [0, 2, 3]
     assert found["rank"].tolist() == [pytest.approx(-0.8), pytest.approx(1), pytest.approx(math.nan, nan_ok=True)]
     with pytest.raises(
         lowbit.LowbitError, match=r"study\.yaml: by_seed: no row has a column 'froze'; arm, .* are there"
     ):
-        tables.correlations(pd.DataFrame(rows), wanted.model_copy(update={"of": ("froze", "target")}), arms=4)
+        collected.correlations(pd.DataFrame(rows), wanted.model_copy(update={"of": ("froze", "target")}), arms=4)
 
 
 def test_a_table_of_correlations_is_written_beside_its_rows(planned):
@@ -165,14 +165,14 @@ def test_a_table_of_correlations_is_written_beside_its_rows(planned):
     *first, last = plan.trainings(planned(small))
     for place, one in enumerate(first):
         note(one, place)
-    assert [path.name for path in tables.write()] == ["shift.csv", "shift.json", "by_seed.csv", "by_seed.json"]
-    assert pd.read_csv(tables.folder() / "by_seed.csv").to_dict("list") == {
+    assert [path.name for path in collected.write()] == ["shift.csv", "shift.json", "by_seed.csv", "by_seed.json"]
+    assert pd.read_csv(collected.folder() / "by_seed.csv").to_dict("list") == {
         "epochs": [1], "seed": [0], "arms": [3], "rank": [-1.0]
     }  # fmt: skip
     note(last, 0)
-    tables.write()
-    assert pd.read_csv(tables.folder() / "by_seed.csv").seed.tolist() == [0, 1]
-    card = json.loads((tables.folder() / "by_seed.json").read_text())
+    collected.write()
+    assert pd.read_csv(collected.folder() / "by_seed.csv").seed.tolist() == [0, 1]
+    card = json.loads((collected.folder() / "by_seed.json").read_text())
     assert (card["table"], card["rows"], card["command"]) == ("by_seed", 2, "lowbit study run --table shift")
 
 
@@ -186,7 +186,7 @@ def test_a_network_trained_in_full_precision_first_is_quantized_with_its_head(pl
     (twin,) = training.run(pick(held, "shift", "full precision", 32, 2, 0), tmp_path / "twin")["rows"]
     assert row["source, %"] == twin["accuracy, %"] and {"accuracy, %", "frozen, %"} <= set(row)
     assert "target, %" not in row and row["steps"] == twin["steps"] == 8
-    assert worker.epochs_done(tmp_path / "one") == 4
+    assert trainer.epochs_done(tmp_path / "one") == 4
     end = lowbit.training.checkpoint.load(tmp_path / "one" / "main" / "checkpoint.pt")["model"]
     held_codes = [value for name, value in end.items() if name.endswith(".held")]
     assert held_codes and all((codes >= 0).all() for codes in held_codes)  # in the last quarter all weights are frozen
@@ -218,13 +218,13 @@ def test_the_queue_is_worked_off_and_becomes_tables(planned):
         tree["shift"]["arms"].pop("S3")
 
     held = planned(small)
-    assert worker.work() == 3 and worker.work() == 0
+    assert trainer.work() == 3 and trainer.work() == 0
     assert len(queue.done(["shift"])) == 3 and not list(queue.scratch().glob("*/main"))
-    table, card = tables.write()
+    table, card = collected.write()
     frame = pd.read_csv(table)
     assert frame.arm.tolist() == ["full precision", "DenseShift", "DenseShift"] and set(frame.kind) == {queue.kind()}
     assert '"trainings": "3 of 3"' in card.read_text() and "lowbit study run --table shift" in card.read_text()
-    assert tables.write() == [table, card] and held
+    assert collected.write() == [table, card] and held
 
 
 def test_what_would_not_end_in_time_does_not_begin(planned):
@@ -234,8 +234,8 @@ def test_what_would_not_end_in_time_does_not_begin(planned):
         if one.epochs == 1 and one.seed == 0:
             courses = {one.arm: {"train_loss": [1.0]}}
             queue.note(one, {"rows": [], "epochs_by_arm": courses}, 3600.0)  # an hour an epoch
-    assert worker.work(time.time() + 1800) == 0
-    assert worker.work(time.time() - 1) == 0
+    assert trainer.work(time.time() + 1800) == 0
+    assert trainer.work(time.time() - 1) == 0
 
 
 def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
@@ -259,7 +259,7 @@ def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
     assert study("resume").exit_code == 0
     started.send_signal(signal.SIGTERM)
     assert started.wait(60) == 143 and not pids.exists()
-    worker.work()
+    trainer.work()
     keys = [done.key for done in queue.done(held)]
     assert len(keys) == len(set(keys)) == 6
     shown = study("status").output

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lowbit import paths
 from lowbit.errors import LowbitError
-from lowbit_suite.study import plan, queue, rates
+from lowbit_suite.study import plan, queue, tuning
 from lowbit_suite.study.plan import Correlation, Derived, Table, Training
 from lowbit_suite.study.queue import Done
 
@@ -26,15 +26,15 @@ def write() -> list[Path]:
     """
     held = plan.load()
     lines = queue.done(held)
-    everything = rates.trainings(held, lines)
+    everything = tuning.trainings(held, lines)
     ended = queue.current(everything, lines)
-    tried = rates.choices(held, lines).values()
+    tried = tuning.choices(held, lines).values()
     written = []
     for name, table in held.items():
         trainings = [training for training in everything if training.table == name]
         if isinstance(table, Derived) and table.factors:
             of_table = [choice for choice in tried if choice.trials[0].table == name]
-            chosen = [line for choice in of_table for line in rates.marked(choice, ended)]
+            chosen = [line for choice in of_table for line in tuning.marked(choice, ended)]
         else:
             chosen = choose(trainings, ended)
         if not chosen:

@@ -1,4 +1,4 @@
-"""A worker process that runs the study's trainings one by one: ``python -m lowbit_suite.study.worker``."""
+"""A process that runs the study's trainings one by one: ``python -m lowbit_suite.study.trainer``."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit_suite.study import plan, queue, rates
+from lowbit_suite.study import plan, queue, tuning
 from lowbit_suite.study.plan import Training
 
 
@@ -39,7 +39,7 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
 
     held, here = plan.load(), queue.kind()
     lines = queue.done(held)
-    everything = rates.trainings(held, lines)
+    everything = tuning.trainings(held, lines)
     for training in everything:
         if queue.folder(training).is_dir() and not missing(training):
             _clear(training)  # its process died after it wrote the result and before it removed the checkpoints
@@ -62,7 +62,7 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
 
 
 def _shown(row: dict[str, Any]) -> str:
-    return next(f"{row[name]:.2f} {name.partition(', ')[2]}" for name in rates.VALUES if name in row)
+    return next(f"{row[name]:.2f} {name.partition(', ')[2]}" for name in tuning.VALUES if name in row)
 
 
 def _clear(training: Training) -> None:
