@@ -5,6 +5,7 @@ Quantization steps are shared among elements in the way of the authors' code.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 import torch
@@ -116,6 +117,10 @@ class LowBitAttention(nn.Module):
     v: nn.Linear
     x_quantizer: nn.Module
     z_quantizer: nn.Module
+    q_quantizer: nn.Module  # without query_key, as is the next
+    k_quantizer: nn.Module
+    v_quantizer: nn.Module
+    softmax_quantizer: nn.Module
     proj: nn.Linear
     attn_drop: nn.Module
     proj_drop: nn.Module
@@ -155,20 +160,11 @@ class LowBitAttention(nn.Module):
         like, values = source.qkv.weight, len(source.qkv.weight) // 3
         if query_key:
             self._reparameterize(source, weight, activation)
-            self.z_quantizer = operand(factor, bias_dims=(-2, -1) if z_bias == "head" else None)
             expect_(self.x_quantizer, (None, None, width), like)
-            expect_(self.z_quantizer, (None, None, heads, width), like)
         else:
             self.qkv = source.qkv
-            self.q_quantizer, self.k_quantizer = operand(factor), operand(factor)
-            for quantizer in (self.q_quantizer, self.k_quantizer):
-                expect_(quantizer, (None, None, values), like)
-        self.v_quantizer = operand(factor, token="channel")
-        expect_(self.v_quantizer, (None, None, values), like)
-        by_token = getattr(factor, "granularity", None) == "token"
-        step_dims = (-2,) if softmax_step == "query" and by_token else None
-        self.softmax_quantizer = operand(factor, channel="tensor", signed=False, step_dims=step_dims)
-        expect_(self.softmax_quantizer, (None, heads, None, None), like)
+        widths = {"z": width, "v": values} if query_key else dict.fromkeys("qkv", values)
+        add_factors_(self, factor, heads, widths, like, z_bias, softmax_step)
         if fresh:
             self._draw_again(query_key)
 
@@ -238,6 +234,41 @@ class LowBitAttention(nn.Module):
         images = logits.shape[0] // mask.shape[0]  # not len(), which torch.export treats as a constant
         windows = logits.view(images, mask.shape[0], self.num_heads, tokens, tokens)
         return (windows + mask[None, :, None]).view(logits.shape)
+
+
+def add_factors_(
+    module: nn.Module,
+    factor: Method | None,
+    heads: int,
+    widths: Mapping[str, int],
+    like: Tensor,
+    z_bias: Literal["channel", "head"],
+    softmax_step: Literal["head", "query"],
+) -> None:
+    """Give ``module`` the quantizers of the factors of attention's products: of q and k or of z, of v and the softmax.
+
+    Args:
+        module: the module that computes the products.
+        factor: the method, or None for full precision.
+        heads: number of heads.
+        widths: width of each factor ("q", "k", "z", "v"); "z" means query-key reparameterization.
+        like: a tensor with the module's device and dtype.
+        z_bias, softmax_step: as in `LowBitAttention`.
+    """
+    if "z" in widths:
+        module.z_quantizer = operand(factor, bias_dims=(-2, -1) if z_bias == "head" else None)
+        expect_(module.z_quantizer, (None, None, heads, widths["z"]), like)
+    else:
+        for name in "qk":
+            quantizer = operand(factor)
+            expect_(quantizer, (None, None, widths[name]), like)
+            module.add_module(f"{name}_quantizer", quantizer)
+    module.v_quantizer = operand(factor, token="channel")
+    expect_(module.v_quantizer, (None, None, widths["v"]), like)
+    by_token = getattr(factor, "granularity", None) == "token"
+    step_dims = (-2,) if softmax_step == "query" and by_token else None
+    module.softmax_quantizer = operand(factor, channel="tensor", signed=False, step_dims=step_dims)
+    expect_(module.softmax_quantizer, (None, heads, None, None), like)
 
 
 def operand(

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.nn import huggingface
-from lowbit.nn.attention import INPUT, expect_, operand
+from lowbit.nn.attention import INPUT, add_factors_, expect_, operand
 from lowbit.nn.query_key import QueryKeyProduct
 from lowbit.quantizers.base import Method
 
@@ -53,6 +53,12 @@ class LowBitProducts(nn.Module):
             ``x̂·M̂ᵀ`` of all heads (see `reparameterize_`).
     """
 
+    q_quantizer: nn.Module  # without query_key, as is the next
+    k_quantizer: nn.Module
+    z_quantizer: nn.Module  # with query_key
+    v_quantizer: nn.Module
+    softmax_quantizer: nn.Module
+
     def __init__(
         self,
         projections: Projections,
@@ -70,27 +76,10 @@ class LowBitProducts(nn.Module):
         self.settings |= {"query_key": query_key, "factors": factors}
         options = {"z_bias": (z_bias, "channel"), "softmax_step": (softmax_step, "head")}
         self.settings |= {name: value for name, (value, default) in options.items() if value != default}
-        factor = activation if factors else None
-        self.heads, self.groups, self.query_key, self.width = (
-            projections.heads,
-            projections.groups,
-            query_key,
-            width,
-        )
-        shared = projections.heads // projections.groups * projections.size  # width of keys and values
-        if query_key:
-            self.z_quantizer = operand(factor, bias_dims=(-2, -1) if z_bias == "head" else None)
-            expect_(self.z_quantizer, (None, None, self.heads, width), like)
-        else:
-            self.q_quantizer, self.k_quantizer = operand(factor), operand(factor)
-            expect_(self.q_quantizer, (None, None, projections.heads * projections.size), like)
-            expect_(self.k_quantizer, (None, None, shared), like)
-        self.v_quantizer = operand(factor, token="channel")
-        expect_(self.v_quantizer, (None, None, shared), like)
-        by_token = getattr(factor, "granularity", None) == "token"
-        step_dims = (-2,) if softmax_step == "query" and by_token else None
-        self.softmax_quantizer = operand(factor, channel="tensor", signed=False, step_dims=step_dims)
-        expect_(self.softmax_quantizer, (None, self.heads, None, None), like)
+        self.heads, self.groups, self.query_key, self.width = projections.heads, projections.groups, query_key, width
+        widths = {name: projections.heads // projections.groups * projections.size for name in "kv"}
+        widths |= {"z": width} if query_key else {"q": projections.heads * projections.size}
+        add_factors_(self, activation if factors else None, self.heads, widths, like, z_bias, softmax_step)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
