@@ -20,6 +20,7 @@ from lowbit.kernels import ops  # noqa: F401  (registers the operators)
 from lowbit.nn.calls import computes_as
 from lowbit.nn.deploy import made_up
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from lowbit.nn.tracing import trace
 
 ATTENTION = ("keep", "plain")
 FUSED = {"made_by": "lowbit.fuse"}
@@ -68,15 +69,15 @@ def fuse(
         raise LowbitError(f"attention={attention!r} is not allowed; {' or '.join(map(repr, ATTENTION))} is")
     if not any(isinstance(module, PackedLayer) for module in model.modules()):
         raise LowbitError("this model is not packed, so there is nothing to fuse; lowbit.pack(model) does that")
+    example = made_up(model, random=True) if example is None else example
     try:
-        graph = _Tracer().trace(root := _OneInput(model.eval()))
+        graph = trace(root := _OneInput(model.eval()), example)
     except Exception as error:  # whatever the model's own code raises when it meets a stand-in for a tensor
         first = (str(error).splitlines() or [""])[0]
         raise LowbitError(
             f"{type(model).__name__} cannot be fused, torch.fx does not get through it ({first}); use the packed model "
             "as it is, or under torch.compile"
         ) from error
-    example = made_up(model, random=True) if example is None else example
     fused = fx.GraphModule(root, graph, f"Fused{type(model).__name__}")
     _redirect(fused)
     _simplify(fused)
@@ -108,13 +109,6 @@ class _OneInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
-
-
-class _Tracer(fx.Tracer):
-    """A tracer that enters only modules with packed layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PackedLayer) or not any(isinstance(child, PackedLayer) for child in m.modules())
 
 
 # ---- passes ----

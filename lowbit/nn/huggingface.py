@@ -203,7 +203,7 @@ def low_bit_attention(
             f"low-bit attention does not know the argument {', '.join(wrong)} of {type(module).__name__}; use "
             "attention=False, qkr=False"
         )
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4):
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 4:
         raise LowbitError(
             f"low-bit attention takes masks of four dimensions, as attn_implementation='sdpa' and 'eager' make them, "
             f"not a {type(attention_mask).__name__}; load the model with one of these"

@@ -222,3 +222,24 @@ def test_adapters_of_lora_stay_beside_quantized_layers(first):
     torch.testing.assert_close(packed(**x).logits, model(**x).logits, rtol=1e-3, atol=1e-4)
     with packed.disable_adapter():
         assert not torch.allclose(packed(**x).logits, model(**x).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit"])
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_vision_model_becomes_a_plan_that_c_runs(name, attention):
+    model, x = make(name), batch(name)["pixel_values"]
+    config = lowbit.QuantConfig(StatsQ(bits=3), LSQ(bits=8), first_last=8, attention=attention)
+    lowbit.calibrate(lowbit.quantize_(model, config), x)
+    packed = lowbit.pack(huggingface.Logits(model), x)
+    plan = lowbit.plan(packed, x)
+    for images in (x[:1], torch.cat([x, x.flip(0)])):
+        torch.testing.assert_close(plan(images), packed(images), rtol=1e-3, atol=1e-3)
+
+
+def test_swin_s_masks_keep_it_from_becoming_a_graph():
+    """They are made for the number of items at hand; timm's Swin becomes a plan."""
+    model, x = make("swin"), batch("swin")["pixel_values"]
+    lowbit.calibrate(lowbit.quantize_(model, lowbit.QuantConfig(StatsQ(bits=3), LSQ(bits=8), first_last=8)), x)
+    packed = lowbit.pack(huggingface.Logits(model), x)
+    with pytest.raises(LowbitError, match="Logits cannot be fused"):
+        lowbit.plan(packed, x)
