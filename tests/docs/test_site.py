@@ -147,18 +147,6 @@ def test_the_picture_is_what_its_script_draws():
         assert numbers[0] == pytest.approx(numbers[1], abs=0.11)  # the last digit, on another processor
 
 
-def test_the_schematic_drawings_are_what_their_script_draws_and_described_as_there():
-    from lowbit_suite.drawings import ALT
-
-    drawn = runpy.run_path(str(DOCS / "pictures" / "schemes.py"))["draw"]()
-    assert drawn.keys() == {f"{name}.svg" for name in ALT}
-    for name, text in drawn.items():
-        stored = (DOCS / "pictures" / name).read_text()
-        assert re.findall(r'id="([a-z]+[0-9]*d?_[0-9]+)"', stored) == re.findall(r'id="([a-z]+[0-9]*d?_[0-9]+)"', text)
-    pages = (DOCS / "glossary.md").read_text() + (PROJECT / "CONTRIBUTING.md").read_text()
-    assert all(text in pages and f"{name}.svg" in pages for name, text in ALT.items())
-
-
 def test_each_explorable_is_on_the_explore_page_and_its_modules_beside_it(site):
     page = BeautifulSoup((site / "explore" / "index.html").read_text(), "html.parser")
     named = [place["data-explorable"] for place in page.find_all(attrs={"data-explorable": True})]
