@@ -112,6 +112,33 @@ AMONG = {
 ALIASES = {"s3_low_variance": "s3", "ttq": "ternary"}  # arms that are not named after a quantizer
 
 
+def load(dataset: str, train_size: int, test_size: int, validation: bool = False, **_: Any):
+    """The images that a notebook's settings name: ``parameters.load(**settings)``.
+
+    Args:
+        dataset: name in `lowbit.data`.
+        train_size: number of training images; 0 takes all of them.
+        test_size: number of test images; 0 takes all of them.
+        validation: whether to test on a fifth of the training split, for learning-rate trials, instead of the test
+            split.
+
+    Returns:
+        `lowbit.data.Data`.
+    """
+    from lowbit import data
+
+    whole = data.load(dataset)
+    return (whole.hold_out(0.2) if validation else whole).subset(train=train_size or None, test=test_size or None)
+
+
+def summary(profile: str, data: Any, seeds: Sequence[int]) -> str:
+    """One line that says which profile, data and seeds are in use."""
+    return (
+        f"profile {profile}: {data.name}, {len(data.train):,} training and {len(data.test):,} test images, "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    )
+
+
 def check(
     given: Mapping[str, Any],
     load: Callable[..., Any] | None = None,

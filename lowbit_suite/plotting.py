@@ -308,6 +308,41 @@ def trajectory(
     ax.set(title=title, xlabel="training step", ylabel="weight / scale", ylim=(low - margin, high + margin))
 
 
+def methods_at_each_width(table: pd.DataFrame, hollow: Iterable[Any] = ()) -> Figure:
+    """Draw the accuracy of methods, one row a method and one panel a width, beside their full-precision twin.
+
+    Args:
+        table: one row an arm with ``method``, ``bits``, ``mean``, ``low`` and ``high`` in percent; the twin has 32
+            bits, and one bit is drawn with two, since files store it so.
+        hollow: pairs ``(method, bits)`` whose marker stays empty.
+    """
+    twin = table[table.bits == 32].iloc[0]
+    low_bit = table[table.bits < 32].assign(width=table.bits.clip(lower=2))
+    order = low_bit.groupby("method")["mean"].mean().sort_values().index
+    chosen, widths, empty = looks(order), sorted(low_bit.width.unique()), {*hollow}
+    size = (12.5 if len(widths) > 1 else 7, 1.5 + 0.3 * len(order))
+    figure, axes = plt.subplots(1, len(widths), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for ax, width in zip(axes[0], widths, strict=True):
+        ax.axvspan(twin.low, twin.high, color=GREY, alpha=0.15, linewidth=0)
+        ax.axvline(twin["mean"], color=INK, linestyle=":", label="full precision")
+        for row in low_bit[low_bit.width == width].itertuples():
+            own, y = chosen[row.method], order.get_loc(row.method)
+            ax.plot([row.low, row.high], [y, y], color=own.color, linewidth=1.5)
+            fill = "none" if (row.method, row.bits) in empty else "full"
+            ax.plot(row.mean, y, **own.points, markersize=9, fillstyle=fill)
+        ax.set(title=f"{width} bits", xlabel="accuracy, %")
+    axes[0, 0].set_yticks(range(len(order)), order)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside lower center")
+    return figure
+
+
+METHODS_AT_EACH_WIDTH = (
+    "Accuracy of each method with its interval over seeds, one row a method and one panel a width; a dotted line "
+    "and a gray band show the full-precision twin."
+)
+"""Alternative text for `methods_at_each_width`."""
+
+
 def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accuracy, %") -> Figure:
     """Draw the validation result of each learning rate, one line per arm; rings mark the chosen rates.
 
@@ -333,6 +368,22 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
         ax.set_xticks(factors, [f"{factor:g}" for factor in factors])
         ax.minorticks_off()
     return grid.figure
+
+
+def show_trials(rates: pd.DataFrame, name: str, arm: str, panel: str | None = None, value: str = "accuracy, %") -> None:
+    """Show and save the trials of `lowbit_suite.choose_rates`, or say that there were none.
+
+    Args:
+        rates: the trials; with a single learning rate there is nothing to draw.
+        name: name of the figure, as for `save`.
+        arm, panel, value: columns of ``rates``, as for `learning_rates`.
+    """
+    factors = rates.lr_factor.unique()
+    if len(factors) == 1:
+        print(f"no trials: every arm trains at {factors[0]:g} of its own rate")
+        return
+    save(learning_rates(rates, arm, panel, value), name, alt=LEARNING_RATES)
+    display(rates[rates.chosen].round(4))
 
 
 def apart(values: Sequence[float], least: float) -> np.ndarray:

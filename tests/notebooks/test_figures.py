@@ -11,7 +11,7 @@ from nbconvert import HTMLExporter
 from lowbit import paths
 from lowbit_suite import plotting
 
-NOT_YET = {"03", "04", "08", "09", "10", "11", "12", "13", "14"}
+NOT_YET = {"03", "04", "10", "11", "12", "13", "14"}
 """Notebooks that name colors by hand: not yet changed."""
 
 ALL = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
@@ -80,7 +80,7 @@ def saves(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "plotting.save":
             alts = [keyword.value for keyword in node.keywords if keyword.arg == "alt"]
-            shared = [plotting.LEARNING_RATES for alt in alts if ast.unparse(alt) == "plotting.LEARNING_RATES"]
+            shared = [getattr(plotting, alt.attr) for alt in alts if isinstance(alt, ast.Attribute)]
             yield "".join([*shared, *(value for alt in alts for value in values(alt))])
 
 

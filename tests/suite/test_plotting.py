@@ -139,6 +139,34 @@ def test_learning_rates_ring_what_was_chosen(panel):
     plt.close(figure)
 
 
+def test_trials_are_shown_with_their_text_or_said_to_be_none(monkeypatch, capsys):
+    saved, shown = [], []
+    monkeypatch.setattr(plotting, "save", lambda figure, name, alt: saved.append((name, alt)))
+    monkeypatch.setattr(plotting, "display", shown.append)
+    rows = [("a", 0.3, 60.0, False), ("a", 1.0, 70.0, True)]
+    rates = pd.DataFrame(rows, columns=["method", "lr_factor", "accuracy, %", "chosen"])
+    plotting.show_trials(rates[1:], "02_learning_rates", "method")
+    assert (saved, shown) == ([], []) and "every arm trains at 1 of its own rate" in capsys.readouterr().out
+    plotting.show_trials(rates, "02_learning_rates", "method")
+    assert saved == [("02_learning_rates", plotting.LEARNING_RATES)]
+    assert shown[0]["lr_factor"].tolist() == [1.0]
+    plt.close("all")
+
+
+def test_methods_at_each_width_stand_in_the_same_row_in_every_panel():
+    rows = [("full precision", 32, 70), ("binary", 1, 50), ("lsq", 2, 60), ("lsq", 3, 66), ("pot", 3, 40)]
+    table = pd.DataFrame(rows, columns=["method", "bits", "mean"]).assign(low=lambda t: t["mean"] - 1, high=71)
+    figure = plotting.methods_at_each_width(table, hollow=[("lsq", 3)])
+    two, three = figure.axes
+    assert [label.get_text() for label in two.get_yticklabels()] == ["pot", "binary", "lsq"]
+    points = [
+        [(*line.get_xydata()[0], line.get_fillstyle()) for line in ax.lines if line.get_markersize() == 9]
+        for ax in (two, three)
+    ]
+    assert points == [[(50, 1, "full"), (60, 2, "full")], [(66, 2, "none"), (40, 0, "full")]]
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("arms", [2, 11, 14])
 def test_learning_rates_can_be_told_apart(arms):
     rows = [(f"method {i}", x, 50.0 + i, x == 1) for i in range(arms) for x in (0.3, 1.0)]
