@@ -102,8 +102,8 @@ def look(name: Any) -> Look:
     """The look of a method.
 
     Args:
-        name: name in the registry or of the class, in any case, also followed by its bits (``"S3, 2 bits"``); the
-            number 32 (bits) stands for full precision.
+        name: name in the registry or of the class, in any case, also followed by its bits or levels
+            (``"S3, 2 bits"``, ``"StatsQ {±1, ±3}"``); the number 32 (bits) stands for full precision.
 
     Raises:
         KeyError: the method has no look in `METHODS`.
@@ -140,7 +140,7 @@ def styles(names: Iterable[Any]) -> dict[str, dict[Any, Any]]:
 
 def _found(name: Any) -> Look | None:
     if isinstance(name, str):
-        return METHODS.get(re.sub(r",? \d+ bits?$", "", name.lower()))
+        return METHODS.get(re.sub(r",? \d+ bits?$| \{.*\}$", "", name.lower()))
     return METHODS["full precision"] if name == 32 else None
 
 

@@ -255,7 +255,7 @@ def test_every_method_has_a_look_of_its_own_without_color():
     assert len({(look.marker, look.dashes) for look in unlike}) == 12
 
 
-@pytest.mark.parametrize("name", ["s3", "S3", "S3, 2 bits", "s3 2 bits"])
+@pytest.mark.parametrize("name", ["s3", "S3", "S3, 2 bits", "s3 2 bits", "S3 {-1, 0, 1}"])
 def test_a_method_is_found_by_each_of_its_names(name):
     assert plotting.look(name) == plotting.METHODS["s3"]
 
