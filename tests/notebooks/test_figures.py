@@ -11,11 +11,7 @@ from nbconvert import HTMLExporter
 from lowbit import paths
 from lowbit_suite import plotting
 
-NOT_YET = {"03", "04", "10", "11", "12", "13", "14"}
-"""Notebooks that name colors by hand: not yet changed."""
-
-ALL = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
-NOTEBOOKS = [path for path in ALL if path.stem[:2] not in NOT_YET]
+NOTEBOOKS = sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
 BY_NUMBER = {f"plotting.{name}" for name in ("PALETTE", "BLUE", "ORANGE", "GREEN", "RED", "PURPLE")}
 BY_NUMBER |= {"sns.color_palette", "plt.cm"}
 ARE_COLORS = ("color", "c", "colors", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor", "palette", "cmap")
@@ -77,11 +73,27 @@ def test_colors_by_hand_are_noticed(source, number):
 
 def saves(tree):
     """The calls of plotting.save, with their alternative text as code; "" for none."""
+    assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    named = {ast.unparse(target): node.value for node in assigns for target in node.targets}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "plotting.save":
             alts = [keyword.value for keyword in node.keywords if keyword.arg == "alt"]
             shared = [getattr(plotting, alt.attr) for alt in alts if isinstance(alt, ast.Attribute)]
-            yield "".join([*shared, *(value for alt in alts for value in values(alt))])
+            yield "".join([*shared, *(value for alt in alts for value in values(named.get(ast.unparse(alt), alt)))])
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("plotting.save(figure, 'name')", ""),
+        ("plotting.save(figure, 'name', alt='what it shows')", "what it shows"),
+        ("alt = 'what it ' + 'shows'\nplotting.save(figure, 'name', alt=alt)", "what it shows"),
+        ("plotting.save(figure, 'name', alt=plotting.LEARNING_RATES)", plotting.LEARNING_RATES),
+        ("plotting.save(figure, 'name', alt=alt)", ""),
+    ],
+)
+def test_alternative_text_is_found_in_code(source, text):
+    assert list(saves(ast.parse(source))) == [text]
 
 
 def test_every_figure_has_alternative_text_and_its_stored_output_carries_it(notebook):
@@ -107,7 +119,7 @@ def test_the_text_reaches_a_page_in_html(notebook):
     assert shown in {image.get("alt") for image in BeautifulSoup(page, "html.parser").find_all("img")}
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_code_fits_a_page(path):
     """At most 100 columns."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
