@@ -147,6 +147,15 @@ def test_the_picture_is_what_its_script_draws():
         assert numbers[0] == pytest.approx(numbers[1], abs=0.11)  # the last digit, on another processor
 
 
+def test_the_glossary_s_drawings_are_described_as_in_the_notebooks():
+    from lowbit_suite.drawings import ALT
+
+    page = (DOCS / "glossary.md").read_text()
+    shown = dict(re.findall(r'<img src="_static/(\w+)\.svg" alt="([^"]+)"', page))
+    assert len(shown) == 4 and shown == {name: ALT[name] for name in shown}
+    assert all((DOCS / "pictures" / f"{name}.svg").is_file() for name in shown)
+
+
 def test_each_explorable_is_on_the_explore_page_and_its_modules_beside_it(site):
     page = BeautifulSoup((site / "explore" / "index.html").read_text(), "html.parser")
     named = [place["data-explorable"] for place in page.find_all(attrs={"data-explorable": True})]
