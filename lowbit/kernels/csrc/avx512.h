@@ -96,13 +96,19 @@ LB_INLINE __m512i lb_steps512(__m512 x, __m512 scale, __m512 low, __m512 high) {
 /* The same by a product with the inverse, which is off by less than 1e-4 after clipping (256 * 2^-22.4): only where it
  * lies that close to the middle between two integers does the division decide. Quicker by a third where nothing else is
  * to be done; in the epilogue the division costs nothing beside the products. */
-LB_INLINE __m512i lb_steps512_of(__m512 x, __m512 scale, __m512 inverse, __m512 low, __m512 high) {
+LB_INLINE __m512i lb_steps512_near(__m512 x, __m512 inverse, __m512 low, __m512 high, __mmask16 *near) {
   __m512 v = _mm512_mul_ps(x, inverse);
   v = _mm512_min_ps(high, _mm512_max_ps(low, v)); /* this way round NaN stays NaN */
   const __m512i q = _mm512_cvtps_epi32(v);
   const __m512 rest = _mm512_abs_ps(_mm512_sub_ps(v, _mm512_cvtepi32_ps(q)));
-  if (__builtin_expect(!_mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.4999f), _CMP_NLT_UQ), 1)) return q;
-  return lb_steps512(x, scale, low, high);
+  *near = _mm512_cmp_ps_mask(rest, _mm512_set1_ps(0.4999f), _CMP_NLT_UQ);
+  return q;
+}
+
+LB_INLINE __m512i lb_steps512_of(__m512 x, __m512 scale, __m512 inverse, __m512 low, __m512 high) {
+  __mmask16 near;
+  const __m512i q = lb_steps512_near(x, inverse, low, high, &near);
+  return __builtin_expect(!near, 1) ? q : lb_steps512(x, scale, low, high);
 }
 
 /* The epilogue of `rows` rows and one block of outputs, as lb_finish. Everything that rows share is loaded once: the

@@ -150,7 +150,8 @@ KERNELS(2, 0) KERNELS(3, 0) KERNELS(4, 0) KERNELS(4, 1) KERNELS(8, 0)
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
   /* tiles of 1, 2, 4 and 8 rows */
   static tile_fn *const kernels[5][2][4] = {TABLE(2, 0), TABLE(3, 0), TABLE(4, 0), TABLE(4, 1), TABLE(8, 0)};
-  const lb_tables t = lb_make_tables(job);
+  lb_tables t;
+  if (job->bits < 8) t = lb_make_tables(job); /* which takes as long as a small product */
   const int two = lb_needs_two(job), kind = job->bits == 8 ? 4 : job->bits - 2;
   lb_beyond few = {0};
   const int64_t rows = row1 - row0, groups = job->used_k / 4;
@@ -199,7 +200,24 @@ static uint32_t absmax(const float *x, int64_t n) {
 static void quantize(const float *x, int64_t n, float scale, float low, float high, int zero, uint8_t *out) {
   const __m512 s = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(lb_inverse(scale)), l = _mm512_set1_ps(low), h = _mm512_set1_ps(high);
   const __m512i z = _mm512_set1_epi32(zero);
-  for (int64_t i = 0; i < n; i += 16) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    __m512i q[4];
+    __mmask16 near = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      __mmask16 some;
+      q[j] = lb_steps512_near(_mm512_loadu_ps(x + i + 16 * j), inverse, l, h, &some);
+      near |= some;
+    }
+    if (__builtin_expect(near, 0))
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) q[j] = lb_steps512(_mm512_loadu_ps(x + i + 16 * j), s, l, h);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++)
+      _mm_storeu_si128((__m128i *)(out + i + 16 * j), _mm512_cvtepi32_epi8(_mm512_add_epi32(q[j], z)));
+  }
+  for (; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
     const __m512i q = lb_steps512_of(_mm512_maskz_loadu_ps(mask, x + i), s, inverse, l, h);
     _mm512_mask_cvtepi32_storeu_epi8(out + i, mask, _mm512_add_epi32(q, z));
