@@ -11,7 +11,7 @@ ALIGNED = 64
 FLOATS, MAP = 0, 1
 KINDS = (
     "quantize", "product", "copy", "add", "affine", "pool", "norm", "gelu", "mel", "attention", "depthwise", "round",
-    "matmul", "softmax", "conv",
+    "matmul", "softmax", "conv", "integer attention",
 )  # fmt: skip
 """The kinds of operations; the index is their number in the file."""
 TAIL = 128  # bytes behind a map that products may read

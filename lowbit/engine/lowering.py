@@ -13,6 +13,7 @@ from lowbit.engine import format as file_format
 from lowbit.engine.format import Op
 from lowbit.engine.format import Tensor as Stored
 from lowbit.errors import LowbitError
+from lowbit.quantizers.base import IntegerForm
 
 SKEW = 512
 """Rows of a linear layer of a multiple of so many bytes get 64 bytes more, to avoid conflicts in the cache."""
@@ -76,6 +77,24 @@ class Request:
         return (*view, self.scale, self.dynamic, self.low, self.high, self.before, self.tight)
 
 
+@dataclass(eq=False)
+class Origin:
+    """Where a stored tensor's elements come from, for operations that a later one may take over.
+
+    Args:
+        kind: "round", "scaled" or "softmax", which compute each element, or each row, from those in the same place; or
+            "matmul".
+        operands: the numbers of the elements that were read; of a matmul ``[count, m, k]`` and ``[count, k, n]``.
+        form: of "round", with tensors of the operand's shape.
+        gain: of "scaled".
+    """
+
+    kind: str
+    operands: tuple[Tensor, ...]
+    form: IntegerForm | None = None
+    gain: float = 1.0
+
+
 class Lowering:
     """The operations so far, and their values."""
 
@@ -86,6 +105,8 @@ class Lowering:
         self.stored: list[Stored | np.ndarray] = []
         self.ops: list[Op] = []
         self.made: dict[Stored, Op] = {}
+        self.origins: dict[Stored | np.ndarray, Origin] = {}
+        self.taken_over: set[Stored | np.ndarray] = set()  # what a later operation computes by itself
         self.requests: list[Request] = []
         self.exact = True  # whether all operations give the same bits as PyTorch's
 
@@ -125,11 +146,13 @@ class Lowering:
             out[mask] = self.stored[i].reshape(-1)[(flat[numbers == i] - (i << SHIFT)).numpy()]
         return out
 
-    def add(self, op: Op) -> None:
+    def add(self, op: Op, origin: Origin | None = None) -> None:
         """Append an operation to the plan."""
         self.ops.append(op)
         if op.floats is not None:
             self.made[op.floats] = op
+            if origin is not None:
+                self.origins[op.floats] = origin
 
     # ---- how operations read ----
 
@@ -142,6 +165,20 @@ class Lowering:
             return None
         expected = first + step * torch.arange(len(rows))[:, None] + torch.arange(rows.shape[1])
         return (stored, first & ((1 << SHIFT) - 1), step) if torch.equal(rows, expected) else None
+
+    def strided(self, ids: Tensor) -> tuple[Stored, int, tuple[int, ...]] | None:
+        """Tensor, offset and steps of ids if they lie at equal distances along each dim; otherwise None."""
+        first = int(ids.flatten()[0])
+        stored = self.stored[first >> SHIFT]
+        expected = torch.tensor(first)
+        steps = []
+        for dim, size in enumerate(ids.shape):
+            step = int(ids.select(dim, 1).flatten()[0]) - first if size > 1 else (1 if dim == ids.ndim - 1 else 0)
+            steps.append(step)
+            expected = expected[..., None] + step * torch.arange(size)
+        if isinstance(stored, np.ndarray) or min(steps) < 0 or not torch.equal(ids, expected):
+            return None
+        return stored, first & ((1 << SHIFT) - 1), tuple(steps)
 
     def dense(self, ids: Tensor, size: tuple[int, int, int]) -> Stored:
         """A tensor that holds exactly these elements in order: their own tensor, or a copy."""
@@ -240,6 +277,7 @@ class Lowering:
         out = self.dense(y.ids, (1, 1, y.ids.numel())) if y.ids.numel() else None
         if out is None or out is self.x:
             raise LowbitError("the model returns its input or nothing; plans return a computed tensor")
+        self._drop_taken_over(out)
         self._merge_affine(out)
         maps: dict[tuple[Any, ...], Stored] = {}
         groups: dict[tuple[Any, ...], list[Request]] = {}
@@ -254,6 +292,17 @@ class Lowering:
             if op.map is not None and op.kind != "quantize" and op.floats not in read:
                 op.floats = None
         return file_format.write(self.ops, self.x, out)
+
+    def _drop_taken_over(self, out: Stored) -> None:
+        """Remove the operations before those taken over, as far as nothing else reads their outputs."""
+        read = {out, *(request.source for request in self.requests)}
+        for op in reversed(list(self.ops)):
+            inputs = {tensor for tensor in op.inputs if tensor is not None}
+            if op.floats in self.taken_over and op.floats not in read:
+                self.ops.remove(op)
+                self.taken_over |= inputs
+            else:
+                read |= inputs
 
     def _merge_affine(self, out: Stored) -> None:
         """Merge a BatchNorm or ReLU into the operation before it, if nothing else reads that operation's output."""
@@ -295,7 +344,7 @@ class Lowering:
         whole = first.offset == 0 and first.step == channels and not first.planar
         if (
             before is not None
-            and before.kind in ("product", "norm", "gelu", "attention", "depthwise", "conv")
+            and before.kind in ("product", "norm", "gelu", "attention", "integer attention", "depthwise", "conv")
             and before.map is None
             and whole
             and not first.dynamic

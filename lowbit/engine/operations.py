@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.engine.attention import integer_attention
 from lowbit.engine.format import Op
 from lowbit.engine.format import Tensor as Stored
-from lowbit.engine.lowering import SHIFT, Lowering, Value
+from lowbit.engine.lowering import SHIFT, Lowering, Origin, Value
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import integer_levels, weight_codes
 from lowbit.kernels.packing import pack as pack_codes
@@ -137,7 +138,7 @@ def _rows(lowering: Lowering, kind: str, x: Value, **more: Any) -> Value:
     source, offset, step = lowering.rows_of(ids)
     made = Stored(1, len(ids), ids.shape[1])
     n = {0: offset, 1: step} | more.pop("n", {})
-    lowering.add(Op(kind, [source], made, n=n, **more))
+    lowering.add(Op(kind, [source], made, n=n, **more), Origin(kind, (x.ids,)))
     lowering.exact = False
     return lowering.value(made, x.shape)
 
@@ -428,7 +429,7 @@ def _float_product(
 ) -> Stored:
     kernel, outputs = weight.shape[2:], len(weight)
     size = _out_size(ids.shape, kernel, stride, padding, dilation)
-    found = _strided(lowering, ids)
+    found = lowering.strided(ids)
     if found is None:
         height, width, channels = ids.shape
         found = (lowering.copy(ids.flatten(), (height, width, channels)), 0, (width * channels, channels, 1))
@@ -461,7 +462,11 @@ def _rounded(lowering: Lowering, quantizer: ActivationQuantizer, x: Value) -> Va
         if part is not None:
             whole = part.float() if part.numel() == 1 else part.float().broadcast_to(x.ids.shape).permute(order)
             data[i] = _least(whole.reshape(-1, channels) if part.numel() > 1 else whole.reshape(1, 1))
-    lowering.add(Op("round", [source], made, n={2: form.low + 256, 3: form.high}, data=data))
+    op = Op("round", [source], made, n={2: form.low + 256, 3: form.high}, data=data)
+    shifts = (form.before, form.after)
+    parts = (None if t is None else t.float().broadcast_to(x.ids.shape).permute(order) for t in shifts)
+    scale = form.scale.float().broadcast_to(x.ids.shape).permute(order)
+    lowering.add(op, Origin("round", (ids,), form=IntegerForm(scale, form.low, form.high, *parts)))
     lowering.exact = False
     return _ordered(lowering, made, x.ids, order)
 
@@ -486,7 +491,10 @@ def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
         order = _memory_order(x.ids)
         channels = x.ids.permute(order).shape[-1]
         gain = np.full(channels, float(constant), np.float32)
-        return _affine(lowering, x, gain, None, order=order)
+        scaled = _affine(lowering, x, gain, None, order=order)
+        origin = Origin("scaled", (x.ids.permute(order),), gain=float(constant))
+        lowering.origins[lowering.stored[int(scaled.ids.flatten()[0]) >> SHIFT]] = origin
+        return scaled
     shape = [1] * (x.ndim - constant.ndim) + list(constant.shape)
     dims = [d for d, n in enumerate(shape) if n > 1]
     if len(dims) != 1 or shape[dims[0]] != x.shape[dims[0]]:
@@ -502,11 +510,14 @@ def _softmax(lowering: Lowering, x: Value, dim: int | None = -1, _stacklevel: in
 
 def _matmul(lowering: Lowering, a: Value, b: Value) -> Value:
     a, b = lowering.of(a), lowering.of(b)
+    joined = integer_attention(lowering, a, b)
+    if joined is not None:
+        return joined
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = (Value(x.ids.expand(*outer, *x.shape[-2:])) for x in (a, b))
     outer, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
     left, right = a.ids.reshape(-1, m, k), b.ids.reshape(-1, k, n)
-    first, second = _strided(lowering, left), _strided(lowering, right)
+    first, second = lowering.strided(left), lowering.strided(right)
     if first is None or first[2][2] != 1:
         first = (lowering.copy(left.flatten(), (1, len(left) * m, k)), 0, (m * k, k, 1))
     if second is None:
@@ -514,24 +525,9 @@ def _matmul(lowering: Lowering, a: Value, b: Value) -> Value:
     made = Stored(1, len(left) * m, n)
     numbers = {0: first[1], 1: first[2][1], 2: len(left), 3: m, 4: k, 5: n, 6: first[2][0]}
     numbers |= {7: second[1], 8: second[2][0], 9: second[2][1], 10: second[2][2]}
-    lowering.add(Op("matmul", [first[0], second[0]], made, n=numbers))
+    lowering.add(Op("matmul", [first[0], second[0]], made, n=numbers), Origin("matmul", (left, right)))
     lowering.exact = False
     return lowering.value(made, (*outer, m, n))
-
-
-def _strided(lowering: Lowering, ids: Tensor) -> tuple[Stored, int, tuple[int, ...]] | None:
-    """The tensor, offset and steps of ids, if they lie at equal distances along each dim."""
-    first = int(ids.flatten()[0])
-    stored = lowering.stored[first >> SHIFT]
-    expected = torch.tensor(first)
-    steps = []
-    for dim, size in enumerate(ids.shape):
-        step = int(ids.select(dim, 1).flatten()[0]) - first if size > 1 else (1 if dim == ids.ndim - 1 else 0)
-        steps.append(step)
-        expected = expected[..., None] + step * torch.arange(size)
-    if isinstance(stored, np.ndarray) or min(steps) < 0 or not torch.equal(ids, expected):
-        return None
-    return stored, first & ((1 << SHIFT) - 1), tuple(steps)
 
 
 def _masked_attention(lowering: Lowering, q: Value, k: Value, v: Value, mask: Any, scale: float | None) -> Value:

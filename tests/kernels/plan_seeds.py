@@ -64,14 +64,23 @@ def small_plans() -> dict[str, Plan]:
     add("scales of images", Images(nn.Conv2d(5, 4, 3, padding=1)), image, activation=None)
     add("scales of rows", nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)), tokens, activation=None)
     add("tokens", Tokens(), tokens)
+    from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer
 
     def vit():
         return VisionTransformer(img_size=4, patch_size=2, in_chans=1, num_classes=2, embed_dim=4, depth=1, num_heads=2)
 
+    def swin():
+        window = {"img_size": 4, "patch_size": 1, "window_size": 2, "embed_dim": 4}
+        return SwinTransformer(depths=(1,), num_heads=(2,), num_classes=2, **window)
+
     pixels = torch.randn(2, 1, 4, 4)
     add("vit", vit(), pixels, first_last=8)
-    add("low-bit attention", vit(), pixels, weight=StatsQ(bits=3), attention=True, activation=few)
+    low = {"weight": StatsQ(bits=3), "attention": True}
+    add("low-bit attention", vit(), pixels, activation=few, **low)
+    add("low-bit attention with biases", vit(), pixels, activation=LSQ(bits=8, bias=True), **low)
+    add("query-key attention", vit(), pixels, activation=few, qkr=True, **low)
+    add("low-bit attention with positions", swin(), torch.randn(2, 3, 4, 4), activation=few, **low)
     from lowbit.models.speech import LogMel
 
     class Sound(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,11 @@ def plans():
     add("vit", create("vit_nano_patch8"), image)
     attention = {"weight": StatsQ(bits=3), "activation": LSQ(bits=4), "attention": True}
     add("low-bit attention", create("vit_nano_patch8"), image, **attention)
+    add("query-key attention", create("vit_nano_patch8"), image, qkr=True, **attention)
+    swin = timm.models.swin_transformer.SwinTransformer(
+        img_size=16, patch_size=2, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), num_classes=5
+    )
+    add("low-bit attention with positions", swin, (3, 16, 16), **attention)
     add("ds_cnn", create("ds_cnn"), (1000,))
     add("parts", Parts(), (3, 9, 8))
     add("full precision at the ends", create("resnet8"), image, first_last=None)

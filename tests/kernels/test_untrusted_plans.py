@@ -203,6 +203,39 @@ def test_the_arena_is_bounded():
         lowbit.Plan(bytes(content))
 
 
+@pytest.mark.parametrize(
+    ("n", "data", "why"),
+    [
+        ({}, {}, None),
+        ({3: 65537}, {}, "wrong tensors or numbers"),
+        ({11: 3}, {}, "wrong tensors or numbers"),
+        ({13: 256 * 1024 + 255}, {}, "a range whose integers are not multiplied"),
+        ({14: 256 * 1024 + 128}, {}, "a range whose integers are not multiplied"),
+        ({15: 300 * 1024 + 300}, {}, "a range whose integers are not multiplied"),
+        ({12: 256 * 1024}, {}, "a range whose integers are not multiplied"),
+        ({8: 7}, {}, "an input of another shape"),
+        ({6: 10}, {}, "an input of another shape"),
+        ({5: 5}, {}, "an input of another shape"),
+        ({}, {0: np.ones(5, np.float32)}, "steps of another size"),
+        ({}, {2: np.ones(6, np.float32)}, "steps of another size"),
+        ({}, {3: np.ones(0, np.float32)}, "steps of another size"),
+        ({}, {4: np.ones(19, np.float32)}, "biases of another size"),
+    ],
+)
+def test_attention_on_integers_is_checked(n, data, why):
+    """Two heads of two channels, three tokens."""
+    x, y = Tensor(1, 3, 8), Tensor(1, 3, 4)
+    numbers = {1: 8, 2: 2, 3: 2, 4: 2, 5: 4, 6: 8, 7: 8, 8: 2, 9: 2, 10: 2, 11: 2}
+    numbers |= {12 + i: 128 * 1024 + 127 for i in range(4)} | n
+    arrays = {i: np.full(1, 0.1, np.float32) for i in range(4)} | {4: np.ones(20, np.float32)} | data
+    ops = [Op("integer attention", [x, x, x], y, n=numbers, f={0: 1.0}, data=arrays)]
+    if why is None:
+        assert np.isfinite(made(ops, x, y)(np.ones((1, 24), np.float32))).all()
+        return
+    with pytest.raises(LowbitError, match=f"operation 0: {why}"):
+        made(ops, x, y)
+
+
 def test_seeds_under_the_sanitizers(seeds, fuzz_program, tmp_path):
     """The fuzzer's entry on its first inputs, whole and changed; it compares instruction sets and repeated runs."""
     draw = np.random.default_rng(1)

@@ -330,6 +330,51 @@ static int check_attention(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows, y->channels);
 }
 
+/* The range at n[i]; whether bytes hold it: signed ones, or, if they may be, unsigned ones. */
+static int low_of(const lb_plan_op *op, int i) { return (int)(op->n[i] / 1024) - 256; }
+
+static int high_of(const lb_plan_op *op, int i) { return (int)(op->n[i] % 1024); }
+
+static int is_range(const lb_plan_op *op, int i, int may_be_unsigned) {
+  const int low = low_of(op, i), high = high_of(op, i);
+  return low < high && low >= -128 && (high <= 127 || (may_be_unsigned && low >= 0 && high <= 255));
+}
+
+static int strides_fit(const lb_plan_tensor *t, const lb_plan_op *op, const int at[3], int64_t rows, int64_t size) {
+  const int64_t *n = op->n;
+  return n[at[0]] + (n[LB_N_HEADS] - 1) * n[at[1]] + (rows - 1) * n[at[2]] + size <= values_of(t);
+}
+
+/* data: steps of q, k, v and of softmax's output, 1 number or for each head and token (v: channel); then, or none, what is
+ * added to q before and after it is rounded, to k before, and to v before and after, [heads][size] each */
+static int check_integers(checker *c, const lb_plan_op *op) {
+  static const int at[3][3] = {{LB_N_OFFSET, LB_N_Q_HEAD, LB_N_STEP}, {LB_N_K_OFFSET, LB_N_K_HEAD, LB_N_K_STEP},
+                               {LB_N_V_OFFSET, LB_N_V_HEAD, LB_N_V_STEP}};
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE], v_size = op->n[LB_N_V_SIZE];
+  if (!y || !is_between(heads, 1, MOST) || !is_between(size, 1, MOST_K) || !is_between(v_size, 1, MOST) ||
+      heads * v_size != y->channels)
+    return refuse(c, "wrong tensors or numbers");
+  const int64_t tokens = rows_of(y);
+  if (tokens > MOST_K) return refuse(c, "sums of more than 65536 products");
+  for (int i = 0; i < 4; i++)
+    if (!is_range(op, LB_N_Q_RANGE + i, i == 0 || i == 3)) return refuse(c, "a range whose integers are not multiplied");
+  for (int i = 0; i < 3; i++) {
+    const lb_plan_tensor *x = read_at(c, op->in[i], LB_TENSOR_FLOATS);
+    if (!x || !strides_fit(x, op, at[i], tokens, i == 2 ? v_size : size)) return refuse(c, "an input of another shape");
+  }
+  for (int i = 0; i < 4; i++)
+    if (!has_data(c, op, i, 4) && !has_data(c, op, i, 4 * heads * (i == 2 ? v_size : tokens)))
+      return refuse(c, "steps of another size");
+  if (!has_data_or_none(c, op, 4, 4 * heads * (3 * size + 2 * v_size))) return refuse(c, "biases of another size");
+  /* keys and values as packed weights, and what belongs to 32 queries */
+  if (check_room(c, (tokens + 64) * heads, 2 * (size + v_size + 128)) ||
+      check_room(c, tokens + size + v_size + 192, 16 * 32))
+    return LB_BAD_PLAN;
+  return check_outputs(c, op, tokens, y->channels);
+}
+
 /* data: window, filters, cosines */
 static int check_mel(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
@@ -457,6 +502,7 @@ static int check_op(checker *c, const lb_plan_op *op) {
     case LB_OP_MATMUL: return check_matmul(c, op);
     case LB_OP_SOFTMAX: return check_softmax(c, op);
     case LB_OP_CONV: return check_conv(c, op);
+    case LB_OP_INTEGERS: return check_integers(c, op);
     default: return refuse(c, "of unknown kind");
   }
 }
@@ -687,6 +733,8 @@ static int64_t work_of(const lb_plan *plan, const lb_plan_op *op) {
     case LB_OP_DEPTHWISE:
     case LB_OP_POOL: return values * n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X];
     case LB_OP_ATTENTION: return 2 * values * rows;
+    case LB_OP_INTEGERS:
+      return lb_min(rows * n[LB_N_HEADS] * (n[LB_N_SIZE] + n[LB_N_V_SIZE]), (int64_t)1 << 38) * rows;
     case LB_OP_MATMUL: return values * n[LB_N_K];
     case LB_OP_MEL: return values * n[LB_N_FFT];
     default: return values;
@@ -723,7 +771,7 @@ typedef struct {
   float *out;
   uint8_t *map;
   const lb_plan_tensor *map_tensor;
-  float *panels; /* of attention: keys and values */
+  void *panels; /* of attention: keys and values */
   int64_t tokens; /* of attention */
   atomic_int status;
 } run;
@@ -741,10 +789,12 @@ static void *scratch(run *r, int slot, size_t bytes) {
   return memory;
 }
 
-/* What is added to q in a map; see lb_job. */
-static int zero_of(const run *r, const lb_plan_tensor *map) {
-  return r->isa->signed_bytes ? (map->high <= 127 ? 0 : -128) : (map->low >= 0 ? 0 : 128);
+/* What is added to integers of that range, so that they are the bytes that the instruction set multiplies; see lb_job. */
+static int zero_of_range(const run *r, int low, int high) {
+  return r->isa->signed_bytes ? (high <= 127 ? 0 : -128) : (low >= 0 ? 0 : 128);
 }
+
+static int zero_of(const run *r, const lb_plan_tensor *map) { return zero_of_range(r, map->low, map->high); }
 
 static void parallel(const run *r, int64_t items, int64_t work_of_one, lb_range_fn fn, void *arg) {
   const int64_t threads = lb_max(1, lb_min(r->threads, items * work_of_one / (LEAST_WORK / 8)));
@@ -1126,12 +1176,9 @@ static void softmax_rows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
   const int64_t n = r->plan->tensors[op->out[0]].channels;
-  float *room = scratch(r, LB_SLOT_LINE, (size_t)(n + 32) * sizeof *room);
-  if (!room) return;
   for (int64_t row = begin; row < end; row++) {
-    memcpy(room, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], (size_t)n * sizeof *room);
-    r->isa->vector->softmax(room, n, 1.0f);
-    memcpy(r->out + row * n, room, (size_t)n * sizeof *room);
+    memcpy(r->out + row * n, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], (size_t)n * sizeof *r->out);
+    r->isa->vector->softmax(r->out + row * n, n, 1.0f);
   }
 }
 
@@ -1152,7 +1199,7 @@ static void mel_frames(void *argument, int64_t begin, int64_t end) {
     const float *window[16];
     for (int lane = 0; lane < 16; lane++) {
       const int64_t frame = lb_min(group * 16 + lane, frames - 1);
-      window[lane] = r->panels + frame * mel.hop + (n_fft - mel.length) / 2;
+      window[lane] = (const float *)r->panels + frame * mel.hop + (n_fft - mel.length) / 2;
     }
     r->isa->vector->mel(&mel, window, room, decibels);
     for (int64_t band = 0; band < bands; band++)
@@ -1166,12 +1213,12 @@ static void run_mel(run *r) {
   const lb_plan_op *op = r->op;
   const lb_plan_tensor *y = r->plan->tensors + op->out[0];
   const int64_t samples = values_of(r->plan->tensors + op->in[0]), half = op->n[LB_N_FFT] / 2;
-  r->panels = scratch(r, LB_SLOT_PANELS, (size_t)(samples + 2 * half) * sizeof(float));
-  if (!r->panels) return;
-  memcpy(r->panels + half, r->in, (size_t)samples * sizeof(float));
+  float *mirrored = r->panels = scratch(r, LB_SLOT_PANELS, (size_t)(samples + 2 * half) * sizeof(float));
+  if (!mirrored) return;
+  memcpy(mirrored + half, r->in, (size_t)samples * sizeof(float));
   for (int64_t i = 1; i <= half; i++) {
-    r->panels[half - i] = r->in[i];
-    r->panels[half + samples - 1 + i] = r->in[samples - 1 - i];
+    mirrored[half - i] = r->in[i];
+    mirrored[half + samples - 1 + i] = r->in[samples - 1 - i];
   }
   parallel(r, (y->width + 15) / 16, op->n[LB_N_FFT] * 400, mel_frames, r);
   r->isa->vector->standardize(r->out, values_of(y), (float)op->f[0]);
@@ -1198,7 +1245,7 @@ static void fill_panels(void *argument, int64_t begin, int64_t end) {
   int64_t keys;
   const int64_t floats = panel_floats(op, tokens, &keys);
   for (int64_t head = begin; head < end; head++) {
-    float *k = r->panels + head * floats, *v = k + keys;
+    float *k = (float *)r->panels + head * floats, *v = k + keys;
     const float *from_k = r->in + op->n[LB_N_K_OFFSET] + head * size;
     const float *from_v = r->in + op->n[LB_N_V_OFFSET] + head * size;
     r->isa->vector->transpose(from_k, step, tokens, size, k);
@@ -1218,13 +1265,13 @@ static void attend(void *argument, int64_t begin, int64_t end) {
   int64_t keys;
   const int64_t floats = panel_floats(op, tokens, &keys);
   const int64_t parts = (tokens + QUERIES - 1) / QUERIES, channels = op->n[LB_N_HEADS] * size;
-  const int64_t row_room = panels_of(tokens) * 16 + 16, out_room = panels_of(size) * 16;
+  const int64_t row_room = panels_of(tokens) * 16, out_room = panels_of(size) * 16;
   float *logits = scratch(r, LB_SLOT_LINE, (size_t)(QUERIES * (row_room + out_room)) * sizeof *logits);
   if (!logits) return;
   float *result = logits + QUERIES * row_room;
   for (int64_t i = begin; i < end; i++) {
     const int64_t head = i / parts, first = i % parts * QUERIES, rows = lb_min(QUERIES, tokens - first);
-    const float *k = r->panels + head * floats, *v = r->in + op->n[LB_N_V_OFFSET] + head * size;
+    const float *k = (const float *)r->panels + head * floats, *v = r->in + op->n[LB_N_V_OFFSET] + head * size;
     const float *q = r->in + op->n[LB_N_OFFSET] + first * step + head * size;
     const int in_place = values_in_place(op);
     vector->multiply(rows, panels_of(tokens), size, q, step, k, size * 16, 16, logits, row_room);
@@ -1250,6 +1297,212 @@ static void run_attention(run *r) {
   if (!r->panels) return;
   parallel(r, heads, tokens * size * 8, fill_panels, r);
   parallel(r, heads * ((tokens + QUERIES - 1) / QUERIES), QUERIES * tokens * size * 2, attend, r);
+}
+
+/* ---- attention on integers ----
+ * Q = q rounded, and so on; both products are exact. Of head h, query i and key j, in this order and each rounded:
+ *
+ *   logit = float(sum of Q[i][d] K[j][d] over d) * (q_step[i] * scale) * k_step[j] + bias[j]
+ *   bias[j] = (sum of q_after[d] * float(K[j][d]) over d, ascending) * (k_step[j] * scale), if there are biases
+ *   S = vector_softmax(logits, 1), rounded by share_step[i]
+ *   y[i][c] = float(sum of S[i][j] V[j][c] over j) * share_step[i] * v_step[c] + more, if there are biases:
+ *   more = float(sum of S[i][j] over j) * share_step[i] * v_after[c]
+ *
+ * What is added to k after it was rounded adds the same to all logits of a query, and so changes nothing. A step of v for
+ * each token would be no factor of the sum over tokens: there is none. */
+
+enum { ROWS = 32 /* queries at once */ };
+
+/* Bytes of a row of queries and of shares, and where in the memory of a head its keys and values lie: both packed as
+ * weights of 8 bits, with their sums, their steps and the keys' bias. */
+typedef struct {
+  int64_t heads, tokens, size, v_size, q_row, share_row, k_block, v_block;
+  int64_t v, k_sums, v_sums, k_steps, v_steps, k_bias, bytes;
+} integers;
+
+static integers integers_of(const run *r) {
+  const int64_t *n = r->op->n, span = lb_max(4, r->isa->span);
+  integers a = {.heads = n[LB_N_HEADS], .tokens = r->tokens, .size = n[LB_N_SIZE], .v_size = n[LB_N_V_SIZE]};
+  const int64_t of_keys = lb_round_up(a.tokens, 16) * 4, of_values = lb_round_up(a.v_size, 16) * 4;
+  a.q_row = lb_round_up(a.size, span), a.share_row = lb_round_up(a.tokens, span);
+  a.k_block = 16 * lb_round_up(a.size, 64), a.v_block = 16 * lb_round_up(a.tokens, 64);
+  a.v = panels_of(a.tokens) * a.k_block;
+  a.k_sums = a.v + panels_of(a.v_size) * a.v_block, a.v_sums = a.k_sums + of_keys;
+  a.k_steps = a.v_sums + of_values, a.v_steps = a.k_steps + of_keys, a.k_bias = a.v_steps + of_values;
+  a.bytes = a.k_bias + of_keys;
+  return a;
+}
+
+static float step_of(const run *r, int factor, int64_t i) {
+  const float *steps = data_of(r->plan, r->op, factor);
+  return steps[r->op->data[factor].bytes == 4 ? 0 : i];
+}
+
+/* What is added to the rows of a head, or NULL; see check_integers. */
+enum { Q_BEFORE, Q_AFTER, K_BEFORE, V_BEFORE, V_AFTER };
+static const float *bias_of(const run *r, const integers *a, int which, int64_t head) {
+  const float *all = data_of(r->plan, r->op, 4);
+  if (!all) return NULL;
+  if (which >= V_BEFORE) return all + a->heads * (3 * a->size + (which - V_BEFORE) * a->v_size) + head * a->v_size;
+  return all + (which * a->heads + head) * a->size;
+}
+
+/* One row of n floats as bytes. `room`: as many floats. */
+static void round_row(const run *r, const float *x, const float *before, int64_t n, float step, int range, int zero,
+                      float *room, uint8_t *out) {
+  if (before) r->isa->vector->add(x, before, n, 0, room);
+  r->isa->quantize(before ? room : x, n, step, (float)low_of(r->op, range), (float)high_of(r->op, range), zero, out);
+}
+
+static void pack_keys(const run *r, const integers *a, int64_t head, uint8_t *memory, float *room) {
+  const int64_t *n = r->op->n;
+  const float *k = (const float *)memory_of(r, r->op->in[1]) + n[LB_N_K_OFFSET] + head * n[LB_N_K_HEAD];
+  const float *before = bias_of(r, a, K_BEFORE, head), *after = bias_of(r, a, Q_AFTER, head);
+  int32_t *sums = (int32_t *)(memory + a->k_sums);
+  float *steps = (float *)(memory + a->k_steps), *bias = (float *)(memory + a->k_bias);
+  int8_t *row = (int8_t *)(room + a->size);
+  const int64_t words = (a->size + 3) / 4;
+  memset(row + a->size, 0, (size_t)(4 * words - a->size));
+  for (int64_t j = 0; j < a->tokens; j++) {
+    steps[j] = step_of(r, 1, head * a->tokens + j);
+    round_row(r, k + j * n[LB_N_K_STEP], before, a->size, steps[j], LB_N_K_RANGE, 0, room, (uint8_t *)row);
+    uint8_t *to = memory + j / 16 * a->k_block + j % 16 * 4;
+    for (int64_t i = 0; i < words; i++) memcpy(to + i * LB_ROW, row + 4 * i, 4);
+    sums[j] = 0;
+    for (int64_t d = 0; d < a->size; d++) sums[j] += row[d];
+    if (!after) continue;
+    float dot = 0;
+    for (int64_t d = 0; d < a->size; d++) dot += after[d] * (float)row[d];
+    bias[j] = dot * (steps[j] * (float)r->op->f[0]);
+  }
+}
+
+static void pack_values(const run *r, const integers *a, int64_t head, uint8_t *memory, float *room) {
+  const int64_t *n = r->op->n, size = a->v_size, padded = lb_round_up(size, 16);
+  const float *v = (const float *)memory_of(r, r->op->in[2]) + n[LB_N_V_OFFSET] + head * n[LB_N_V_HEAD];
+  const float *before = bias_of(r, a, V_BEFORE, head), *step = data_of(r->plan, r->op, 2);
+  int32_t *sums = (int32_t *)(memory + a->v_sums);
+  float *steps = (float *)(memory + a->v_steps);
+  uint8_t *rows = (uint8_t *)(room + size); /* of 4 tokens */
+  for (int64_t c = 0; c < size; c++) steps[c] = step_of(r, 2, head * size + c);
+  memset(sums, 0, (size_t)padded * sizeof *sums);
+  memset(rows, 0, (size_t)(4 * padded));
+  for (int64_t j = 0; j < a->tokens; j += 4) {
+    for (int64_t t = 0; t < 4; t++) {
+      uint8_t *row = rows + t * padded;
+      const float *x = v + (j + t) * n[LB_N_V_STEP];
+      if (j + t >= a->tokens) {
+        memset(row, 0, (size_t)size);
+      } else if (r->op->data[2].bytes == 4) {
+        round_row(r, x, before, size, *step, LB_N_V_RANGE, 0, room, row);
+      } else {
+        for (int64_t c = 0; c < size; c++)
+          round_row(r, x + c, before ? before + c : NULL, 1, steps[c], LB_N_V_RANGE, 0, room, row + c);
+      }
+    }
+    for (int64_t c = 0; c < padded; c += 16) {
+      uint8_t *to = memory + a->v + c / 16 * a->v_block + j / 4 * LB_ROW;
+      for (int i = 0; i < 16; i++) {
+        const uint8_t *at = rows + c + i;
+        const uint32_t four = at[0] | at[padded] << 8 | at[2 * padded] << 16 | (uint32_t)at[3 * padded] << 24;
+        memcpy(to + 4 * i, &four, 4);
+        sums[c + i] += (int8_t)at[0] + (int8_t)at[padded] + (int8_t)at[2 * padded] + (int8_t)at[3 * padded];
+      }
+    }
+  }
+}
+
+static int64_t offsets_of(const integers *a) { return lb_round_up(lb_max(a->q_row, a->share_row) / 4 + 2 * ROWS, 8); }
+
+static void pack_heads(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const integers a = integers_of(r);
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)(4 * a.size + 8 * a.v_size + 128));
+  if (!room) return;
+  for (int64_t head = begin; head < end; head++) {
+    uint8_t *memory = (uint8_t *)((int64_t *)r->panels + offsets_of(&a)) + head * a.bytes;
+    memset(memory, 0, (size_t)a.k_sums);
+    pack_keys(r, &a, head, memory, room);
+    pack_values(r, &a, head, memory, room);
+  }
+}
+
+static void attend_integers(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t *n = op->n;
+  const integers a = integers_of(r);
+  const int64_t parts = (a.tokens + ROWS - 1) / ROWS, *offsets = r->panels, *starts = offsets + offsets_of(&a) - 2 * ROWS;
+  const int q_zero = zero_of_range(r, low_of(op, LB_N_Q_RANGE), high_of(op, LB_N_Q_RANGE));
+  const int share_zero = zero_of_range(r, low_of(op, LB_N_SHARE_RANGE), high_of(op, LB_N_SHARE_RANGE));
+  const int64_t bytes = lb_round_up(ROWS * (a.q_row + a.share_row) + TAIL, 64);
+  const int64_t floats = ROWS * (2 + a.tokens + 2 * a.v_size) + a.size;
+  uint8_t *q = scratch(r, LB_SLOT_LINE, (size_t)bytes + (size_t)floats * sizeof(float));
+  if (!q) return;
+  memset(q, 0, (size_t)bytes);
+  uint8_t *shares = q + ROWS * a.q_row;
+  float *q_scale = (float *)(q + bytes), *share_step = q_scale + ROWS, *logits = share_step + ROWS;
+  float *result = logits + ROWS * a.tokens, *more = result + ROWS * a.v_size, *room = more + ROWS * a.v_size;
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t head = i / parts, first = i % parts * ROWS, rows = lb_min(ROWS, a.tokens - first);
+    const uint8_t *memory = (const uint8_t *)(offsets + offsets_of(&a)) + head * a.bytes;
+    const float *before = bias_of(r, &a, Q_BEFORE, head), *after = bias_of(r, &a, V_AFTER, head);
+    for (int64_t t = 0; t < rows; t++) {
+      const float *x = r->in + n[LB_N_OFFSET] + head * n[LB_N_Q_HEAD] + (first + t) * n[LB_N_STEP];
+      const float step = step_of(r, 0, head * a.tokens + first + t);
+      round_row(r, x, before, a.size, step, LB_N_Q_RANGE, q_zero, room, q + t * a.q_row);
+      q_scale[t] = step * (float)op->f[0];
+      share_step[t] = step_of(r, 3, head * a.tokens + first + t);
+    }
+    const lb_span span = {0, a.q_row}, share_span = {0, a.share_row};
+    lb_job job = {.packed = memory, .block_bytes = a.k_block, .k = a.k_block / 16, .bits = 8, .largest = 128, .map = q,
+                  .row_start = starts, .spans = &span, .n_spans = 1, .used_k = a.q_row, .k_offset = offsets,
+                  .zero = q_zero, .row_scale = q_scale, .scale = (const float *)(memory + a.k_steps),
+                  .bias = op->data[4].bytes ? (const float *)(memory + a.k_bias) : NULL,
+                  .sums = (const int32_t *)(memory + a.k_sums), .out_type = LB_FLOAT32, .add_type = LB_FLOAT32,
+                  .outputs = a.tokens, .out = logits};
+    int status = r->isa->product(&job, 0, rows, 0, panels_of(a.tokens));
+    for (int64_t t = 0; t < rows; t++) {
+      uint8_t *share = shares + t * a.share_row;
+      r->isa->vector->softmax(logits + t * a.tokens, a.tokens, 1.0f);
+      round_row(r, logits + t * a.tokens, NULL, a.tokens, share_step[t], LB_N_SHARE_RANGE, share_zero, NULL, share);
+      if (!after) continue;
+      int32_t sum = 0;
+      for (int64_t j = 0; j < a.tokens; j++)
+        sum += (r->isa->signed_bytes ? (int8_t)share[j] : share[j]) - share_zero;
+      for (int64_t c = 0; c < a.v_size; c++) more[t * a.v_size + c] = (float)sum * share_step[t] * after[c];
+    }
+    job.packed = memory + a.v, job.block_bytes = a.v_block, job.k = a.v_block / 16, job.map = shares;
+    job.row_start = starts + ROWS, job.spans = &share_span, job.used_k = a.share_row, job.zero = share_zero;
+    job.row_scale = share_step, job.scale = (const float *)(memory + a.v_steps), job.bias = NULL;
+    job.sums = (const int32_t *)(memory + a.v_sums), job.outputs = a.v_size, job.add = after ? more : NULL;
+    job.out = r->out ? result : NULL;
+    if (r->map) {
+      job.next = r->map + head * a.v_size, job.next_start = r->ready->next_start + first;
+      job.next_zero = zero_of(r, r->map_tensor), job.out_scale = (float)op->f[1];
+      job.out_low = (float)r->map_tensor->low, job.out_high = (float)r->map_tensor->high;
+    }
+    if (!status) status = r->isa->product(&job, 0, rows, 0, panels_of(a.v_size));
+    if (status) atomic_store(&r->status, status);
+    for (int64_t t = 0; r->out && t < rows; t++)
+      memcpy(r->out + (first + t) * a.heads * a.v_size + head * a.v_size, result + t * a.v_size,
+             (size_t)a.v_size * sizeof *result);
+  }
+}
+
+static void run_integers(run *r) {
+  r->tokens = rows_of(r->map_tensor ? r->map_tensor : r->plan->tensors + r->op->out[0]);
+  const integers a = integers_of(r);
+  const int64_t tables = offsets_of(&a);
+  int64_t *table = r->panels = scratch(r, LB_SLOT_PANELS, (size_t)(tables * 8 + a.heads * a.bytes));
+  if (!table) return;
+  for (int64_t i = 0; i < tables - 2 * ROWS; i++) table[i] = 4 * i;
+  for (int64_t i = 0; i < ROWS; i++) {
+    table[tables - 2 * ROWS + i] = i * a.q_row;
+    table[tables - ROWS + i] = i * a.share_row;
+  }
+  parallel(r, a.heads, a.tokens * (a.size + a.v_size) * 8, pack_heads, r);
+  parallel(r, a.heads * ((a.tokens + ROWS - 1) / ROWS), ROWS * a.tokens * (a.size + a.v_size), attend_integers, r);
 }
 
 /* ---- the whole ---- */
@@ -1298,6 +1551,7 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
       case LB_OP_MATMUL:
         parallel(&r, op->n[LB_N_COUNT] * ((op->n[LB_N_M] + 15) / 16), 16 * op->n[LB_N_K] * op->n[LB_N_N], matmul, &r);
         break;
+      case LB_OP_INTEGERS: run_integers(&r); break;
       default: run_attention(&r); break;
     }
     if (timed) plan->times[i] = now() - start;

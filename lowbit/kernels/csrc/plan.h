@@ -47,6 +47,7 @@ enum {
   LB_OP_MATMUL,       /* floats x floats -> floats, for each of a number of matrices */
   LB_OP_SOFTMAX,      /* rows of floats -> floats */
   LB_OP_CONV,         /* convolution or linear layer in full precision: floats -> floats and/or map */
+  LB_OP_INTEGERS,     /* attention whose four factors are rounded to integers: floats -> floats and/or map */
   LB_OPS
 };
 
@@ -59,6 +60,10 @@ enum { LB_N_BITS = 2, LB_N_KERNEL_Y, LB_N_KERNEL_X, LB_N_STRIDE_Y, LB_N_STRIDE_X
 enum { LB_N_LARGEST = 2, LB_N_DIVISOR = 11 };                            /* pool, with the window of product */
 enum { LB_N_FFT = 2, LB_N_HOP = 3 };                                      /* mel */
 enum { LB_N_HEADS = 2, LB_N_SIZE = 3, LB_N_K_OFFSET = 4, LB_N_V_OFFSET = 5 }; /* attention */
+enum { LB_N_K_STEP = 6, LB_N_V_STEP = 7, LB_N_Q_HEAD = 8, LB_N_K_HEAD = 9, LB_N_V_HEAD = 10, LB_N_V_SIZE = 11,
+       LB_N_Q_RANGE = 12, LB_N_K_RANGE = 13, LB_N_V_RANGE = 14, LB_N_SHARE_RANGE = 15 };
+/* attention on integers: of head h, q[i][d] is at offset + h * q_head + i * step + d of the first tensor, k of the second
+ * and v of the third; a range low ... high is (low + 256) * 1024 + high */
 
 enum { LB_N_LOW = 2, LB_N_HIGH = 3 };                                     /* round: low + 256 */
 enum { LB_N_COUNT = 2, LB_N_M = 3, LB_N_K = 4, LB_N_N = 5, LB_N_A_COUNT = 6, LB_N_B_OFFSET = 7, LB_N_B_COUNT = 8,

@@ -86,20 +86,28 @@ LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) { _mm512_mask_storeu_ps
 static __attribute__((noinline)) void load_end(const float *x, int64_t n, float rest, float *v) {
   for (int i = 0; i < 16; i++) v[i] = i < n ? x[i] : rest;
 }
+static __attribute__((noinline)) void store_end(float *y, int64_t n, const float *v) {
+  memcpy(y, v, (size_t)(n < 16 ? n : 16) * sizeof *y);
+}
+#if defined(LB_SMALL) && !defined(LB_VECTOR_256) && !defined(LB_VECTOR_NEON)
+enum { LB_CALLS = 1 }; /* plain C of a small program: a call takes less space than the quick way beside it */
+#else
+enum { LB_CALLS = 0 };
+#endif
 LB_INLINE lb_v16 load_some(const float *x, int64_t n, float rest) {
-  if (n >= 16) return load16(x);
+  if (!LB_CALLS && n >= 16) return load16(x);
   float v[16];
   load_end(x, n, rest, v);
   return load16(v);
 }
 LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) {
-  if (n >= 16) {
+  if (!LB_CALLS && n >= 16) {
     store16(y, v);
     return;
   }
   float values[16];
   store16(values, v);
-  memcpy(y, values, (size_t)n * sizeof *y);
+  store_end(y, n, values);
 }
 #endif
 
@@ -187,27 +195,25 @@ static void vector_norm(const float *x, int64_t n, float eps, const float *gain,
   }
 }
 
-/* softmax(scale * x) of n values in place; x has room for 16 more, which become 0. */
+/* softmax(scale * x) of n values in place. */
 static void vector_softmax(float *x, int64_t n, float scale) {
+  const float rest = x[0]; /* does not change the largest, whatever the scale's sign */
   lb_v16 most = all16(-INFINITY), sum = {0};
-  for (int64_t i = n; i < n + 16; i++) x[i] = x[0]; /* does not change the largest, whatever the scale's sign */
   for (int64_t i = 0; i < n; i += 16) {
-    const lb_v16 v = load16(x + i) * scale;
-    store16(x + i, v);
+    const lb_v16 v = load_some(x + i, n - i, rest) * scale;
+    store_some(x + i, n - i, v);
     most = max16(most, v);
   }
   const float largest = largest16(most);
-  for (int64_t i = n; i < n + 16; i++) x[i] = -INFINITY;
   for (int64_t i = 0; i < n; i += 16) {
-    const lb_v16 v = load16(x + i), e = exp16(v - largest);
+    const lb_v16 v = load_some(x + i, n - i, -INFINITY), e = exp16(v - largest);
     const lb_i16 there = v != -INFINITY; /* also where v is NaN: all of the row then is */
     const lb_v16 kept = (lb_v16)((lb_i16)e & there);
-    store16(x + i, kept);
+    store_some(x + i, n - i, kept);
     sum += kept;
   }
-  const lb_v16 share = all16(1.0f / sum16(sum));
-  for (int64_t i = 0; i < n; i += 16) store16(x + i, load16(x + i) * share);
-  for (int64_t i = n; i < n + 16; i++) x[i] = 0;
+  const float share = 1.0f / sum16(sum);
+  for (int64_t i = 0; i < n; i += 16) store_some(x + i, n - i, load_some(x + i, n - i, 0) * share);
 }
 
 /* panels[p][i][lane] = x[16 p + lane][i]; lanes beyond the rows are 0. */
