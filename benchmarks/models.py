@@ -156,13 +156,19 @@ class _Cast(nn.Module):
         return x.to(self.dtype)
 
 
-def quantized(model: Model, bits: int, activation: int = 8) -> nn.Module:
-    """DenseShift weights with a scale by channel, LSQ inputs, 8 bits in first and last layers; calibrated."""
+def quantized(model: Model, bits: int, activation: int = 8, attention: bool = False) -> nn.Module:
+    """DenseShift weights with a scale by channel, LSQ inputs, 8 bits in first and last layers; calibrated.
+
+    ``attention``: the factors of its products are rounded too.
+    """
     import lowbit
     from lowbit.quantizers import LSQ, DenseShift
 
     config = lowbit.QuantConfig(
-        weight=DenseShift(bits=bits, scale="statistical", init="project"), activation=LSQ(bits=activation), first_last=8
+        weight=DenseShift(bits=bits, scale="statistical", init="project"),
+        activation=LSQ(bits=activation),
+        first_last=8,
+        attention=attention,
     )
     made, x = model.create(), model.inputs(CALIBRATION)
     lowbit.calibrate(lowbit.quantize_(made, config), x)
@@ -187,12 +193,12 @@ def packed(model: Model, threads: int, folder: Path, bits: int, compile: bool = 
     return Built(partial(run, x), facts=facts)
 
 
-def planned(model: Model, threads: int, folder: Path, bits: int, activation: int = 8) -> Built:
-    """The packed model as a plan: one native call; ``activation``: bits of the layers' inputs."""
+def planned(model: Model, threads: int, folder: Path, bits: int, activation: int = 8, attention: bool = False) -> Built:
+    """The packed model as a plan: one native call; ``activation`` and ``attention`` as of `quantized`."""
     import lowbit
 
     _begin(threads)
-    made, x = quantized(model, bits, activation), model.inputs()
+    made, x = quantized(model, bits, activation, attention), model.inputs()
     expected = made(x)
     plan = lowbit.plan(lowbit.pack(made, x), x, threads)
     facts = {"mb": len(plan.content) / 1e6, "error": check_close(plan(x), expected, PACKED)}
@@ -317,6 +323,7 @@ ENGINES = {
     **{f"lowbit {bits}-bit compiled": partial(packed, bits=bits, compile=True) for bits in (2, 3, 4)},
     **{f"lowbit {bits}-bit plan": partial(planned, bits=bits) for bits in (2, 3, 4)},
     "lowbit 3-bit plan, 4-bit inputs": partial(planned, bits=3, activation=4),
+    "lowbit 3-bit plan, low-bit attention": partial(planned, bits=3, attention=True),
     "onnxruntime 3-bit, exported": partial(exported, bits=3, engine="onnxruntime"),
     "openvino 3-bit, exported": partial(exported, bits=3, engine="openvino"),
     "onnxruntime fp32": onnxruntime_model,
