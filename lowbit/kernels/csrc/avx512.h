@@ -133,6 +133,17 @@ LB_INLINE void lb_finish512(const lb_job *job, int64_t row, const int rows, int6
   if (zero) correction = _mm512_slli_epi32(_mm512_maskz_loadu_epi32(mask, job->sums + n0), 7);
   if (zero < 0) correction = _mm512_sub_epi32(_mm512_setzero_si512(), correction);
   int64_t at = row * outputs + n0;
+  if (left >= 16 && has_bias && !relu && !next && out && out_type == LB_FLOAT32 && (!add || add_type == LB_FLOAT32)) {
+    float *to = (float *)out + at; /* most of a transformer's outputs: no branch for each row */
+    const float *more = (const float *)add + at;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++, to += outputs, more += outputs) {
+      __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r * step], correction));
+      y = _mm512_add_ps(_mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(row_scale[r])), scale), bias);
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(y, _mm512_loadu_ps(more)) : y);
+    }
+    return;
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++, at += outputs) {
     __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r * step], correction));
