@@ -57,6 +57,15 @@ LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
   return c;
 }
 #endif
+
+/* *p = *p * x + c, fused. In plain C one call of three addresses, where fma16 would copy 16 numbers for each of them. */
+#if defined(LB_VECTOR_512) || defined(LB_VECTOR_256) || defined(LB_VECTOR_NEON)
+LB_INLINE void horner16(lb_v16 *p, const lb_v16 *x, float c) { *p = fma16(*p, *x, c - (lb_v16){0}); }
+#else
+static __attribute__((noinline)) void horner16(lb_v16 *p, const lb_v16 *x, float c) {
+  for (int i = 0; i < 16; i++) ((float *)p)[i] = fmaf(((float *)p)[i], ((const float *)x)[i], c);
+}
+#endif
 #if !defined(LB_VECTOR_512) && !defined(LB_VECTOR_256)
 /* The larger; b where a is NaN is not wanted: NaN of a stays. */
 LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) {
@@ -142,11 +151,11 @@ LB_INLINE lb_v16 exp16(lb_v16 x) {
   lb_v16 r = fma16(n, all16(-0.693359375f), x);
   r = fma16(n, all16(2.12194440e-4f), r);
   lb_v16 p = all16(0.00019790299f);
-  p = fma16(p, r, all16(0.00139447034f));
-  p = fma16(p, r, all16(0.00833349768f));
-  p = fma16(p, r, all16(0.0416662954f));
-  p = fma16(p, r, all16(0.166666657f));
-  p = fma16(p, r, all16(0.5f));
+  horner16(&p, &r, 0.00139447034f);
+  horner16(&p, &r, 0.00833349768f);
+  horner16(&p, &r, 0.0416662954f);
+  horner16(&p, &r, 0.166666657f);
+  horner16(&p, &r, 0.5f);
   const lb_v16 y = fma16(p, r * r, r) + 1.0f;
   /* n stands in the lowest bits of n + magic; NaN stays NaN */
   const lb_i16 power = (lb_i16)(n + magic) << 23 & (lb_i16)(n == n);
@@ -158,16 +167,16 @@ LB_INLINE lb_v16 exp16(lb_v16 x) {
 LB_INLINE lb_v16 gelu16(lb_v16 x) {
   const lb_v16 limit = all16(5.3f), t = x * x;
   lb_v16 p = all16(2.40503193e-08f), q = all16(1.23716939e-06f);
-  p = fma16(p, t, all16(6.37906851e-06f));
-  q = fma16(q, t, all16(7.13524132e-05f));
-  p = fma16(p, t, all16(0.000160334661f));
-  q = fma16(q, t, all16(0.00183657231f));
-  p = fma16(p, t, all16(0.00462799426f));
-  q = fma16(q, t, all16(0.0281388294f));
-  p = fma16(p, t, all16(0.0329357907f));
-  q = fma16(q, t, all16(0.249224022f));
-  p = fma16(p, t, all16(0.398942262f));
-  q = fma16(q, t, all16(1.0f));
+  horner16(&p, &t, 6.37906851e-06f);
+  horner16(&q, &t, 7.13524132e-05f);
+  horner16(&p, &t, 0.000160334661f);
+  horner16(&q, &t, 0.00183657231f);
+  horner16(&p, &t, 0.00462799426f);
+  horner16(&q, &t, 0.0281388294f);
+  horner16(&p, &t, 0.0329357907f);
+  horner16(&q, &t, 0.249224022f);
+  horner16(&p, &t, 0.398942262f);
+  horner16(&q, &t, 1.0f);
   const lb_v16 y = x * (x * p / q + 0.5f);
   const lb_i16 above = x >= limit, below = x <= -limit;
   return (lb_v16)(((lb_i16)y & ~above & ~below) | ((lb_i16)x & above));
@@ -216,11 +225,45 @@ static void vector_softmax(float *x, int64_t n, float scale) {
   for (int64_t i = 0; i < n; i += 16) store_some(x + i, n - i, load_some(x + i, n - i, 0) * share);
 }
 
+#if defined(LB_VECTOR_512)
+/* 16 columns of up to 16 rows. */
+LB_INLINE void transpose16(const float *x, int64_t step, int64_t rows, float *columns) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = i < rows ? _mm512_loadu_ps(x + i * step) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2)
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += i % 4 ? 3 : 1) { /* 0, 1, 4, 5, ... */
+    const __m512d low = _mm512_castps_pd(b[i]), high = _mm512_castps_pd(b[i + 2]);
+    a[i + i % 4] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+    a[i + i % 4 + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) { /* a quarter of a[i] has column i, 4 + i, 8 + i, or 12 + i of rows 0 ... 3, and so on */
+    const __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+    const __m512 even8 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512 odd8 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_storeu_ps(columns + 16 * i, _mm512_shuffle_f32x4(even, even8, 0x88));
+    _mm512_storeu_ps(columns + 16 * (4 + i), _mm512_shuffle_f32x4(odd, odd8, 0x88));
+    _mm512_storeu_ps(columns + 16 * (8 + i), _mm512_shuffle_f32x4(even, even8, 0xdd));
+    _mm512_storeu_ps(columns + 16 * (12 + i), _mm512_shuffle_f32x4(odd, odd8, 0xdd));
+  }
+}
+#endif
+
 /* panels[p][i][lane] = x[16 p + lane][i]; lanes beyond the rows are 0. */
 static void vector_transpose(const float *x, int64_t step, int64_t rows, int64_t n, float *panels) {
   for (int64_t first = 0; first < rows; first += 16, panels += 16 * n)
     for (int64_t i = 0; i < n; i += 16) {
       const int64_t count = n - i < 16 ? n - i : 16;
+#if defined(LB_VECTOR_512)
+      if (count == 16) {
+        transpose16(x + first * step + i, step, rows - first, panels + i * 16);
+        continue;
+      }
+#endif
       float part[16][16];
       for (int lane = 0; lane < 16; lane++) {
         const int there = first + lane < rows;
@@ -425,14 +468,14 @@ LB_INLINE lb_v16 decibels16(lb_v16 x) {
   const lb_i16 bits = (lb_i16)x - half, e = bits >> 23;
   const lb_v16 f = (lb_v16)((bits & 0x7fffff) + half) - 1.0f;
   lb_v16 p = all16(-0.0763449743f);
-  p = fma16(p, f, all16(0.12761578f));
-  p = fma16(p, f, all16(-0.131601825f));
-  p = fma16(p, f, all16(0.142017573f));
-  p = fma16(p, f, all16(-0.166233569f));
-  p = fma16(p, f, all16(0.200012267f));
-  p = fma16(p, f, all16(-0.250008196f));
-  p = fma16(p, f, all16(0.333333313f));
-  p = fma16(p, f, all16(-0.5f));
+  horner16(&p, &f, 0.12761578f);
+  horner16(&p, &f, -0.131601825f);
+  horner16(&p, &f, 0.142017573f);
+  horner16(&p, &f, -0.166233569f);
+  horner16(&p, &f, 0.200012267f);
+  horner16(&p, &f, -0.250008196f);
+  horner16(&p, &f, 0.333333313f);
+  horner16(&p, &f, -0.5f);
   const lb_v16 ln = fma16(f * f, p, f);
   const lb_v16 y = fma16(__builtin_convertvector(e, lb_v16), all16(3.01029996f), ln * 4.34294482f);
   const lb_i16 number = x == x; /* from NaN's bits would come a number that differs between processors */
