@@ -16,8 +16,10 @@ from torch import nn
 
 import lowbit
 from lowbit.engine import format as file_format
+from lowbit.engine.format import MAP, Op, Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import build
+from lowbit.kernels.packing import pack
 from lowbit.models import create
 from lowbit.nn import QuantConfig
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
@@ -102,14 +104,41 @@ def test_all_instruction_sets_and_threads_agree(plans, library):
                     np.testing.assert_array_equal(run(content, x[:1], threads), expected[:1], err_msg=f"{name} {isa}")
 
 
-def test_an_instruction_set_chosen_after_loading(plans, library):
-    """Weights that were transformed for another one are not used."""
-    content, x, _ = plans["resnet8 of few activations"]
+@pytest.mark.parametrize("name", ["resnet8 of few activations", "resnet8 of 4 bits"])
+def test_an_instruction_set_chosen_after_loading(name, plans, library):
+    """Weights that were transformed for another one are not used, nor what was found in them."""
+    content, x, _ = plans[name]
     plan = lowbit.Plan(content)
     expected = plan(x)
     for isa in library.isas():
         with library.use(isa):
             np.testing.assert_array_equal(plan(x), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 30])
+@pytest.mark.parametrize("share", [0, 0.004, 0.1, 1])
+def test_weights_beyond_int8_found_beforehand(share, rows, library):
+    """From none to all of the levels are +128; 40 outputs of 200 inputs."""
+    draw = np.random.default_rng(2)
+    codes = np.where(draw.random((40, 200)) < share, 15, draw.integers(0, 15, (40, 200)))
+    levels = np.concatenate([np.arange(-7, 8), [128]]).astype(np.int16)
+    weights = levels[codes].astype(np.int64)
+    data = {0: pack(torch.from_numpy(codes), 4).numpy(), 1: np.ones(40, np.float32), 4: levels}
+    data[2] = weights.sum(1).astype(np.int32)
+    x, y = Tensor(1, rows, 200), Tensor(1, rows, 40)
+    image = Tensor(1, rows, 200, MAP, place=200, low=-128, high=127)
+    window = {2: 4, 3: 1, 4: 1, 5: 1, 6: 1, 9: 1, 10: 1}
+    ops = [
+        Op("quantize", [x], None, image, n={0: 0, 1: 200}, f={0: 1.0}),
+        Op("product", [image], y, n=window, f={0: 1.0}),
+    ]
+    ops[1].data = data
+    content = file_format.write(ops, x, y)
+    inputs = draw.integers(-128, 128, (2, rows, 200)).astype(np.float32)
+    expected = (inputs.astype(np.int64) @ weights.T).reshape(2, -1)
+    for isa in library.isas():
+        with library.use(isa):
+            np.testing.assert_array_equal(run(content, inputs.reshape(2, -1)), expected, err_msg=isa)
 
 
 def test_calls_from_several_threads(plans, library):

@@ -155,11 +155,17 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
   const int two = lb_needs_two(job), kind = job->bits == 8 ? 4 : job->bits - 2;
   lb_beyond few = {0};
   const int64_t rows = row1 - row0, groups = job->used_k / 4;
-  const int finds = two && (job->bits != 4 || rows > FEWEST);
+  const lb_rounds_found *found_before = two ? job->found : NULL;
+  const int finds = two && !found_before && (job->bits != 4 || rows > FEWEST);
+  if (found_before) few.windows = found_before->windows, few.offset = found_before->offset;
   if (finds && lb_windows_of(&few, job)) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b += 2) {
     const int blocks = (int)lb_min(2, block1 - b);
-    int dense = two && !finds;
+    int dense = two && !finds && !found_before;
+    for (int h = 0; found_before && h < blocks; h++) {
+      few.rounds[h] = found_before->rounds[b + h];
+      dense |= few.rounds[h].any < 0;
+    }
     for (int h = 0; finds && !dense && h < blocks; h++) {
       const int64_t found = lb_find_beyond(job, b + h, &t, &few);
       /* until a second table for all would be quicker: a weight found takes 7 cycles, a round 1.5 for each row */
@@ -335,5 +341,5 @@ int lb_avx512_available(void) {
 }
 
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product, 4, &lb_vector512,
-    winograd_weights, winograd_run, 8};
+    winograd_weights, winograd_run, 8, lb_find_rounds};
 #endif

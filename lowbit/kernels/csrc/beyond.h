@@ -4,6 +4,8 @@
  * for a "round" of up to 64 weights, where a second table takes 16. */
 #ifndef LOWBIT_BEYOND_H
 #define LOWBIT_BEYOND_H
+#include <stdlib.h>
+
 #include "avx512.h"
 
 /* The rounds of one block. */
@@ -25,6 +27,13 @@ typedef struct {
   uint8_t *found_byte;
   lb_rounds rounds[2]; /* up to k / 4 of each of two blocks, and 16 that are too many */
 } lb_beyond;
+
+/* The rounds of all blocks, found once for many products; `any` is -1 where a second table for all is quicker. */
+typedef struct {
+  int64_t windows;
+  int64_t *offset;
+  lb_rounds rounds[];
+} lb_rounds_found;
 
 /* Divides the rows of activations into windows, and makes room. */
 static int lb_windows_of(lb_beyond *w, const lb_job *job) {
@@ -115,6 +124,41 @@ static int lb_rounds_of(lb_beyond *w, int h, int64_t found, int64_t most) {
   }
   rounds->any = end > 0;
   return 1;
+}
+
+/* Memory with the rounds of `blocks` blocks, to be freed, taken from `room`; NULL where there is nothing to be found or
+ * no room: then each product looks itself. */
+static void *lb_find_rounds(const lb_job *job, int64_t blocks, int64_t *room) {
+  lb_beyond w;
+  if (!lb_needs_two(job) || job->bits != 4 || lb_windows_of(&w, job)) return NULL;
+  const lb_tables t = lb_make_tables(job);
+  const int64_t most = job->used_k / 4 * 2 / 3; /* a round takes 1.5 times as long as a row of a second table */
+  const int64_t windows = w.windows;
+  int64_t all = 0;
+  for (int64_t b = 0; b < blocks; b++)
+    if (lb_rounds_of(&w, 0, lb_find_beyond(job, b, &t, &w), most)) all += w.rounds[0].until[windows - 1];
+  const int64_t head = lb_round_up((int64_t)sizeof(lb_rounds_found) + blocks * (int64_t)sizeof(lb_rounds), 64);
+  const int64_t bytes = lb_round_up(head + 72 * all + windows * (8 + 4 * blocks), 64);
+  lb_rounds_found *made = bytes > *room ? NULL : aligned_alloc(64, (size_t)bytes);
+  if (!made) return NULL;
+  *room -= bytes;
+  uint8_t *index = (uint8_t *)made + head;
+  uint64_t *mask = (uint64_t *)(index + 64 * all);
+  made->windows = windows, made->offset = (int64_t *)(mask + all);
+  memcpy(made->offset, w.offset, (size_t)windows * sizeof *w.offset);
+  int32_t *until = (int32_t *)(made->offset + windows);
+  for (int64_t b = 0; b < blocks; b++, until += windows) {
+    const int64_t found = lb_find_beyond(job, b, &t, &w);
+    made->rounds[b] = (lb_rounds){until, mask, index, -1};
+    if (!lb_rounds_of(&w, 0, found, most)) continue;
+    const lb_rounds *from = w.rounds;
+    const int64_t count = from->until[windows - 1];
+    memcpy(until, from->until, (size_t)windows * sizeof *until);
+    memcpy(mask, from->mask, (size_t)count * sizeof *mask);
+    memcpy(index, from->index, (size_t)count * 64);
+    made->rounds[b].any = from->any, mask += count, index += 64 * count;
+  }
+  return made;
 }
 
 #endif

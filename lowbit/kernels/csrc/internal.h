@@ -24,6 +24,7 @@ typedef struct {
   int bits;
   int16_t levels[16]; /* not of 8 bits, where the bytes are the weights */
   int largest; /* the largest |level| */
+  const void *found; /* what `find` of the instruction set has found, or NULL */
 
   const uint8_t *map;       /* stored activations */
   const int64_t *row_start; /* in map, of each row; followed by at least 64 readable bytes at the end of map */
@@ -99,6 +100,9 @@ typedef struct {
   int (*winograd_run)(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1,
                       int64_t block0, int64_t block1);
   int winograd_channels; /* from this many on Winograd's form may be faster; 0: never, or not measured */
+  /* What its products otherwise look for in the weights of `blocks` blocks at each call, to be freed; `room`: bytes that
+   * it may take, and how many are left then. NULL, here or returned: nothing. */
+  void *(*find)(const lb_job *job, int64_t blocks, int64_t *room);
 } lb_isa_table;
 
 /* Winograd's form of a 3x3 convolution with stride 1 and dilation 1: the same bits as `product`, with 16 products for

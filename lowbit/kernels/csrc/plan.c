@@ -31,6 +31,8 @@ typedef struct {
   int16_t levels[16];
   const lb_isa_table *winograd_isa; /* whose transformed weights there are, or NULL */
   void *winograd;
+  const lb_isa_table *found_isa; /* who found something in the weights */
+  void *found;
 } prepared;
 
 struct lb_plan {
@@ -630,6 +632,12 @@ static int prepare_winograd(const lb_plan *plan, const lb_plan_op *op, prepared 
   return lb_winograd_weights(isa, &job, w.channels, 0, (job.outputs + 15) / 16, p->winograd);
 }
 
+static void find_in_weights(const lb_plan *plan, const lb_plan_op *op, prepared *p, int64_t *room) {
+  const lb_job job = job_of(plan, op, p);
+  p->found_isa = lb_isa_in_use();
+  if (p->found_isa->find) p->found = p->found_isa->find(&job, (job.outputs + 15) / 16, room);
+}
+
 static int prepare_depthwise(const lb_plan *plan, const lb_plan_op *op, prepared *p) {
   const lb_plan_tensor *x = plan->tensors + op->in[0];
   const int64_t *n = op->n, line = (x->width + 2 * x->border_x) * x->place;
@@ -667,6 +675,7 @@ static int prepare(lb_plan *plan) {
     if (op->kind == LB_OP_PRODUCT &&
         (prepare_product(plan, op, plan->prepared + i) || prepare_winograd(plan, op, plan->prepared + i, &room)))
       return LB_NO_MEMORY;
+    if (op->kind == LB_OP_PRODUCT) find_in_weights(plan, op, plan->prepared + i, &room);
     if (op->kind == LB_OP_DEPTHWISE && prepare_depthwise(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->kind == LB_OP_MEL && prepare_mel(plan, op, plan->prepared + i)) return LB_NO_MEMORY;
     if (op->out[1] >= 0 && !(plan->prepared[i].next_start = starts_of(plan->tensors + op->out[1]))) return LB_NO_MEMORY;
@@ -713,7 +722,7 @@ void lb_plan_free(lb_plan *plan) {
   for (int i = 0; plan->prepared && i < plan->header->ops; i++) {
     prepared *p = plan->prepared + i;
     free(p->row_start), free(p->k_offset), free(p->next_start), free(p->row_scale), free(p->spans);
-    free(p->winograd);
+    free(p->winograd), free(p->found);
   }
   pthread_mutex_destroy(&plan->mutex);
   free(plan->prepared);
@@ -987,6 +996,7 @@ static void run_product(run *r) {
       job->row_scale = all;
     }
   }
+  job->found = p->found_isa == r->isa ? p->found : NULL;
   const void *weights = p->winograd_isa == r->isa ? p->winograd : NULL;
   lb_winograd winograd = {0};
   lb_span whole;
