@@ -6,11 +6,13 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 import lowbit
 from lowbit.engine import Plan
+from lowbit.engine.format import Op, Tensor, write
 from lowbit.nn import QuantConfig
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
 
@@ -81,6 +83,12 @@ def small_plans() -> dict[str, Plan]:
     add("low-bit attention with biases", vit(), pixels, activation=LSQ(bits=8, bias=True), **low)
     add("query-key attention", vit(), pixels, activation=few, qkr=True, **low)
     add("low-bit attention with positions", swin(), torch.randn(2, 3, 4, 4), activation=few, **low)
+    x, y = Tensor(1, 3, 8001), Tensor(1, 3, 1)
+    n = {1: 8001, 2: 1, 3: 4000, 4: 4000, 5: 8000, 6: 8001, 7: 8001, 8: 4000, 9: 4000, 10: 1, 11: 1}
+    n |= {i: 128 * 1024 + 127 for i in range(12, 16)}
+    data = {i: np.full(1, 0.05, np.float32) for i in range(4)}
+    attention = Op("integer attention", [x, x, x], y, n=n, f={0: 0.1}, data=data)
+    made["a wide head"] = Plan(write([attention], x, y))
     from lowbit.models.speech import LogMel
 
     class Sound(nn.Module):

@@ -1427,7 +1427,7 @@ static int64_t offsets_of(const integers *a) { return lb_round_up(lb_max(a->q_ro
 static void pack_heads(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const integers a = integers_of(r);
-  float *room = scratch(r, LB_SLOT_LINE, (size_t)(4 * a.size + 8 * a.v_size + 128));
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)(5 * a.size + 8 * a.v_size + 128));
   if (!room) return;
   for (int64_t head = begin; head < end; head++) {
     uint8_t *memory = (uint8_t *)((int64_t *)r->panels + offsets_of(&a)) + head * a.bytes;
