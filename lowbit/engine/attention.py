@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit.engine.format import Op
 from lowbit.engine.format import Tensor as Stored
-from lowbit.engine.lowering import SHIFT, Lowering, Origin, Value
+from lowbit.engine.values import SHIFT, Lowering, Origin, Value
 
 MOST = 65536
 """Largest number of tokens, and of channels of a head: sums of so many products fit into 32 bits."""

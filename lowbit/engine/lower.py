@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbit.engine.lowering import Lowering, Value
 from lowbit.engine.operations import FUNCTIONS, lower_known
 from lowbit.engine.runtime import Plan
+from lowbit.engine.values import Lowering, Value
 from lowbit.errors import LowbitError
 from lowbit.nn.deploy import made_up
 from lowbit.nn.fuse import FUSED, fuse

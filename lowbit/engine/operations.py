@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowbit.engine.attention import integer_attention
 from lowbit.engine.format import Op
 from lowbit.engine.format import Tensor as Stored
-from lowbit.engine.lowering import SHIFT, Lowering, Origin, Value
+from lowbit.engine.values import SHIFT, Lowering, Origin, Value
 from lowbit.errors import LowbitError
 from lowbit.kernels.packing import integer_levels, weight_codes
 from lowbit.kernels.packing import pack as pack_codes

@@ -1,4 +1,4 @@
-"""The state of lowering: the values of a graph as numbers of elements, and the operations so far."""
+"""The values of a graph while it is lowered, as numbers of elements, and the operations made so far."""
 
 import math
 from collections.abc import Sequence

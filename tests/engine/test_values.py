@@ -6,7 +6,7 @@ import torch
 
 from lowbit.engine.format import MAP, Op
 from lowbit.engine.format import Tensor as Stored
-from lowbit.engine.lowering import SHIFT, Lowering, Value
+from lowbit.engine.values import SHIFT, Lowering, Value
 from lowbit.errors import LowbitError
 
 
