@@ -127,8 +127,8 @@ def annealing_zones() -> Figure:
         ax.plot([x, x], [y - 0.3, y + 0.3], color=plotting.INK, linestyle="--", linewidth=1.2)
         ax.text(x, y - 0.42, f"$y = {k}$", ha="center", va="top", size=12)
         ax.text(x, y + 0.38, "may move", ha="center", va="bottom", size=11)
-    for k, level in zip((-1.5, -0.5, 0.5, 1.5), ("−3", "−1", "+1", "+3"), strict=True):
-        x = left + unit * k
+    for place, level in zip((-1.5, -0.5, 0.5, 1.5), ("−3", "−1", "+1", "+3"), strict=True):
+        x = left + unit * place
         ax.plot(x, y, "o", color=plotting.LEVELS, markersize=8)
         ax.text(x, y + 0.15, "held", ha="center", va="bottom", size=11)
         ax.text(x, y - 0.15, f"level {level}", ha="center", va="top", size=11)
