@@ -209,7 +209,7 @@ def recorded(profile: str, name: str, table: str, alt: str | None = None) -> Non
 
 
 def _caption(about: dict[str, Any], rows: pd.DataFrame) -> str:
-    """Data, network, epochs and seeds from a table's settings, and the full-precision twin's accuracy, if there."""
+    """Data, network, epochs and seeds of a table, and the full-precision twin's accuracy at the end, if there."""
     settings = about["settings"]
     parts = [str(settings[key]) for key in ("dataset", "model_name") if key in settings]
     parts += [", ".join(settings["models"])] if "models" in settings else []
@@ -217,6 +217,7 @@ def _caption(about: dict[str, Any], rows: pd.DataFrame) -> str:
     parts += [f"{len(settings['seeds'])} seeds"] if "seeds" in settings else []
     arm = next((column for column in ("method", "sigma", "bits", "arm", "cell") if column in rows), None)
     value = next((column for column in ("accuracy, %", "target, %", "mAP, %") if column in rows), None)
+    rows = rows[rows.epoch == rows.epoch.max()] if "epoch" in rows else rows
     twin = rows[rows[arm].isin(["full precision", 32])] if arm and value else rows[:0]
     if len(twin):
         parts.append(f"full-precision twin {twin[value].mean():.1f} % ({value.removesuffix(', %')})")

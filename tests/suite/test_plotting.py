@@ -97,7 +97,7 @@ def test_a_recorded_figure_has_its_facts_beside_it(tmp_path, monkeypatch, capsys
     settings = {"profile": "desk", "dataset": "digits", "model_name": "resnet8", "epochs": 7, "seeds": [0, 1]}
     about = {"settings": settings, "command": "lowbit run 02"}
     (tmp_path / "tables" / "desk" / "02_table.json").write_text(json.dumps(about))
-    rows = 'method,"accuracy, %"\nfull precision,61\nfull precision,62\nlsq,10\n'
+    rows = 'method,epoch,"accuracy, %"\nfull precision,1,9\nfull precision,7,61\nfull precision,7,62\nlsq,7,10\n'
     (tmp_path / "tables" / "desk" / "02_table.csv").write_text(rows)
     plotting.recorded("desk", "02_figure", "02_table")
     facts = "digits, resnet8, 7 epochs, 2 seeds, full-precision twin 61.5 % (accuracy)"
