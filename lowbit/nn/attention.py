@@ -6,14 +6,14 @@ Quantization steps are shared among elements in the way of the authors' code.
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
-from lowbit.nn.query_key import QueryKeyProduct
+from lowbit.nn.query_key import check_one_latent, quantize_weight_, query_key_layer
 from lowbit.quantizers.base import ActivationQuantizer, Method, as_float
 from lowbit.quantizers.lsq import LSQ, LSQActivation
 
@@ -24,8 +24,26 @@ if TYPE_CHECKING:
     TimmAttention: TypeAlias = Attention | WindowAttention
 
 INPUT = "input_quantizer"  # the name under which a layer holds the quantizer of its input
+PRODUCTS = "low_bit_products"  # and an attention module its `lowbit.nn.products.LowBitProducts`
 OLDEST_TIMM = "1.0.26"
 Granularity = Literal["tensor", "channel", "token"]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """How an attention module makes its queries, keys and values.
+
+    Attributes:
+        heads: number of heads.
+        size: width of a head.
+        groups: number of heads that share keys and values.
+        names: the attributes of the query, key and value layers; None if one layer makes several of them.
+    """
+
+    heads: int
+    size: int
+    groups: int = 1
+    names: tuple[str, str, str] | None = None
 
 
 def is_attention(module: nn.Module) -> "TypeGuard[TimmAttention]":
@@ -72,11 +90,7 @@ def check_reparameterizable(name: str, attention: "TimmAttention", weight: Metho
             f"qkr=True is not possible for {name!r}: its qkv is a {type(attention.qkv).__name__}, which may compute "
             "with more than its weight, not a torch.nn.Linear; use qkr=False"
         )
-    if weight is not None and not isinstance(weight.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
-        raise LowbitError(
-            f"qkr=True is not possible with {weight!r}: the product of query and key weights replaces the method's "
-            "latent, and this method has several; use a method with one latent, such as StatsQ or LSQ"
-        )
+    check_one_latent(name, weight)
 
 
 class LowBitAttention(nn.Module):
@@ -171,18 +185,13 @@ class LowBitAttention(nn.Module):
     def _reparameterize(self, source: "TimmAttention", weight: Method | None, activation: Method | None) -> None:
         wq, wk, wv = source.qkv.weight.detach().clone().chunk(3)
         width = source.qkv.in_features
-        self.qk = nn.Linear(width, self.num_heads * width, bias=False, device=wq.device, dtype=wq.dtype)
-        product = QueryKeyProduct(self.num_heads, wq, wk, weight)
-        parametrize.register_parametrization(self.qk, "weight", product)
+        self.qk = query_key_layer(self.num_heads, wq, wk, weight)
         self.v = nn.Linear(width, len(wv), bias=source.qkv.bias is not None, device=wq.device, dtype=wq.dtype)
         with torch.no_grad():
             self.v.weight.copy_(wv)
             if self.v.bias is not None:
                 self.v.bias.copy_(source.qkv.bias.chunk(3)[2])
-        if weight is not None:
-            quantizer = weight.weight(wv)
-            parametrize.register_parametrization(self.v, "weight", quantizer)
-            quantizer.initialize_(self.v.get_parameter("parametrizations.weight.original"))
+        quantize_weight_(self.v, weight)
         self.x_quantizer = operand(activation)
         if activation is not None:
             for layer in (self.qk, self.v):  # visible to code that counts bits, but not registered a second time

@@ -101,6 +101,19 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
+def with_first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], function: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of ``module`` with ``function`` applied to the first: what a forward pre-hook returns.
+
+    An input by name is "input" or the first parameter of ``forward``; without one, nothing changes.
+    """
+    if args:
+        return (function(args[0]), *args[1:]), kwargs
+    name = "input" if "input" in kwargs else next(iter(inspect.signature(module.forward).parameters))
+    return args, {**kwargs, name: function(kwargs[name])} if name in kwargs else kwargs
+
+
 def size_of(batch: Any) -> int:
     """The number of items in a batch that `call` takes: the length of its first tensor.
 

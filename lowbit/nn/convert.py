@@ -1,4 +1,4 @@
-"""`quantize_`: put quantizers into any model, in place, without replacing its layers.
+"""`quantize_`: put quantizers into any model, in place, without replacing its linear and convolution layers.
 
 Weights become parametrizations (`torch.nn.utils.parametrize`), so a layer computes with its fake-quantized
 weight while the optimizer sees the latents. A forward pre-hook passes a layer's input through its quantizer.
@@ -7,7 +7,6 @@ Both are part of the module tree, so ``state_dict``, ``deepcopy``, ``.to`` and D
 
 import dataclasses
 import fnmatch
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lowbit.nn.attention import (
     is_attention,
     low_bit_attentions,
 )
-from lowbit.nn.calls import call, calls_of, listed, replace_, size_of, weight_of, weight_parametrization
+from lowbit.nn.calls import call, calls_of, listed, replace_, size_of, weight_of, weight_parametrization, with_first
 from lowbit.nn.config import QuantConfig, check_not_empty
 from lowbit.nn.multihead import separate_
 from lowbit.nn.products import attach_products_, check_projections, has_projections, low_bit_products, projections_of
@@ -85,6 +84,7 @@ def quantize_(model: nn.Module, config: QuantConfig, filter_fn: Filter | None = 
 
     Args:
         model: any model; its layers keep their classes, their names and, as starting values, their weights.
+            `torch.nn.MultiheadAttention`, which calls no layers, is replaced by that of `lowbit.nn.multihead`.
         config: what to quantize and how.
         filter_fn: called with each layer and its name; layers for which it returns False stay in full precision.
 
@@ -297,11 +297,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 def _quantize_input(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    quantizer = getattr(layer, INPUT)
-    if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
-    name = "input" if "input" in kwargs else next(iter(inspect.signature(layer.forward).parameters))
-    return args, {**kwargs, name: quantizer(kwargs[name])} if name in kwargs else kwargs
+    return with_first(layer, args, kwargs, getattr(layer, INPUT))
 
 
 def _quantized(name: str, module: nn.Module) -> QuantizedLayer:

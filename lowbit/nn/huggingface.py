@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
+from lowbit.nn.attention import PRODUCTS, Projections
+from lowbit.nn.calls import with_first
 
-PRODUCTS = "low_bit_products"  # the name under which an attention module holds its `lowbit.nn.products.LowBitProducts`
 INTERFACE = "lowbit"  # the name of our attention function
 
 # Attention that projects one input by three linear layers and takes their products as they are: no rotation, no
@@ -82,8 +83,8 @@ def is_attention(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-def projections_of(name: str, module: nn.Module) -> tuple[int, int, int, tuple[str, str, str] | None]:
-    """How an attention of transformers makes queries, keys and values: the parts of `lowbit.nn.products.Projections`.
+def projections_of(name: str, module: nn.Module) -> Projections:
+    """How an attention of transformers makes its queries, keys and values.
 
     Args:
         name: the module's name, for the message.
@@ -116,7 +117,7 @@ def projections_of(name: str, module: nn.Module) -> tuple[int, int, int, tuple[s
             "use attention=False, qkr=False"
         )
     allowed = type(module).__name__ in REPARAMETERIZABLE
-    return heads, size, first("num_key_value_groups") or 1, names if allowed else None
+    return Projections(heads, size, first("num_key_value_groups") or 1, names if allowed else None)
 
 
 def hand_over_(module: nn.Module, query_key: bool) -> None:
@@ -223,8 +224,4 @@ def _quantize_x(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Quantize the input of a reparameterized attention, for all three of its layers."""
-    quantizer = module.get_submodule("x_quantizer")
-    if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
-    name = next(iter(inspect.signature(module.forward).parameters))
-    return args, {**kwargs, name: quantizer(kwargs[name])}
+    return with_first(module, args, kwargs, module.get_submodule("x_quantizer"))

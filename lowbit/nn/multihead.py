@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
+from lowbit.nn.attention import PRODUCTS, Projections
 from lowbit.nn.calls import computes_as, listed, replace_
-from lowbit.nn.products import PRODUCTS, LowBitProducts, Projections
+from lowbit.nn.products import LowBitProducts
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

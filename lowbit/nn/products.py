@@ -4,38 +4,17 @@ These are our form of `torch.nn.MultiheadAttention` (`lowbit.nn.multihead`) and 
 (`lowbit.nn.huggingface`). `lowbit.nn.attention` has the form for timm, whose projections are one layer.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.nn import huggingface
-from lowbit.nn.attention import INPUT, add_factors_, expect_, operand
-from lowbit.nn.query_key import QueryKeyProduct
+from lowbit.nn.attention import INPUT, PRODUCTS, Projections, add_factors_, expect_, operand
+from lowbit.nn.query_key import check_one_latent, quantize_weight_, query_key_layer
 from lowbit.quantizers.base import Method
-
-PRODUCTS = huggingface.PRODUCTS
-
-
-@dataclass(frozen=True)
-class Projections:
-    """How an attention module makes its queries, keys and values.
-
-    Attributes:
-        heads: number of heads.
-        size: width of a head.
-        groups: number of heads that share keys and values.
-        names: the attributes of the query, key and value layers; None if one layer makes several of them.
-    """
-
-    heads: int
-    size: int
-    groups: int = 1
-    names: tuple[str, str, str] | None = None
 
 
 class LowBitProducts(nn.Module):
@@ -153,11 +132,7 @@ def check_projections(
         )
     if q.in_features % projections.size:
         raise LowbitError(f"{no}its input of {q.in_features} features is no multiple of a head of {projections.size}")
-    if weight is not None and not isinstance(weight.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
-        raise LowbitError(
-            f"{no}the product of query and key weights replaces the latent of {weight!r}, which has several; use a "
-            "method with one latent, such as StatsQ or LSQ"
-        )
+    check_one_latent(name, weight)
     return q, k, v
 
 
@@ -173,7 +148,7 @@ def projections_of(name: str, module: nn.Module) -> Projections:
         LowbitError: the module does not tell.
     """
     own = getattr(module, "projections", None)
-    return own if isinstance(own, Projections) else Projections(*huggingface.projections_of(name, module))
+    return own if isinstance(own, Projections) else huggingface.projections_of(name, module)
 
 
 def attach_products_(module: nn.Module, projections: Projections, **settings: Any) -> None:
@@ -208,16 +183,11 @@ def reparameterize_(
     names = projections.names
     assert names is not None
     q, k, v = (getattr(module, name) for name in names)
-    wq, wk = q.weight.detach().clone(), k.weight.detach().clone()
-    product = nn.Linear(q.in_features, projections.heads * q.in_features, bias=False, device=wq.device, dtype=wq.dtype)
-    parametrize.register_parametrization(product, "weight", QueryKeyProduct(projections.heads, wq, wk, weight))
-    if weight is not None:
-        quantizer = weight.weight(v.weight.detach())
-        parametrize.register_parametrization(v, "weight", quantizer)
-        quantizer.initialize_(v.get_parameter("parametrizations.weight.original"))
+    product = query_key_layer(projections.heads, q.weight, k.weight, weight)
+    quantize_weight_(v, weight)
     module.x_quantizer = operand(activation)
     if activation is not None:
-        expect_(module.x_quantizer, (None, None, q.in_features), wq)
+        expect_(module.x_quantizer, (None, None, q.in_features), q.weight)
         for layer in (product, v):  # visible to code that counts bits, but not registered a second time
             layer.__dict__[INPUT] = module.x_quantizer
     setattr(module, names[0], nn.Identity())

@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.quantizers.base import Method, WeightQuantizer, as_float
 from lowbit.quantizers.statsq import StatsQ, cga_mask
 
-__all__ = ["QueryKeyProduct", "query_key_product"]
+__all__ = ["QueryKeyProduct", "check_one_latent", "quantize_weight_", "query_key_layer", "query_key_product"]
 
 
 def query_key_product(wq: Tensor, wk: Tensor, heads: int) -> Tensor:
@@ -118,3 +119,33 @@ class QueryKeyProduct(WeightQuantizer):
         if self.quantizer is None:
             raise LowbitError("this query-key product is in full precision: it has no levels, codes or scale")
         return self.quantizer
+
+
+def query_key_layer(heads: int, wq: Tensor, wk: Tensor, method: Method | None) -> nn.Linear:
+    """A linear layer ``C → heads·C`` without bias whose weight is the `QueryKeyProduct` of these starting values."""
+    width = wq.shape[1]
+    layer = nn.Linear(width, heads * width, bias=False, device=wq.device, dtype=wq.dtype)
+    product = QueryKeyProduct(heads, wq.detach().clone(), wk.detach().clone(), method)
+    parametrize.register_parametrization(layer, "weight", product)
+    return layer
+
+
+def quantize_weight_(layer: nn.Linear, method: Method | None) -> None:
+    """Quantize the weight of the values' layer of a reparameterized attention, in place; None leaves it as it is."""
+    if method is not None:
+        quantizer = method.weight(layer.weight.detach())
+        parametrize.register_parametrization(layer, "weight", quantizer)
+        quantizer.initialize_(layer.get_parameter("parametrizations.weight.original"))
+
+
+def check_one_latent(name: str, method: Method | None) -> None:
+    """Refuse a weight method with several latents for the attention ``name``, since the product replaces one.
+
+    Raises:
+        LowbitError: the method has several latents.
+    """
+    if method is not None and not isinstance(method.weight(torch.ones(2, 2)).right_inverse(torch.ones(2, 2)), Tensor):
+        raise LowbitError(
+            f"qkr=True is not possible for {name!r} with {method!r}: the product of query and key weights replaces the "
+            "method's latent, and this method has several; use a method with one latent, such as StatsQ or LSQ"
+        )

@@ -84,7 +84,7 @@ def test_reparameterization_alone_drops_the_biases_of_queries_and_keys(name):
     lowbit.quantize_(ours, lowbit.QuantConfig(qkr=True))
     for module in model.modules():
         if huggingface.is_attention(module):
-            for layer in huggingface.projections_of("", module)[3][:2]:
+            for layer in huggingface.projections_of("", module).names[:2]:
                 nn.init.zeros_(getattr(module, layer).bias)
     torch.testing.assert_close(ours(**batch(name)).logits, model(**batch(name)).logits, rtol=1e-4, atol=1e-5)
 

@@ -132,7 +132,8 @@ def test_the_length_must_be_positive():
         Hooks(network(), None, epochs=1, steps_per_epoch=0)
 
 
-def in_lightning(model, callbacks, accumulate, folder):
+def lightning_module(model):
+    """A LightningModule that trains ``model`` as `plain` does, and its data."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
@@ -146,12 +147,21 @@ def in_lightning(model, callbacks, accumulate, folder):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), RATE)
 
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accumulate_grad_batches=accumulate, accelerator="cpu", logger=False, default_root_dir=folder,
+    return Module(), DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), 5)
+
+
+def lightning_trainer(model, callbacks, folder, epochs=EPOCHS, accumulate=1):
+    lightning = pytest.importorskip("lightning")
+    return lightning.Trainer(
+        max_epochs=epochs, accumulate_grad_batches=accumulate, accelerator="cpu", logger=False, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[lowbit.training.lightning_callback(model, callbacks)],
     )  # fmt: skip
-    trainer.fit(Module(), DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), 5))
+
+
+def in_lightning(model, callbacks, accumulate, folder):
+    trainer = lightning_trainer(model, callbacks, folder, accumulate=accumulate)
+    trainer.fit(*lightning_module(model))
     return {name: float(value) for name, value in trainer.logged_metrics.items()}
 
 
@@ -232,34 +242,14 @@ def test_annealing_holds_confident_weights(trainer, tmp_path):
 
 
 def test_lightning_s_checkpoint_resumes_the_callbacks(tmp_path):
-    lightning = pytest.importorskip("lightning")
-
-    def trainer(epochs, model, tracker):
-        return lightning.Trainer(
-            max_epochs=epochs, accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[lowbit.training.lightning_callback(model, [tracker])],
-            enable_checkpointing=False,
-        )  # fmt: skip
-
-    class Module(lightning.LightningModule):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch, index):
-            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), RATE)
-
-    loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), 5)
     whole, first, second = network(), network(), network()
     trackers = [OscillationTracker(model) for model in (whole, first, second)]
-    trainer(2, whole, trackers[0]).fit(Module(whole), loader)
-    half = trainer(1, first, trackers[1])
-    half.fit(Module(first), loader)
+    lightning_trainer(whole, trackers[:1], tmp_path).fit(*lightning_module(whole))
+    half = lightning_trainer(first, trackers[1:2], tmp_path, epochs=1)
+    half.fit(*lightning_module(first))
     half.save_checkpoint(tmp_path / "half.ckpt")
-    trainer(2, second, trackers[2]).fit(Module(second), loader, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    rest = lightning_trainer(second, trackers[2:], tmp_path)
+    rest.fit(*lightning_module(second), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
     assert trackers[2].summary().equals(trackers[0].summary())
 
 

@@ -254,7 +254,7 @@ def test_attention_to_other_tokens_cannot_be_reparameterized():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lowbit.QuantConfig(DenseShift(), qkr=True, first_last="same"), "which has several"),
+        (lowbit.QuantConfig(DenseShift(), qkr=True, first_last="same"), "this method has several"),
         (
             lowbit.QuantConfig(StatsQ(), LSQ(), attention=True, attention_start="as_published"),
             "attention_start='as_published' is for timm",
