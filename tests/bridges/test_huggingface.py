@@ -9,7 +9,7 @@ from torch import nn
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.nn import first_and_last, huggingface, quantized_layers
-from lowbit.nn.products import low_bit_products
+from lowbit.nn.products import attach_products_, low_bit_products, projections_of
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
 
 transformers = pytest.importorskip("transformers")
@@ -69,12 +69,21 @@ def test_attention_without_quantizers_is_theirs(name, implementation):
     ours = copy.deepcopy(model)
     for part, module in list(ours.named_modules()):
         if huggingface.is_attention(module):
-            from lowbit.nn.products import attach_products_, projections_of
-
             attach_products_(module, projections_of(part, module))
     assert len(low_bit_products(ours)) == (4 if name == "swin" else 2)
     torch.testing.assert_close(seen(name, ours(**batch(name)).logits), seen(name, expected), rtol=1e-4, atol=1e-5)
     assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_later_words_are_hidden_also_without_a_mask(name):
+    """Without one, sdpa is told to hide them itself, and so must we."""
+    model, words = make(name, attn_implementation="sdpa"), batch(name)["input_ids"]
+    expected = model(words).logits
+    for part, module in list(model.named_modules()):
+        if huggingface.is_attention(module):
+            attach_products_(module, projections_of(part, module))
+    torch.testing.assert_close(model(words).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", WITH_QKR)

@@ -13,7 +13,8 @@ from lowbit.nn.attention import LowBitAttention
 from lowbit.nn.multihead import PROJECTIONS, MultiheadAttention, separate_
 from lowbit.nn.packed import PackedLinear
 from lowbit.nn.products import low_bit_products
-from lowbit.quantizers import LSQ, DenseShift, StatsQ
+from lowbit.quantizers import LSQ, DeepShiftQ, DenseShift, StatsQ
+from lowbit.quantizers.deepshift_q import SPREAD
 
 WIDTH, HEADS, TOKENS, KEYS = 16, 4, 5, 7
 FORMS = {
@@ -240,6 +241,19 @@ def test_products_are_those_of_timm_s_attention(activation, qkr):
         latents = [one.qk.parametrizations.weight, other.k_proj.parametrizations.weight]
         for name in ("original0", "original1"):
             torch.testing.assert_close(*(getattr(held, name).grad for held in latents))
+
+
+@pytest.mark.parametrize("timm_s", [True, False])
+def test_the_values_layer_starts_as_its_method_says(timm_s):
+    """DeepShift-Q spreads its latents at the start, in every layer."""
+    from timm.layers.attention import Attention
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(WIDTH, HEADS) if timm_s else attention(batch_first=True))
+    lowbit.quantize_(model, lowbit.QuantConfig(DeepShiftQ(init="spread"), first_last="same", qkr=True))
+    layers = {found.name.rpartition(".")[2]: found.latents for found in quantized_layers(model)}
+    sizes = [float(latents[0].square().mean().sqrt()) for latents in layers.values() if len(latents) == 1]
+    assert len(sizes) == 2 and sizes == pytest.approx([SPREAD] * 2, rel=1e-3)
 
 
 def test_attention_to_other_tokens_cannot_be_reparameterized():
