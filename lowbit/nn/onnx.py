@@ -10,6 +10,9 @@ The file holds a low-bit weight in 4 bits (or 2, see `export_onnx`). If a Dequan
 Runtime 1.32 and OpenVINO 2026.4 multiply in floats. So a Cast to 8 bits stands in front of it, which both engines
 compute once, when they load the file. Levels outside -8 … 7, such as DenseShift's +8, are stored as 4-bit indices
 into a table that a Gather reads.
+
+A linear layer whose inputs have no quantizer may become ONNX Runtime's own operator MatMulNBits instead (see
+`NBitsLayer`).
 """
 
 import copy
@@ -28,7 +31,7 @@ from lowbit.files import write_atomically
 from lowbit.kernels import reference
 from lowbit.kernels.packing import integer_levels
 from lowbit.nn.calls import replace_
-from lowbit.nn.packed import PackedConv2d, PackedLayer, is_stored, output_dtype
+from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, output_dtype
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
 
 OPSET = 21  # the first with 4-bit integers
@@ -172,11 +175,71 @@ class StandardLayer(nn.Module):
         return values.reshape(-1, 1, 1) if self.convolution else values
 
 
-def standard(model: nn.Module) -> nn.Module:
+class NBitsLayer(StandardLayer):
+    """A linear layer as ONNX Runtime's operator ``com.microsoft::MatMulNBits``: 4- or 8-bit weights, scales by block.
+
+    A block is some consecutive weights of one output. 4-bit integers are -8 … 7; a block that has +8 (3-bit DenseShift)
+    changes its signs, and its scale does too. Layers in which some block has both +8 and -8 take 8 bits. The operator
+    rounds its input to 8 bits, with a scale for each block, where the packed layer has one for the row. So the weights
+    are exactly those of the packed layer, and the results close to them.
+
+    Args:
+        layer: the packed layer, of a kind for which `blocks` is not None.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, layer: PackedLayer):
+        super().__init__(layer)
+        found = self.blocks(layer)
+        assert found is not None
+        self.bits, self.size = found
+        self.outputs, self.inputs = layer.shape
+        blocks, top = _blocks(layer.weight.integers(), self.size), 2 ** (self.bits - 1)
+        flip = blocks.amax(2) >= top
+        codes = torch.where(flip[..., None], -blocks, blocks) + top
+        self.register_buffer("codes", (codes if self.bits == 8 else codes[..., ::2] + 16 * codes[..., 1::2]).byte())
+        scale = layer.scale[:, None].expand_as(flip)
+        self.register_buffer("scales", torch.where(flip, -scale, scale))
+
+    @staticmethod
+    def blocks(layer: nn.Module) -> tuple[int, int] | None:
+        """The fewest bits, and the largest size of blocks with these, that hold the layer's integers; else None."""
+        if not isinstance(layer, PackedLinear) or layer.x_scale is not None:
+            return None
+        whole = layer.weight.integers()
+        for bits, size in ((bits, size) for bits in (4, 8) for size in (128, 64, 32, 16)):
+            blocks, top = _blocks(whole, size), 2 ** (bits - 1)
+            low, high = blocks.amin(2), blocks.amax(2)
+            if torch.where(high >= top, (low > -top) & (high == top), low >= -top).all():
+                return bits, size
+        return None
+
+    def _operators(self, x: Tensor, scale: Tensor) -> Tensor:
+        sizes: dict[str, Any] = {"K": self.inputs, "N": self.outputs, "bits": self.bits, "block_size": self.size}
+        y = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, self.codes, self.scales),
+            sizes | {"accuracy_level": 4},  # arithmetic of 8-bit integers
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], self.outputs),
+            version=1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def _blocks(whole: Tensor, size: int) -> Tensor:
+    """Integers ``[N, K]`` as int16 ``[N, blocks, size]``; zeros complete the last block."""
+    return F.pad(whole.short(), (0, -whole.shape[1] % size)).reshape(len(whole), -1, size)
+
+
+def standard(model: nn.Module, nbits: bool = False) -> nn.Module:
     """A copy of a packed model whose quantized parts are in the form that `export_onnx` writes.
 
-    Every packed layer is a `StandardLayer`; activation quantizers (of queries, keys, ...) are a `Rounding`; weights
-    that are stored as codes are `Dequantized`, unless their levels are no integers (APoT, TTQ).
+    Every packed layer is a `StandardLayer`, with ``nbits`` an `NBitsLayer` where it can be; activation quantizers (of
+    queries, keys, ...) are a `Rounding`; weights that are stored as codes are `Dequantized`, unless their levels are no
+    integers (APoT, TTQ).
 
     Raises:
         LowbitError: the model is not packed.
@@ -188,7 +251,8 @@ def standard(model: nn.Module) -> nn.Module:
     if not packed and not stored:
         raise LowbitError("this model is not packed; lowbit.pack(model) does that")
     for layer in packed:
-        replace_(model, layer, StandardLayer(layer))
+        kind = NBitsLayer if nbits and NBitsLayer.blocks(layer) else StandardLayer
+        replace_(model, layer, kind(layer))
     for floats in stored:
         _dequantize_in_place_(floats)
     for module in modules:
@@ -227,7 +291,9 @@ def _operator(name: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: T
     return torch.onnx.ops.symbolic(name, inputs, {**attributes}, dtype=dtype, shape=like.shape, version=OPSET)
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path, opset: int = OPSET) -> Path:
+def export_onnx(
+    model: nn.Module, example: Tensor, path: str | Path, opset: int = OPSET, *, nbits: bool = False
+) -> Path:
     """Write a packed ``model`` as an ONNX file with quantized operators, for inputs of the shape of ``example``.
 
     Weights are stored in 4 bits, and in 8 bits if they have more than 16 levels. Nothing is rounded anew: engines get
@@ -242,6 +308,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, opset: int 
         path: the file to write.
         opset: version of ONNX's operators, at least 21. From 25 on, weights of at most 4 levels are stored in 2 bits
             (ONNX Runtime 1.32 reads such files, OpenVINO 2026.4 does not).
+        nbits: write linear layers without an activation quantizer as `NBitsLayer`, for ONNX Runtime alone: the fastest
+            that it has for one row of inputs at a time; for many rows its other kernels are faster.
 
     Returns:
         The path.
@@ -251,7 +319,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, opset: int 
     """
     if opset < OPSET:
         raise LowbitError(f"opset={opset} is not allowed: 4-bit integers need {OPSET} or more")
-    model = standard(model)
+    model = standard(model, nbits)
     with extra("onnx", "ONNX export"):
         import onnx
         import onnxscript  # noqa: F401

@@ -169,6 +169,82 @@ def test_sixteen_levels_up_to_128_are_exact(tmp_path):
             assert torch.equal(standard(model)(x), model(x))
 
 
+# ---- ONNX Runtime's operator for weights of few bits ----
+
+
+def nbits_weight(graph):
+    """The float weight [N, K] that the only MatMulNBits of a graph holds; its bits and block size."""
+    node = next(node for node in graph.node if node.op_type == "MatMulNBits")
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    facts = {attribute.name: attribute.i for attribute in node.attribute}
+    codes, scales = (held[name].astype(np.float32) for name in node.input[1:])
+    if facts["bits"] == 4:
+        codes = np.stack([codes % 16, codes // 16], axis=-1).reshape(*codes.shape[:2], -1)
+    weight = (codes - 2 ** (facts["bits"] - 1)) * scales[..., None]
+    return torch.from_numpy(weight.reshape(facts["N"], -1)[:, : facts["K"]]), facts["bits"], facts["block_size"]
+
+
+def set_integers(layer, at):
+    """Give a layer no integer of 8 or ±128, but in row 1 those of ``at``, by input."""
+    whole = layer.weight.integers().clamp(-64, 64)
+    whole[whole.abs() == 8] = 4
+    for place, value in at.items():
+        whole[1, place] = value
+    levels = torch.tensor(layer.levels)
+    weight = lowbit.kernels.pack_weight(torch.searchsorted(levels, whole), levels, layer.scale)
+    layer.data, layer.sums = weight.data, weight.sums
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "bits", "size"),
+    [
+        (StatsQ(bits=2), None, 4, 128),
+        (LSQ(bits=4), None, 4, 128),
+        (DenseShift(bits=3), {3: 8, 99: 8}, 4, 128),
+        (DenseShift(bits=3), {3: 8, 99: -8}, 4, 64),
+        (DenseShift(bits=3), {3: 8, 17: -8}, 4, 16),
+        (DenseShift(bits=3), {3: 8, 15: -8}, 8, 128),
+        (DenseShift(bits=4), {3: 128, 15: -64}, 8, 128),
+    ],
+)
+@pytest.mark.parametrize("inputs", [100, 128])
+def test_matmul_nbits_holds_the_weights_and_rounds_its_inputs_by_block(method, change, bits, size, inputs, tmp_path):
+    torch.manual_seed(0)
+    model = packed(nn.Sequential(nn.Linear(inputs, 20)), {"weight": method}, torch.randn(4, inputs))
+    layer = model[0]
+    if change is not None:
+        set_integers(layer, change)
+    x = torch.randn(1, inputs)
+    path = export_onnx(model, x, tmp_path / "layer.onnx", nbits=True)
+    weight, *found = nbits_weight(onnx.load(path).graph)
+    assert found == [bits, size]
+    assert torch.equal(weight, layer.weight.dequantize())
+    blocks = torch.nn.functional.pad(x, (0, -inputs % size)).reshape(1, -1, size)
+    step = blocks.abs().amax(2, keepdim=True) / 127
+    rounded = ((blocks / step).round() * step).reshape(1, -1)[:, :inputs]
+    found, expected = run(path, x), rounded @ weight.T + layer.bias
+    assert (found - expected).norm() <= 1e-5 * expected.norm()  # roundings of float32, not of integers
+    with torch.no_grad():
+        assert (found - model(x)).norm() <= 0.02 * model(x).norm()
+
+
+@pytest.mark.parametrize(
+    "name", ["linear, calibrated", "linear, a step for each token", "convolution, dynamic", "depthwise"]
+)
+def test_other_layers_stay_between_quantize_and_dequantize_nodes(name, tmp_path):
+    model, x = case(name)
+    paths = [export_onnx(model, x, tmp_path / f"{nbits}.onnx", nbits=nbits) for nbits in (False, True)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_both_signs_of_128_in_a_block_are_left_to_floats(tmp_path):
+    torch.manual_seed(0)
+    model = packed(nn.Sequential(nn.Linear(40, 20)), {"weight": DenseShift(bits=4)}, torch.randn(4, 40))
+    set_integers(model[0], {3: 128, 15: -128})
+    graph = onnx.load(export_onnx(model, torch.randn(1, 40), tmp_path / "layer.onnx", nbits=True)).graph
+    assert "MatMulNBits" not in {node.op_type for node in graph.node}
+
+
 # ---- the engines' kernels ----
 
 
