@@ -1,4 +1,4 @@
-"""Try every family of models of timm and torchvision: quantize, one training step, pack, save and load.
+"""Try every family of models of timm and torchvision: quantize, one training step, pack, save and load, plan.
 
     python tools/sweep_models.py                    # all; results/models.md
     python tools/sweep_models.py levit_128 vit_b_32 # these alone, printed
@@ -14,7 +14,7 @@ import gc
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ depends on the image.
 - attention: how many have quantized products
 - untrained: quantized layers whose latents get no gradient
 - packed: layers that run on integers; codes: layers stored as integers that compute with floats
+- plan: whether `lowbit.plan` takes the packed model, so that it runs in C; its answers are compared like the others
 - answers: distance of the packed model's output from the quantized one's, as a share of its norm; the smallest over
   five batches, because the sums of both differ in their last bits, so that a value at the border of two steps may be
   rounded to the other one, and layers without training amplify that
@@ -63,7 +64,7 @@ depends on the image.
 """
 COLUMNS = (
     "model", "px", "parameters", "share", "attention", "untrained", "packed", "codes", "answers", "rounding", "outcome",
-    "seconds",
+    "plan", "seconds",
 )  # fmt: skip
 
 
@@ -134,25 +135,47 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
+def batches(x: Tensor) -> Iterator[Tensor]:
+    """Random images of the shape of ``x``, `BATCHES` times; ``x`` first."""
+    yield x
+    for seed in range(1, BATCHES):
+        yield torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
-def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> tuple[Tensor, str, str]:
-    """The packed model's answer to ``x``, and the smallest distances over `BATCHES` batches: packed, and in float64.
+def compare(model: nn.Module, packed: nn.Module, x: Tensor) -> tuple[float, float]:
+    """The smallest distances over `batches` of the packed model's answers, and of those in float64.
 
     Raises:
         RuntimeError: the answers do not depend on the image, or differ by more than rounding explains.
     """
     double = copy.deepcopy(model).double()
     apart, rounding = [], []
-    for i in range(BATCHES):
-        images = torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) if i else x
+    for images in batches(x):
         expected = model(images)
         apart.append(distance(packed(images), expected))
         rounding.append(distance(double(images.double()).float(), expected))
         if distance(expected[:1], expected[1:]) < 1e-2:
             raise RuntimeError("both images have the same answer, so that answers say nothing")
-    if min(apart) > max(1e-6, 10 * min(rounding)):
-        raise RuntimeError(f"the packed model answers otherwise, by {min(apart):.0e}: more than rounding explains")
-    return packed(x), f"{min(apart):.0e}", f"{min(rounding):.0e}"
+    check(min(apart), min(rounding), "packed model")
+    return min(apart), min(rounding)
+
+
+def check(apart: float, rounding: float, who: str) -> None:
+    """Raise a RuntimeError if answers differ by more than rounding explains."""
+    if apart > max(1e-6, 10 * rounding):
+        raise RuntimeError(f"the {who} answers otherwise, by {apart:.0e}: more than rounding explains")
+
+
+@torch.no_grad()
+def plan(packed: nn.Module, x: Tensor, rounding: float) -> str:
+    """Whether the packed model becomes a plan with the same answers, or the reason why it is refused."""
+    try:
+        made = lowbit.plan(packed, x)
+    except LowbitError as error:
+        return _first(error)
+    check(min(distance(made(images).reshape(len(x), -1), packed(images)) for images in batches(x)), rounding, "plan")
+    return "yes"
 
 
 def sweep(library: str, name: str) -> Row:
@@ -184,12 +207,15 @@ def sweep(library: str, name: str) -> Row:
         packed = lowbit.pack(model.eval(), x)
         values["packed"] = str(sum(isinstance(module, PackedLayer) for module in packed.modules()))
         values["codes"] = str(sum(is_stored(module) for module in packed.modules()) or "")
-        actual, values["answers"], values["rounding"] = compare(model, packed, x)
+        apart, rounding = compare(model, packed, x)
+        values |= {"answers": f"{apart:.0e}", "rounding": f"{rounding:.0e}"}
         step = "save and load"
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             restored = lowbit.load_into(again, lowbit.save(packed, Path(folder) / "packed.safetensors"))
-            if not torch.equal(restored(x), actual):
+            if not torch.equal(restored(x), packed(x)):
                 raise RuntimeError("the restored model answers otherwise")
+        step = "plan"
+        values["plan"] = plan(packed, x, rounding)
         outcome = "works"
     except LowbitError as error:
         outcome = f"{step} refuses: {_first(error)}"
@@ -209,6 +235,7 @@ def table(rows: Sequence[Row]) -> str:
     works = sum(row.outcome == "works" for row in rows)
     refused = sum(" refuses: " in row.outcome for row in rows)
     counts = f"{works} of {len(rows)} models work, {refused} are refused by name, {len(rows) - works - refused} fail."
+    counts += f" {sum(row.values.get('plan') == 'yes' for row in rows)} become plans."
     versions = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
     versions["torchvision"] = torchvision.__version__.split("+")[0]
     lines = [HEAD.format(date=datetime.date.today(), counts=counts, **versions)]

@@ -149,6 +149,26 @@ def _gelu(lowering: Lowering, x: Value, approximate: str = "none") -> Value:
     return _rows(lowering, "gelu", x)
 
 
+def _batch_norm(
+    lowering: Lowering,
+    x: Value,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Value:
+    if training:
+        raise LowbitError("a BatchNorm that computes statistics of its input is not an operation of plans")
+    inverse = 1 / torch.sqrt(var + eps)
+    gain = inverse if weight is None else weight * inverse
+    shift = -mean * gain + (0 if bias is None else bias)
+    lowering.exact = False
+    return _affine(lowering, x, gain.detach().float().numpy(), shift.detach().float().numpy(), dim=1)
+
+
 def _layer_norm(
     lowering: Lowering,
     x: Value,
@@ -406,15 +426,34 @@ def _depthwise(
 
 def _float_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
     """A convolution or linear layer in full precision."""
-    weight = layer.weight.detach().float()
-    bias = None if layer.bias is None else layer.bias.detach().float().numpy()
     if isinstance(layer, nn.Linear):
-        rows = x.ids.reshape(1, -1, x.shape[-1])
-        made = _float_product(lowering, rows, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1))
-        return lowering.value(made, (*x.shape[:-1], made.channels))
-    if layer.groups != 1 or layer.padding_mode != "zeros" or not isinstance(layer.padding, tuple):
+        return _float_linear(lowering, x, layer.weight, layer.bias)
+    if layer.padding_mode != "zeros":
+        raise LowbitError(f"a convolution in full precision with padding_mode={layer.padding_mode!r}")
+    return _float_conv2d(
+        lowering, x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def _float_linear(lowering: Lowering, x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
+    rows = lowering.of(x).ids.reshape(1, -1, x.shape[-1])
+    made = _float_product(lowering, rows, weight[:, :, None, None], bias, (1, 1), (0, 0), (1, 1))
+    return lowering.value(made, (*x.shape[:-1], made.channels))
+
+
+def _float_conv2d(
+    lowering: Lowering,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    if groups != 1 or isinstance(padding, str):
         raise LowbitError("a convolution in full precision of groups, or padded by other than zeros")
-    window = (layer.stride, layer.padding, layer.dilation)
+    window = (_pair(stride), _pair(padding), _pair(dilation))
     return _back(lowering, _float_product(lowering, _image(x.ids), weight, bias, *window))
 
 
@@ -422,11 +461,12 @@ def _float_product(
     lowering: Lowering,
     ids: Tensor,
     weight: Tensor,
-    bias: np.ndarray | None,
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Stored:
+    weight = weight.detach().float()
     kernel, outputs = weight.shape[2:], len(weight)
     size = _out_size(ids.shape, kernel, stride, padding, dilation)
     found = lowering.strided(ids)
@@ -441,7 +481,7 @@ def _float_product(
     n |= {12: ids.shape[0], 13: ids.shape[1], 14: ids.shape[2], 15: step_c}
     data = {0: panels.contiguous().numpy()}
     if bias is not None:
-        data[1] = bias
+        data[1] = bias.detach().float().numpy()
     lowering.add(Op("conv", [source], made, n=n, data=data))
     lowering.exact = False
     return made
@@ -563,6 +603,9 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),
+    F.batch_norm: _batch_norm,
+    F.linear: _float_linear,
+    F.conv2d: _float_conv2d,
     F.pad: _pad,
     F.hardtanh: _hardtanh,
     F.relu6: lambda lowering, x, inplace=False: _hardtanh(lowering, x, 0.0, 6.0),
@@ -587,34 +630,39 @@ def lower_known(lowering: Lowering, module: nn.Module, x: Value) -> Value | None
         return _rounded(lowering, module, x)
     if any(is_stored(module) and computes_as(module, kind, HOOKS) for kind in (nn.Linear, nn.Conv2d)):
         return _stored_layer(lowering, module, x)
-    if any(computes_as(module, kind) for kind in (nn.Linear, nn.Conv2d)):
-        return _float_layer(lowering, module, x)
-    if isinstance(module, nn.LayerNorm):
-        shape = module.normalized_shape
-        return _layer_norm(lowering, x, shape, module.weight, module.bias, module.eps)
-    if isinstance(module, nn.GELU):
-        return _gelu(lowering, x, module.approximate)
-    if isinstance(module, nn.ReLU):
-        return _relu(lowering, x)
-    if isinstance(module, nn.Identity | nn.Dropout):
-        return x
-    if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and module.running_var is not None:
-        assert module.running_mean is not None
-        inverse = 1 / torch.sqrt(module.running_var + module.eps)
-        gain = inverse if module.weight is None else module.weight * inverse
-        shift = -module.running_mean * gain + (0 if module.bias is None else module.bias)
-        lowering.exact = False
-        return _affine(lowering, x, gain.detach().float().numpy(), shift.detach().float().numpy(), dim=1)
-    if isinstance(module, nn.MaxPool2d):
-        window = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return _max_pool2d(lowering, x, *window, module.ceil_mode, module.return_indices)
-    if isinstance(module, nn.AvgPool2d):
-        window = (module.kernel_size, module.stride, module.padding, module.ceil_mode)
-        return _avg_pool2d(lowering, x, *window, module.count_include_pad, module.divisor_override)
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return _adaptive_avg_pool2d(lowering, x, module.output_size)
+    plain = next((kind for kind in _PLAIN if computes_as(module, kind)), None)
+    if plain is not None:
+        return _PLAIN[plain](lowering, module, x)
     if type(module).__name__ == "LogMel" and type(module).__module__ == "lowbit.models.speech":
         return _log_mel(lowering, module, x)
-    if isinstance(module, nn.Flatten):
-        return Value(x.ids.flatten(module.start_dim, module.end_dim))
     return None
+
+
+def _batch_norm_module(lowering: Lowering, module: Any, x: Value) -> Value | None:
+    if module.running_var is None:
+        return None
+    return _batch_norm(lowering, x, module.running_mean, module.running_var, module.weight, module.bias, eps=module.eps)
+
+
+_PLAIN: dict[type[nn.Module], Callable[[Lowering, Any, Value], Value | None]] = {
+    **dict.fromkeys((nn.Linear, nn.Conv2d), _float_layer),
+    **dict.fromkeys((nn.Identity, nn.Dropout), lambda lowering, module, x: x),
+    **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm1d), _batch_norm_module),
+    nn.LayerNorm: lambda lowering, module, x: _layer_norm(
+        lowering, x, module.normalized_shape, module.weight, module.bias, module.eps
+    ),
+    nn.GELU: lambda lowering, module, x: _gelu(lowering, x, module.approximate),
+    nn.ReLU: lambda lowering, module, x: _relu(lowering, x),
+    nn.MaxPool2d: lambda lowering, module, x: _max_pool2d(
+        lowering, x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
+        module.return_indices,
+    ),
+    nn.AvgPool2d: lambda lowering, module, x: _avg_pool2d(
+        lowering, x, module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad,
+        module.divisor_override,
+    ),
+    nn.AdaptiveAvgPool2d: lambda lowering, module, x: _adaptive_avg_pool2d(lowering, x, module.output_size),
+    nn.Flatten: lambda lowering, module, x: Value(x.ids.flatten(module.start_dim, module.end_dim)),
+}  # fmt: skip
+"""How modules are lowered that compute exactly as these classes of torch do. Subclasses with a forward of their own
+(timm's LayerNorm2d, BatchNormAct2d, MaxPool2dSame, ...) are traced instead."""

@@ -191,29 +191,35 @@ class Lowering:
         return self.copy(flat, size)
 
     def copy(self, flat: Tensor, size: tuple[int, int, int]) -> Stored:
-        """Copy these elements, which may come from several tensors, into a new tensor."""
+        """Copy these elements, which may come from several tensors, into a new tensor.
+
+        One operation reads at most four tensors. Of more, the elements of the first four are copied together first.
+        """
         jumps = torch.nonzero(flat[1:] != flat[:-1] + 1).flatten() + 1
-        begins = [0, *jumps.tolist()]
-        ends = [*begins[1:], flat.numel()]
+        begins = np.concatenate([[0], jumps.numpy()])
+        lengths = np.diff(begins, append=flat.numel())
+        first = flat.numpy()[begins]
+        numbers, at = first >> SHIFT, first & ((1 << SHIFT) - 1)
+        source = np.zeros_like(first)
         sources: list[Stored] = []
         constants: list[np.ndarray] = []
-        pieces = []
-        for begin, end in zip(begins, ends, strict=True):
-            first = int(flat[begin])
-            stored, at = self.stored[first >> SHIFT], first & ((1 << SHIFT) - 1)
+        for number in dict.fromkeys(numbers.tolist()):
+            stored, here = self.stored[number], numbers == number
             if isinstance(stored, np.ndarray):
-                source, at_source = 4, sum(array.size for array in constants)
-                constants.append(stored.reshape(-1)[at : at + end - begin])
-                at = at_source
+                source[here] = 4
+                at[here] += sum(array.size for array in constants)
+                constants.append(stored.reshape(-1))
             else:
-                if not any(stored is other for other in sources):
-                    sources.append(stored)
-                source = next(i for i, other in enumerate(sources) if other is stored)
-            pieces.append((begin, source, at, end - begin))
+                source[here] = len(sources)
+                sources.append(stored)
         if len(sources) > 4:
-            raise LowbitError("a concatenation of more than 4 tensors is not an operation of plans")
+            first_four = [self.number(stored) for stored in sources[:4]]
+            chosen = torch.isin(flat >> SHIFT, torch.tensor(first_four))
+            together = self.copy(flat[chosen], (1, 1, int(chosen.sum())))
+            flat = flat.masked_scatter(chosen, self.value(together, (together.channels,)).ids)
+            return self.copy(flat, size)
         made = Stored(*size)
-        data = {0: np.array(pieces, np.int64)}
+        data = {0: np.stack([begins, source, at, lengths], axis=1)}
         if constants:
             data[1] = np.concatenate(constants).astype(np.float32)
         self.add(Op("copy", [*sources], made, data=data))

@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.engine import lower
+from lowbit.engine import lower, operations
 from lowbit.errors import LowbitError
 from lowbit.models import create
 from lowbit.nn import QuantConfig
@@ -22,13 +22,15 @@ SHAPES = {"ds_cnn": (3000,), "kws_resnet": (3000,)}
 INTEGERS = ("resnet8", "resnet20", "ds_cnn", "kws_resnet")
 
 
-def packed(model: nn.Module, x: torch.Tensor, bits: int = 3, method=DenseShift, **more) -> nn.Module:
+def packed(model: nn.Module, x: torch.Tensor, bits: int = 3, method=DenseShift, filter_fn=None, **more) -> nn.Module:
     """A calibrated and packed model with batch statistics that keep its numbers in range."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     weight = method(bits=bits)
-    lowbit.quantize_(model, QuantConfig(**{"weight": weight, "activation": LSQ(bits=8), "first_last": 8} | more))
+    lowbit.quantize_(
+        model, QuantConfig(**{"weight": weight, "activation": LSQ(bits=8), "first_last": 8} | more), filter_fn
+    )
     lowbit.calibrate(model, x)
     with torch.no_grad():
         model.train()(x)
@@ -149,6 +151,57 @@ def test_operations_on_images(name):
     tolerance = 0 if "max" in name or name == "flatten" else 3e-6
     actual = lowbit.plan(model, x)(x).reshape(expected.shape)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def doubled(layer: nn.Module) -> nn.Module:
+    """The layer, as an instance of a subclass whose forward gives twice the result."""
+    layer = copy.deepcopy(layer)
+    original = type(layer)
+    layer.__class__ = type("Doubled", (original,), {"forward": lambda self, x: 2 * original.forward(self, x)})
+    return layer
+
+
+@pytest.mark.parametrize("kind", operations._PLAIN, ids=lambda kind: kind.__name__)
+@torch.no_grad()
+def test_a_subclass_with_a_forward_of_its_own_is_not_its_base(kind):
+    torch.manual_seed(5)
+    made = {
+        nn.Linear: lambda: nn.Linear(8, 5),
+        nn.Conv2d: lambda: nn.Conv2d(20, 4, 3),
+        nn.LayerNorm: lambda: nn.LayerNorm(8),
+        nn.BatchNorm2d: lambda: nn.Sequential(nn.Identity(), nn.BatchNorm2d(20))[1],
+        nn.MaxPool2d: lambda: nn.MaxPool2d(2),
+        nn.AvgPool2d: lambda: nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d: lambda: nn.AdaptiveAvgPool2d(1),
+    }
+    x = torch.randn(2, 3, 12, 8)
+    flat = kind is nn.BatchNorm1d  # it takes [N, C]
+    layer = nn.BatchNorm1d(24) if flat else made.get(kind, kind)()
+    x = torch.randn(4, 24) if flat else x
+    layer = doubled(layer)
+    model = wrapped(layer) if flat else Images(layer)
+    model = packed(model, x, first_last="same", filter_fn=lambda module, name: module is not layer)
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d):  # whose forward decides by the number of dims
+        with pytest.raises(LowbitError, match="Doubled, is not an operation of plans"):
+            lowbit.plan(model, x)
+        return
+    expected = model(x)
+    torch.testing.assert_close(
+        lowbit.plan(model, x)(x).reshape(expected.shape), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
+    )
+
+
+def test_layers_of_timm_that_are_named_like_those_of_torch():
+    from timm.layers import BatchNormAct2d, LayerNorm2d
+
+    torch.manual_seed(6)
+    x = torch.randn(2, 3, 12, 9)
+    for layer in (LayerNorm2d(20), BatchNormAct2d(20)):
+        model = packed(Images(nn.Sequential(nn.Identity(), layer)), x, first_last="same")
+        with torch.no_grad():
+            expected = model(x)
+            actual = lowbit.plan(model, x)(x).reshape(expected.shape)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 class Rearranged(nn.Module):

@@ -1,5 +1,7 @@
 """`Lowering` by hand: which elements a value consists of, how operations read them, and which maps they get."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -83,17 +85,20 @@ def test_a_copy_in_pieces():
     assert lowering.ops[-1].data.keys() == {0}
 
 
-@pytest.mark.parametrize("count", [4, 5])
-def test_a_copy_has_at_most_four_sources(count):
+@pytest.mark.parametrize("count", [4, 5, 7, 8, 13])
+def test_a_copy_of_more_than_four_tensors_takes_several_operations(count):
     lowering = Lowering((1, 4))
     tensors = [Stored(1, 1, 3) for _ in range(count)]
-    flat = torch.cat([lowering.value(tensor, (3,)).ids for tensor in tensors])
-    if count == 4:
-        lowering.copy(flat, (1, 1, 12))
-        assert lowering.ops[-1].inputs == tensors
-        return
-    with pytest.raises(LowbitError, match="more than 4 tensors"):
-        lowering.copy(flat, (1, 1, 15))
+    mixed = torch.cat([lowering.value(tensor, (3,)).ids for tensor in tensors]).reshape(-1, 3).T.flatten()
+    made = lowering.copy(mixed, (1, 3, count))
+    assert len(lowering.ops) == 1 + math.ceil((count - 4) / 3)
+    held = {tensor: np.arange(3) + 10 * i for i, tensor in enumerate(tensors)}
+    for op in lowering.ops:
+        assert len(op.inputs) <= 4
+        held[op.floats] = np.zeros(op.floats.rows * op.floats.channels, int)
+        for begin, source, at, length in op.data[0]:
+            held[op.floats][begin : begin + length] = held[op.inputs[source]][at : at + length]
+    assert held[made].tolist() == [10 * i + j for j in range(3) for i in range(count)]
 
 
 def ask(lowering, ids, border=(0, 0), scale=0.5, name="linear", before=None, tight=False, low=-8) -> Op:

@@ -28,7 +28,8 @@ def test_the_list_has_each_family_once():
 def test_a_model_works():
     row = sweep(*SMALL)
     assert row.outcome == "works" and int(row.values["packed"]) == 23 and row.values["share"] == "99%", row
-    assert "1 of 1 models work, 0 are refused by name, 0 fail" in table([row])
+    assert "1 of 1 models work, 0 are refused by name, 0 fail. 0 become plans" in table([row])
+    assert "a product of two tensors" in row.values["plan"]
     assert "| `timm starnet_s050` | 64 |" in table([row])
 
 
@@ -62,11 +63,32 @@ class Scaled(nn.Module):
 
 def test_another_answer_is_a_failure():
     model, x = nn.Linear(6, 4), torch.randn(2, 6)
-    assert torch.equal(compare(model, model, x)[0], model(x))
+    assert compare(model, model, x)[0] == 0
     with pytest.raises(RuntimeError, match="more than rounding explains"):
         compare(model, Scaled(model, 1.001), x)
     with pytest.raises(RuntimeError, match="both images have the same answer"):
         compare(Scaled(model, 0.0), model, x)
+
+
+class Sine(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
+@pytest.mark.parametrize("middle", [nn.ReLU(), Sine()])
+def test_a_plan_is_compared_and_a_refusal_has_its_reason(middle, monkeypatch):
+    model, x = nn.Sequential(nn.Linear(6, 8), middle, nn.Linear(8, 4)), torch.randn(2, 6)
+    sweep_models.quantize(model)
+    lowbit.calibrate(model, x)
+    packed = lowbit.pack(model, x)
+    found = sweep_models.plan(packed, x, 1e-7)
+    if isinstance(middle, Sine):
+        assert "sin is not an operation of plans" in found
+        return
+    assert found == "yes"
+    monkeypatch.setattr(lowbit, "plan", lambda packed, x: Scaled(packed, 1.001))
+    with pytest.raises(RuntimeError, match="the plan answers otherwise"):
+        sweep_models.plan(packed, x, 1e-7)
 
 
 def test_parameters_that_start_at_zero_are_woken():
