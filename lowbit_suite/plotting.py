@@ -23,6 +23,7 @@ with extra("course", "lowbit_suite.plotting"):
     from matplotlib.axes import Axes
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 from lowbit_suite.records.context import current
 
@@ -307,6 +308,37 @@ def trajectory(
     ax.step(steps, values, where="post", color=LEVELS, label="level in use")
     ax.plot(steps, latents, color=LATENTS, label="latent weight")
     ax.set(title=title, xlabel="training step", ylabel="weight / scale", ylim=(low - margin, high + margin))
+
+
+def boxes(
+    ax: Axes,
+    image: torch.Tensor,
+    boxes: torch.Tensor,
+    labels: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    title: str = "",
+) -> None:
+    """Draw a picture with boxes around its objects, a color of `PARTS` for each class.
+
+    Args:
+        ax: axes to draw on.
+        image: ``[3, height, width]``, uint8, or float from 0 to 1.
+        boxes: float ``[n, 4]``: left, top, right and bottom edge in pixels.
+        labels: int64 ``[n]``: class of each box.
+        scores: float ``[n]`` of predicted boxes, which are dashed and carry their scores; None for true boxes.
+        title: title of the axes.
+    """
+    height, width = image.shape[1:]
+    ax.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(0, width, height, 0))  # box edges lie between pixels
+    for i, ((left, top, right, bottom), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
+        own = {"edgecolor": PARTS[label], "linestyle": "-" if scores is None else "--"}
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=2, **own))
+        if scores is not None:
+            ground = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
+            text = f"{scores[i]:.2f}"
+            ax.text(left, top - 1, text, color=PARTS[label], fontsize=8, weight="bold", bbox=ground)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
 
 
 def methods_at_each_width(table: pd.DataFrame, hollow: Iterable[Any] = ()) -> Figure:

@@ -56,6 +56,21 @@ def test_number_line_has_a_row_for_each_set(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
 
 
+def test_boxes_stand_around_their_objects_in_the_color_of_their_class(ax):
+    edges = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 3.0, 3.0]])
+    plotting.boxes(ax, torch.zeros(3, 10, 20), edges, torch.tensor([2, 0]))
+    assert [patch.get_bbox().extents.tolist() for patch in ax.patches] == edges.tolist()
+    assert [patch.get_edgecolor()[:3] for patch in ax.patches] == [to_rgb(plotting.PARTS[k]) for k in (2, 0)]
+    assert ax.images[0].get_extent() == [0, 20, 10, 0] and not ax.texts
+
+
+def test_predicted_boxes_are_dashed_and_carry_their_scores(ax):
+    boxes, labels = torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([1])
+    plotting.boxes(ax, torch.zeros(3, 10, 20), boxes, labels, scores=torch.tensor([0.875]))
+    assert [patch.get_linestyle() for patch in ax.patches] == ["--"]
+    assert [text.get_text() for text in ax.texts] == ["0.88"]
+
+
 def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path / "figures")}))
     assert plotting.save(ax.figure, "name") is None, "a notebook would show it as the cell's output"
