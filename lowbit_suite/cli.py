@@ -129,6 +129,9 @@ def check(
     if better:
         verdict += f"; {better} improved beyond the tolerance ('lowbit accept' makes them the new baseline)"
     console.print(verdict, highlight=False)
+    if absent := sum(row.verdict == "missing" for row in rows):
+        ran = " ".join(entry.name for entry in done.notebooks)
+        console.print(f"the run does not have {absent} of them: 'lowbit check {ran}' leaves these out", highlight=False)
     if bad:
         commit = (baseline.environment.get("commit") or "unknown")[:10]
         console.print(f"the baseline was accepted {baseline.accepted[:10]} at commit {commit}", highlight=False)

@@ -65,6 +65,18 @@ def test_run_accept_check_and_a_regression(project, call):
 
 
 @pytest.mark.slow
+def test_a_check_of_some_notebooks_says_how_to_leave_the_others_out(project, call):
+    for name in ("00_a", "01_b"):
+        project.add(name, "import lowbit; lowbit.record('x', 1.5)")
+    assert call("run").exit_code == 0 and call("accept", "--yes").exit_code == 0
+    assert call("run", "01_b").exit_code == 0
+    checked = call("check")
+    assert checked.exit_code == 1 and "1 of 2 differ" in checked.output
+    assert "the run does not have 1 of them: 'lowbit check 01_b' leaves these out" in checked.output
+    assert call("check", "01_b").exit_code == 0
+
+
+@pytest.mark.slow
 def test_a_nan_runs_but_fails_the_check_and_cannot_be_accepted(project, call):
     project.add("00_a", "import lowbit; lowbit.record('x', 1.5)")
     assert call("run").exit_code == 0
@@ -80,7 +92,6 @@ def test_a_nan_runs_but_fails_the_check_and_cannot_be_accepted(project, call):
     assert "✘ not a number" in page
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_list_of_seeds_is_measured_too(project, call):
     project.add("00_a", "import lowbit; lowbit.record('score', 10.0 + sum(seeds))", parameters="seeds = [0, 1]")
