@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
+from lowbit.files import write_atomically
+from lowbit.training import checkpoint
 from lowbit.training.config import TrainConfig
 from lowbit.training.hooks import QuantizerHooks, State, call
 
@@ -177,10 +180,14 @@ def transformers_callback(callbacks: Sequence[object] = ()) -> "transformers.Tra
     """A callback of transformers' Trainer that makes the calls of `Hooks`, for the model that the Trainer trains.
 
     The metrics of ``callbacks`` are appended to ``trainer.state.log_history`` after each epoch. The Trainer clips
-    gradients before callbacks see them.
+    gradients before callbacks see them. Their states are saved as ``lowbit.pt`` in the Trainer's checkpoints; a run
+    that resumes reads that of the same step in ``output_dir``.
 
     Args:
         callbacks: callbacks of `lowbit.train`.
+
+    Raises:
+        LowbitError: when the training begins: it resumes, callbacks have states, and there is no such file.
     """
     with extra("huggingface", "a callback of transformers"):
         import transformers
@@ -192,7 +199,13 @@ def transformers_callback(callbacks: Sequence[object] = ()) -> "transformers.Tra
             epochs = max(1, math.ceil(state.num_train_epochs))
             steps = max(1, math.ceil(state.max_steps / epochs))
             self.hooks = Hooks(given["model"], given["optimizer"], callbacks, epochs=epochs, steps_per_epoch=steps)
-            self.hooks.done = state.global_step
+            if state.global_step:
+                _resume(self.hooks, _states(args, state), state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if state.is_world_process_zero:
+                held = checkpoint.require_plain(_of(self).state_dict(), "the callbacks' state")
+                write_atomically(_states(args, state), lambda file: torch.save(held, file))
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             _of(self).before_forward()
@@ -207,6 +220,22 @@ def transformers_callback(callbacks: Sequence[object] = ()) -> "transformers.Tra
             state.log_history.append({"epoch": state.epoch, "step": state.global_step, **_of(self).after_epoch()})
 
     return LowbitCallback()
+
+
+def _states(args: Any, state: Any) -> Path:
+    """The file with the callbacks' states beside a checkpoint of transformers' Trainer."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "lowbit.pt"
+
+
+def _resume(hooks: Hooks, file: Path, step: int) -> None:
+    hooks.done = step
+    if file.exists():
+        hooks.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    elif any(hasattr(callback, "load_state_dict") for callback in hooks.callbacks):
+        raise LowbitError(
+            f"{file} is missing: the training resumes at step {step}, and the callbacks' states of then are not there; "
+            "resume from a checkpoint in output_dir that was saved with this callback, or start afresh"
+        )
 
 
 def _of(callback: Any) -> Hooks:

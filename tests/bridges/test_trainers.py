@@ -199,18 +199,22 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def in_transformers(model, callbacks, accumulate, folder):
+def transformers_trainer(model, callbacks, folder, accumulate=1, epochs=EPOCHS, **more):
     transformers = pytest.importorskip("transformers")
     items = [{"x": x, "labels": y} for xs, ys in batches() for x, y in zip(xs, ys, strict=True)]
     arguments = transformers.TrainingArguments(
-        str(folder), num_train_epochs=EPOCHS, per_device_train_batch_size=5, gradient_accumulation_steps=accumulate,
+        str(folder), num_train_epochs=epochs, per_device_train_batch_size=5, gradient_accumulation_steps=accumulate,
         learning_rate=RATE, max_grad_norm=0, lr_scheduler_type="constant", optim="sgd", use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+        disable_tqdm=True, train_sampling_strategy="sequential", **{"save_strategy": "no"} | more,
     )  # fmt: skip
-    trainer = transformers.Trainer(
+    return transformers.Trainer(
         Classifier(model), arguments, train_dataset=items,
         callbacks=[lowbit.training.transformers_callback(callbacks)],
     )  # fmt: skip
+
+
+def in_transformers(model, callbacks, accumulate, folder):
+    trainer = transformers_trainer(model, callbacks, folder, accumulate)
     trainer.train()
     return next(row for row in reversed(trainer.state.log_history) if "steps" in row)
 
@@ -251,6 +255,24 @@ def test_lightning_s_checkpoint_resumes_the_callbacks(tmp_path):
     rest = lightning_trainer(second, trackers[2:], tmp_path)
     rest.fit(*lightning_module(second), ckpt_path=tmp_path / "half.ckpt", weights_only=False)
     assert trackers[2].summary().equals(trackers[0].summary())
+
+
+def test_a_checkpoint_of_transformers_resumes_the_callbacks(tmp_path):
+    whole, first, second = network(), network(), network()
+    trackers = [OscillationTracker(model) for model in (whole, first, second)]
+    transformers_trainer(whole, trackers[:1], tmp_path / "whole").train()
+    transformers_trainer(first, trackers[1:2], tmp_path / "half", epochs=1, save_strategy="epoch").train()
+    rest = transformers_trainer(second, trackers[2:], tmp_path / "half")
+    rest.train(resume_from_checkpoint=True)
+    for mine, theirs in zip(second.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert trackers[2].summary().equals(trackers[0].summary())
+    (file,) = (tmp_path / "half").glob("checkpoint-*/lowbit.pt")
+    file.unlink()
+    with pytest.raises(LowbitError, match=r"lowbit.pt is missing: the training resumes at step"):
+        transformers_trainer(network(), [OscillationTracker(network())], tmp_path / "half").train(
+            resume_from_checkpoint=True
+        )
 
 
 def test_numbers_reach_tensorboard(tmp_path):
