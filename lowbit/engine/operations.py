@@ -80,7 +80,7 @@ def _product(
     if bias is not None:
         data[3] = bias.detach().numpy()
     op = Op("product", [None, None, None], made, n=dict(enumerate(numbers, 2)), data=data, name=name)
-    if x_scale is not None:
+    if x_scale is not None and x_scale.numel() == 1:
         op.f[0] = float(x_scale)
     lowering.ask(op, ids, (padding[0], padding[1]), x_scale, low, high, before, tight)
     if add is not None:
@@ -115,14 +115,14 @@ def _linear(lowering: Lowering, **kwargs: Any) -> Value:
     for name in ("out_scale", "out_low", "out_high", "add_scale"):
         kwargs.pop(name, None)
     rows = x.ids.reshape(1, -1, x.shape[-1])
+    if kwargs["x_scale"] is not None and kwargs["x_scale"].numel() > 1:  # a step for each token
+        kwargs["x_scale"] = kwargs["x_scale"].expand(*x.shape[:-1], 1).reshape(-1)
     made = _product(lowering, rows, (1, 1), (1, 1), (0, 0), (1, 1), name="linear", **kwargs)
     return lowering.value(made, (*x.shape[:-1], made.channels))
 
 
 def _packed_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
     """A packed layer that `fuse` left as a module: its input has an offset, or a step for each token."""
-    if layer.x_scale is not None and layer.x_scale.numel() > 1:
-        raise LowbitError("a packed layer with a step for each token is not an operation of plans")
     kwargs = {"packed": layer.data, "levels": layer.weight.table, "scale": layer.scale, "sums": layer.sums}
     kwargs |= {"bias": layer.bias, "x_scale": layer.x_scale, "bits": layer.bits, "low": layer.low, "high": layer.high}
     kwargs |= {"x": x, "before": layer.before}

@@ -63,7 +63,7 @@ class Request:
     planar: bool
     size: tuple[int, int, int]
     border: tuple[int, int]
-    scale: float | None
+    scale: float | bytes | None  # of everything; float32, of each row; or computed
     dynamic: int
     low: int
     high: int
@@ -265,10 +265,14 @@ class Lowering:
         else:
             source, offset, step = self.rows_of(rows)
         dynamic = 0
+        step_size: float | bytes | None = None
         if scale is None:
             dynamic = 1 if op.name == "linear" else 2
+        elif scale.numel() == 1:
+            step_size = float(scale)
+        else:
+            dynamic, step_size = 3, scale.detach().float().numpy().tobytes()
         kept = b"" if before is None else before.detach().float().reshape(-1).numpy().tobytes()
-        step_size = None if scale is None else float(scale)
         size = (height, width, channels)
         self.requests.append(
             Request(op, source, offset, step, planar, size, border, step_size, dynamic, low, high, kept, tight)
@@ -359,19 +363,21 @@ class Lowering:
             and first.source.channels == channels
         ):
             before.map = made
-            assert first.scale is not None
+            assert isinstance(first.scale, float)
             before.f[1] = first.scale
             return made
         op = Op("quantize", [first.source], None, made, n={0: first.offset, 1: first.step})
         op.n |= {2: int(first.planar), 3: first.dynamic}
         if first.before:
             op.data[0] = np.frombuffer(first.before, np.float32)
+        if isinstance(first.scale, bytes):
+            op.data[1] = np.frombuffer(first.scale, np.float32)
         if first.dynamic:
-            op.floats = Stored(1, height * width if first.dynamic == 1 else 1, 1)
+            op.floats = Stored(1, 1 if first.dynamic == 2 else height * width, 1)
             for request in group:
                 request.op.inputs[2] = op.floats
         else:
-            assert first.scale is not None
+            assert isinstance(first.scale, float)
             op.f[0] = first.scale
         self.ops.insert(min(self.ops.index(request.op) for request in group), op)
         return made

@@ -14,6 +14,7 @@ from lowbit.engine import lower, operations
 from lowbit.errors import LowbitError
 from lowbit.models import create
 from lowbit.nn import QuantConfig
+from lowbit.nn.packed import PackedLayer
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
 from lowbit_suite.app import app
 
@@ -64,11 +65,12 @@ def test_plans_of_the_projects_models(name, bits):
 
 
 @pytest.mark.parametrize("qkr", [False, True])
+@pytest.mark.parametrize("activation", [LSQ(bits=4), LSQ(bits=4, granularity="token", bias=True)])
 @torch.no_grad()
-def test_low_bit_attention(qkr):
+def test_low_bit_attention(activation, qkr):
     torch.manual_seed(3)
     x = torch.randn(2, 3, 32, 32)
-    model = packed(create("vit_nano_patch8"), x, 4, StatsQ, attention=True, qkr=qkr, activation=LSQ(bits=4))
+    model = packed(create("vit_nano_patch8"), x, 4, StatsQ, attention=True, qkr=qkr, activation=activation)
     assert difference(lowbit.plan(model, x)(x), model(x)) < 0.1
 
 
@@ -273,6 +275,34 @@ def test_input_quantizers(activation):
     net = nn.Sequential(nn.Conv2d(3, 10, 3, 2), nn.ReLU(), nn.Conv2d(10, 6, 1), nn.Flatten(), nn.Linear(96, 5))
     model = packed(net, x, activation=activation, first_last="same")
     torch.testing.assert_close(lowbit.plan(model, x)(x), model(x), rtol=0, atol=0)
+
+
+class Windows(nn.Module):
+    """A packed layer whose tokens have two dims, as those of windows do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.last(y.reshape(x.shape[0], 2, 4, 8)).flatten(1)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("net", [Windows, lambda: nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))])
+@torch.no_grad()
+def test_a_step_for_each_token(net, biased):
+    torch.manual_seed(9)
+    x = torch.randn(3, 8, 6) * torch.rand(8, 1)
+    model = packed(net(), x, activation=LSQ(bits=4, granularity="token", bias=biased), first_last="same")
+    steps = [layer.x_scale.numel() for layer in model.modules() if isinstance(layer, PackedLayer)]
+    assert steps == [8, 8]
+    plan = lowbit.plan(model, x)
+    kinds = [row["kind"] for row in plan.operations()]
+    assert kinds.count("quantize") == kinds.count("product") == 2
+    tolerance = 0 if net is Windows else 3e-6
+    torch.testing.assert_close(plan(x), model(x).flatten(1), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 31, 33])

@@ -65,6 +65,8 @@ def small_plans() -> dict[str, Plan]:
     add("full precision", Images(nn.Conv2d(5, 4, 3)), image, first_last=None)
     add("scales of images", Images(nn.Conv2d(5, 4, 3, padding=1)), image, activation=None)
     add("scales of rows", nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)), tokens, activation=None)
+    each = LSQ(bits=4, granularity="token", bias=True)
+    add("steps of tokens", nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)), tokens, activation=each)
     add("tokens", Tokens(), tokens)
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer

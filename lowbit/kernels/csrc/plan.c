@@ -187,18 +187,20 @@ static int is_window(const lb_plan_op *op) {
 static int check_quantize(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *map = tensor_at(c, op->out[1], LB_TENSOR_MAP);
   const int64_t dynamic = op->n[LB_N_DYNAMIC], planar = op->n[LB_N_PLANAR];
-  if (!x || !map || !is_between(dynamic, 0, 2) || !is_between(planar, 0, 1)) return refuse(c, "wrong tensors");
+  if (!x || !map || !is_between(dynamic, 0, 3) || !is_between(planar, 0, 1)) return refuse(c, "wrong tensors");
   const int64_t rows = rows_of(map);
-  if (planar ? values_of(x) != rows * map->channels || dynamic == LB_DYNAMIC_ROW
+  const int by_row = dynamic == LB_DYNAMIC_ROW || dynamic == LB_DYNAMIC_GIVEN;
+  if (planar ? values_of(x) != rows * map->channels || by_row
              : !view_fits(op, x, op->n[LB_N_OFFSET], rows, map->channels))
     return refuse(c, "an input of another shape");
   if (!has_data_or_none(c, op, 0, 4) && !has_data(c, op, 0, 4 * map->channels))
     return refuse(c, "an offset of another size");
   if (dynamic) {
     const lb_plan_tensor *scales = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
-    if (!scales || values_of(scales) != (dynamic == LB_DYNAMIC_ROW ? rows : 1) || op->out[0] == c->plan->header->input)
+    if (!scales || values_of(scales) != (by_row ? rows : 1) || op->out[0] == c->plan->header->input)
       return refuse(c, "scales of another shape");
     if (map->high <= 0) return refuse(c, "a range without positive numbers");
+    if (dynamic == LB_DYNAMIC_GIVEN && !has_data(c, op, 1, 4 * rows)) return refuse(c, "scales of another shape");
     c->written[op->out[0]] = 1;
   } else if (op->out[0] != -1) {
     return refuse(c, "scales that do not exist");
@@ -860,7 +862,9 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end) {
   const int64_t n = r->map_tensor->channels, dynamic = op->n[LB_N_DYNAMIC];
   float *room = scratch(r, LB_SLOT_LINE, (size_t)n * sizeof *room);
   if (!room) return;
-  const int whole = r->map_tensor->place == n && op->n[LB_N_STEP] == n && dynamic != LB_DYNAMIC_ROW && !op->data[0].bytes;
+  const float *given = dynamic == LB_DYNAMIC_GIVEN ? data_of(r->plan, op, 1) : NULL;
+  const int by_row = dynamic == LB_DYNAMIC_ROW || given;
+  const int whole = r->map_tensor->place == n && op->n[LB_N_STEP] == n && !by_row && !op->data[0].bytes;
   if (whole) { /* lines of places that follow each other, here as in the map */
     const int64_t width = r->map_tensor->width;
     for (int64_t row = begin, next; row < end; row = next) {
@@ -873,6 +877,7 @@ static void quantize_rows(void *argument, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     const float *x = row_with_offset(r, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], n, room);
     float scale = dynamic == LB_DYNAMIC_ITEM ? r->out[0] : (float)op->f[0];
+    if (given) r->out[row] = scale = given[row];
     if (dynamic == LB_DYNAMIC_ROW) r->out[row] = scale = lb_scale_from_absmax(r->isa->absmax(x, n), r->map_tensor->high);
     store_row(r, row, 0, x, n, scale);
   }

@@ -54,7 +54,8 @@ enum {
 /* Indices of lb_plan_op.n. Rows of floats are read as views: row r at `offset` + r * `step` of the tensor. */
 enum { LB_N_OFFSET = 0, LB_N_STEP = 1 };
 enum { LB_N_PLANAR = 2, LB_N_DYNAMIC = 3 };                              /* quantize */
-enum { LB_DYNAMIC_NO = 0, LB_DYNAMIC_ROW = 1, LB_DYNAMIC_ITEM = 2 };     /* where the scale comes from */
+enum { LB_DYNAMIC_NO = 0, LB_DYNAMIC_ROW = 1, LB_DYNAMIC_ITEM = 2, LB_DYNAMIC_GIVEN = 3 }; /* where the scale comes from:
+                                              f[0]; computed for each row, or the item; data 1, one number for each row */
 enum { LB_N_BITS = 2, LB_N_KERNEL_Y, LB_N_KERNEL_X, LB_N_STRIDE_Y, LB_N_STRIDE_X, LB_N_PADDING_Y, LB_N_PADDING_X,
        LB_N_DILATION_Y, LB_N_DILATION_X, LB_N_RELU };                    /* product; relu also of add and affine */
 enum { LB_N_LARGEST = 2, LB_N_DIVISOR = 11 };                            /* pool, with the window of product */
