@@ -161,7 +161,7 @@ def found_table() -> str:
     """The claims with their verdicts, and where the short trainings point, as a table in Markdown."""
     claims = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
     looks = {(claim["id"], claim["profile"]): claim for claim in claims if claim["look"]}
-    lines = ["| | claim | verdict | short trainings |", "|---|---|---|---|"]
+    lines = ["| claim | in words | verdict | short trainings |", "|---|---|---|---|"]
     for claim in claims:
         if claim["look"]:
             continue

@@ -37,6 +37,7 @@ exclude_patterns = ["_*"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # the widgets' scripts would come from a CDN; their stored text is shown instead
+nb_render_markdown_format = "myst"  # as the pages are read; plain CommonMark has no tables, which claims.show prints
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
@@ -69,6 +70,8 @@ html_static_path = [str(DOCS / "static")]
 linkcheck_ignore = ["https?://.*"]  # `make links` is about the site's own files
 
 html_theme = "sphinx_book_theme"
+html_favicon = "static/favicon.svg"
+html_context = {"default_mode": "auto"}  # the reader's system decides between light and dark
 html_css_files = ["site.css"]
 html_js_files = [("explorables/embed.js", {"type": "module"})]  # wherever a stored output holds an explorable
 html_theme_options = {

@@ -228,6 +228,16 @@ def test_the_site_builds_without_a_warning_and_leads_nowhere_wrong(site):
 
 
 @pytest.mark.slow
+def test_tables_that_notebooks_print_as_markdown_are_tables(site):
+    raw = [
+        f"{page.stem}: {paragraph.get_text()[:60]}"
+        for page in sorted((site / "course").glob("*.html"))
+        for paragraph in BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").find_all("p")
+        if paragraph.get_text().lstrip().startswith("|")
+    ]
+    assert raw == []
+
+
 def test_every_name_can_be_found_on_the_built_pages(site):
     for module in PAGES:
         soup = BeautifulSoup((site / "api" / f"{module}.html").read_text(), "html.parser")
