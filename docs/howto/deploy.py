@@ -15,14 +15,17 @@ lowbit.quantize_(model, lowbit.QuantConfig(weight=StatsQ(bits=3), activation=LSQ
 lowbit.calibrate(model, images)
 
 # [pack]
-packed = lowbit.pack(model.eval())  # a copy: BatchNorm folded in, weights of 3 bits stored as 3 bits
+# a copy: BatchNorm folded in, weights of 3 bits stored as 3 bits
+packed = lowbit.pack(model.eval())
 lowbit.save(packed, "packed.safetensors")
 packed = lowbit.load("packed.safetensors")
 # [fuse]
-fast = lowbit.fuse(packed)  # layers hand integers on: the same bits, sooner
+# layers pass integers to each other: faster, with bit-identical outputs
+fast = lowbit.fuse(packed)
 assert torch.equal(fast(images), packed(images))
 # [plan]
-plan = lowbit.plan(packed)  # for a network of your own: lowbit.plan(packed, example_input)
+# for a network of your own: lowbit.plan(packed, example_input)
+plan = lowbit.plan(packed)
 plan.save("model.lbp")
 # [run]
 plan = lowbit.load_plan("model.lbp")  # needs numpy alone, not torch
