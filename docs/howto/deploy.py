@@ -30,6 +30,8 @@ plan.save("model.lbp")
 # [run]
 plan = lowbit.load_plan("model.lbp")  # needs numpy alone, not torch
 scores = plan(images.numpy())
+# [onnx]
+lowbit.nn.onnx.export_onnx(packed, images, "model.onnx")
 # [end]
 assert scores.shape == (8, 10)
 assert np.array_equal(scores.argmax(1), packed(images).argmax(1).numpy())

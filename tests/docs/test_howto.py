@@ -57,7 +57,13 @@ def shell(text: str, folder: Path, **variables: str) -> str:
 
 def test_every_script_is_run_here():
     assert {path.name for path in HOWTO.glob("*.sh")} == RUN
-    assert {path.name for path in HOWTO.glob("*.py")} == {"quantize.py", "deploy.py", "ablation.py", "elsewhere.py"}
+    assert {path.name for path in HOWTO.glob("*.py")} == {
+        "quantize.py",
+        "deploy.py",
+        "ablation.py",
+        "elsewhere.py",
+        "executorch.py",
+    }
 
 
 @pytest.mark.slow
@@ -73,6 +79,12 @@ def test_every_script_is_run_here():
 def test_python(name, said, tmp_path):
     told = run([sys.executable, str(HOWTO / f"{name}.py")], tmp_path, LOWBIT_RESULTS=str(tmp_path / "results"))
     assert re.search(said, told), told
+
+
+@pytest.mark.slow
+def test_executorch(tmp_path):
+    pytest.importorskip("executorch", reason="needs executorch 1.2 (with torch 2.11), which brings its own torchao")
+    assert "same answers True" in run([sys.executable, str(HOWTO / "executorch.py")], tmp_path)
 
 
 @pytest.mark.slow
