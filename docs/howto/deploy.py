@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import lowbit
+from lowbit.nn.onnx import export_onnx
 from lowbit.quantizers import LSQ, StatsQ
 
 torch.manual_seed(0)
@@ -31,7 +32,7 @@ plan.save("model.lbp")
 plan = lowbit.load_plan("model.lbp")  # needs numpy alone, not torch
 scores = plan(images.numpy())
 # [onnx]
-lowbit.nn.onnx.export_onnx(packed, images, "model.onnx")
+export_onnx(packed, images, "model.onnx")
 # [end]
 assert scores.shape == (8, 10)
 assert np.array_equal(scores.argmax(1), packed(images).argmax(1).numpy())

@@ -62,7 +62,7 @@ def test_every_script_is_run_here():
         "deploy.py",
         "ablation.py",
         "elsewhere.py",
-        "executorch.py",
+        "with_executorch.py",
     }
 
 
@@ -84,7 +84,7 @@ def test_python(name, said, tmp_path):
 @pytest.mark.slow
 def test_executorch(tmp_path):
     pytest.importorskip("executorch", reason="needs executorch 1.2 (with torch 2.11), which brings its own torchao")
-    assert "same answers True" in run([sys.executable, str(HOWTO / "executorch.py")], tmp_path)
+    assert "same answers True" in run([sys.executable, str(HOWTO / "with_executorch.py")], tmp_path)
 
 
 @pytest.mark.slow

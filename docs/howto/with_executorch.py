@@ -9,6 +9,7 @@ from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 from executorch.runtime import Runtime
 
 import lowbit
+from lowbit.nn.onnx import standard
 from lowbit.quantizers import LSQ, StatsQ
 
 torch.manual_seed(0)
@@ -20,7 +21,7 @@ packed = lowbit.pack(model.eval())
 
 # [export]
 with torch.no_grad():
-    exported = torch.export.export(lowbit.nn.onnx.standard(packed), (images,))
+    exported = torch.export.export(standard(packed), (images,))
 exported = constant_prop_pass(exported)  # float32 weights, computed once
 program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
 Path("model.pte").write_bytes(program.buffer)
