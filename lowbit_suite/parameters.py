@@ -131,6 +131,27 @@ def load(dataset: str, train_size: int, test_size: int, validation: bool = False
     return (whole.hold_out(0.2) if validation else whole).subset(train=train_size or None, test=test_size or None)
 
 
+def halves(
+    dataset: str, source_size: int, target_size: int, test_size: int, validation: bool = False, **_: Any
+) -> list[Any]:
+    """Two tasks that share no class, to carry a network from one to the other: ``parameters.halves(**settings)``.
+
+    Args:
+        dataset: name in `lowbit.data`; the source task has the first half of its classes, the target task the rest.
+        source_size: number of training images of the source task.
+        target_size: number of training images of the target task.
+        test_size: number of test images of each task; 0 takes all of them.
+        validation: as for `load`.
+
+    Returns:
+        The source and the target task, `lowbit.data.Data` each.
+    """
+    whole = load(dataset, train_size=0, test_size=0, validation=validation)
+    half = whole.num_classes // 2
+    parts = (whole.classes[:half], source_size), (whole.classes[half:], target_size)
+    return [whole.only(part).subset(train=size, test=test_size or None) for part, size in parts]
+
+
 def summary(profile: str, data: Any, seeds: Sequence[int]) -> str:
     """One line that says which profile, data and seeds are in use."""
     return (

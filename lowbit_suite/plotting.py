@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ with extra("course", "lowbit_suite.plotting"):
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from lowbit_suite.records.context import current
 
@@ -339,6 +340,82 @@ def boxes(
             ax.text(left, top - 1, text, color=PARTS[label], fontsize=8, weight="bold", bbox=ground)
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
+
+
+def dots(ax: Axes, groups: Mapping[str, Sequence[float]], looks: Mapping[str, Look] | None = None) -> None:
+    """Draw one row for each group, the first at the top: a stroke for each value, their mean and its interval.
+
+    Args:
+        ax: axes to draw on; the rows get the groups' names.
+        groups: numbers by name, one for each seed; NaN is left out, and a group without numbers stays an empty row.
+        looks: the look of groups by name; all others are black dots.
+    """
+    for y, (name, values) in enumerate(groups.items()):
+        own = (looks or {}).get(name, Look(INK, "o"))
+        shown = np.asarray(values, dtype=float)
+        shown = shown[np.isfinite(shown)]
+        if len(shown):
+            mean, low, high = metrics.interval(shown)
+            ax.plot(shown, np.full(len(shown), y), "|", color=own.color, alpha=0.6, markersize=12)
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], **own.points, capsize=3)
+    ax.set_yticks(range(len(groups)), list(groups))
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+
+
+def front(ax: Axes, cost: Sequence[float], quality: Sequence[float]) -> None:
+    """Draw a Pareto front as steps up to the right edge of a logarithmic axis, whose ticks become plain numbers.
+
+    Args:
+        ax: axes to draw on, with the limits of the cost already set.
+        cost: costs of the points on the front, lower is better.
+        quality: their qualities, higher is better.
+    """
+    order, (low, high) = np.lexsort((quality, cost)), ax.get_xlim()
+    x, y = [*np.asarray(cost)[order], high], [*np.asarray(quality)[order], np.max(quality)]
+    ax.step(x, y, where="post", color=INK, linewidth=1.2, zorder=1)
+    decades = 10.0 ** np.arange(-4, 7)[:, None]
+    inside = (
+        [tick for tick in (decades * steps).ravel() if low <= tick <= high]
+        for steps in ([1, 2, 3, 5], np.arange(1, 10, 0.5), np.arange(1, 10, 0.1))
+    )
+    ticks = next((found for found in inside if len(found) >= 4), [low, high])
+    ax.xaxis.set(
+        major_locator=FixedLocator(ticks), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:g}")
+    )
+
+
+def named_front(ax: Axes, table: pd.DataFrame, cost: str, on_front: str) -> None:
+    """Draw all networks in gray, and those on a front in the looks of their methods, named in a column at the left.
+
+    Full precision is drawn and named even if it is not on the front.
+
+    Args:
+        ax: axes to draw on; they become logarithmic in the cost.
+        table: one row an arm with ``method``, ``bits`` (32 for full precision), ``mean`` and the two columns below.
+        cost: column of the costs.
+        on_front: column of booleans: the rows on the front.
+    """
+    height = np.ptp(table["mean"]) or 1
+    low, high = table[cost].min(), table[cost].max()
+    ax.set(xscale="log", ylim=(table["mean"].min() - 0.08 * height, table["mean"].max() + 0.3 * height))
+    ax.set_xlim(low * (low / high) ** 0.55, high * (high / low) ** 0.4)
+    ax.plot(table[cost], table["mean"], "o", color=GREY, alpha=0.35, markersize=5)
+    kept = table[table[on_front]].sort_values("mean")
+    front(ax, kept[cost], kept["mean"])
+    ticks = [tick for tick in ax.get_xticks() if tick >= 0.95 * low]  # none below the names
+    ax.set_xticks(ticks[:: 1 + len(ticks) // 8])
+    places = apart(kept["mean"], 0.085 * height)
+    if len(kept):  # no name below its point, so the lines to them do not cross
+        places += (kept["mean"] - places).max()
+    chosen, left = looks(table.method), low * (low / high) ** 0.15
+    for (_, row), y in zip(kept.iterrows(), places, strict=True):
+        own, name = chosen[row.method], row.method if row.bits == 32 else f"{row.method} {row.bits}"
+        ax.plot(row[cost], row["mean"], **own.points, markersize=11)
+        ax.plot([left, row[cost]], [y, row["mean"]], color=own.color, linewidth=0.8)
+        ax.text(left, y, f"{name} ", ha="right", va="center", size=10, weight="bold")
+    for _, row in table[(table.bits == 32) & ~table[on_front]].iterrows():
+        ax.plot(row[cost], row["mean"], **chosen[row.method].points, markersize=11)
+        ax.annotate(row.method, (row[cost], row["mean"]), (9, -4), textcoords="offset points", size=10)
 
 
 def methods_at_each_width(table: pd.DataFrame, hollow: Iterable[Any] = ()) -> Figure:

@@ -208,3 +208,11 @@ def test_a_refusal_names_the_value_and_what_is_allowed():
         parameters.check({"seeds": [0, 0]})
     with pytest.raises(LowbitError, match=r"amp='fp8' is not allowed; give one of 'none', 'bf16'"):
         parameters.check({"amp": "fp8"})
+
+
+def test_halves_share_no_class_and_have_the_sizes_asked_for():
+    source, target = parameters.halves("digits", source_size=100, target_size=60, test_size=40)
+    assert not set(source.classes) & set(target.classes)
+    assert len(source.classes) + len(target.classes) == 10
+    assert [len(task.train) for task in (source, target)] == [100, 60]
+    assert [len(task.test) for task in (source, target)] == [40, 40]

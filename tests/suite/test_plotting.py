@@ -71,6 +71,33 @@ def test_predicted_boxes_are_dashed_and_carry_their_scores(ax):
     assert [text.get_text() for text in ax.texts] == ["0.88"]
 
 
+def test_dots_have_a_row_a_group_from_the_top_with_mean_and_interval(ax):
+    plotting.dots(ax, {"a": [1.0, 2.0, 3.0], "b": [5.0, float("nan")], "c": []}, {"b": plotting.look("lsq")})
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"] and ax.get_ylim() == (2.5, -0.5)
+    means = [line for line in ax.lines if line.get_marker() in ("o", "D")]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in means] == [(2.0, 0), (5.0, 1)]
+    (low, high) = ax.collections[0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx(metrics.interval([1.0, 2.0, 3.0])[1:])
+
+
+def test_a_front_goes_in_steps_to_the_right_edge(ax):
+    ax.set(xscale="log", xlim=(10, 1000))
+    plotting.front(ax, [300, 40], [70, 60])
+    x, y = ax.lines[0].get_data()
+    assert list(x) == [40, 300, 1000] and list(y) == [60, 70, 70]
+    assert [f"{tick:g}" for tick in ax.get_xticks()] == ["10", "20", "30", "50", "100", "200", "300", "500", "1000"]
+
+
+def test_named_front_names_what_is_on_it_and_full_precision(ax):
+    rows = [("lsq", 2, 60.0, 10.0, True), ("pot", 2, 50.0, 10.0, False), ("full precision", 32, 60.0, 90.0, False)]
+    table = pd.DataFrame(rows, columns=["method", "bits", "mean", "kB", "on"])
+    plotting.named_front(ax, table, "kB", "on")
+    assert [text.get_text().strip() for text in ax.texts] == ["lsq 2", "full precision"]
+    assert {line.get_marker() for line in ax.lines} >= {"D", "*"} and "v" not in {
+        line.get_marker() for line in ax.lines
+    }
+
+
 def test_save_goes_to_the_runs_folder(ax, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWBIT_CONTEXT", json.dumps({"figures": str(tmp_path / "figures")}))
     assert plotting.save(ax.figure, "name") is None, "a notebook would show it as the cell's output"
