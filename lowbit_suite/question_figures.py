@@ -14,6 +14,7 @@ with extra("course", "lowbit_suite.question_figures"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from lowbit import metrics
 from lowbit_suite import plotting
 
 _CONTROL = plotting.Look(plotting.GREY, "s")
@@ -83,17 +84,18 @@ def factorial(results: pd.DataFrame, effects: Mapping[str, pd.Series], alike: fl
     """
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 3.9), width_ratios=[1, 1.25])
     names = ["mid-rise", "mid-tread"]
-    sns.lineplot(
-        results[results.gradient == "identity"], x="scale", y="accuracy, %", hue="grid", style="grid",
-        hue_order=names, style_order=names, errorbar=plotting.interval, err_style="bars", err_kws={"capsize": 3},
-        markersize=8, ax=axes[0], **plotting.styles(names),
+    chosen = [plotting.look(name) for name in names]
+    sns.pointplot(
+        results[results.gradient == "identity"], x="scale", y="accuracy, %", hue="grid", order=["follows", "fixed"],
+        hue_order=names, dodge=0.08, palette=[own.color for own in chosen], markers=[own.marker for own in chosen],
+        errorbar=plotting.interval, capsize=0.04, linewidth=1.5, markersize=7, ax=axes[0],
     )  # fmt: skip
-    accuracy = results.groupby("arm")["accuracy, %"].mean()
-    hollow = plotting.look("mid-tread").points | {"markerfacecolor": "none", "markersize": 12}
-    axes[0].plot("fixed", accuracy["mid-tread, fixed, masked"], **hollow, label="mid-tread, gradient masked")
-    axes[0].axhline(accuracy["full precision"], **_TWIN)
+    accuracy = results.groupby("arm")["accuracy, %"]
+    mean, low, high = metrics.interval(accuracy.get_group("mid-tread, fixed, masked").tolist())
+    hollow = chosen[1].points | {"markerfacecolor": "none", "markersize": 8, "capsize": 3}
+    axes[0].errorbar(1.16, mean, yerr=[[mean - low], [high - mean]], **hollow, label="mid-tread, gradient masked")
+    axes[0].axhline(accuracy.mean()["full precision"], **_TWIN)
     axes[0].set(xlabel="scale", ylabel="test accuracy, %", title="the cells; parallel lines: no interaction")
-    axes[0].margins(x=0.2)
     axes[0].legend(**_BELOW, bbox_to_anchor=(0.5, -0.18), ncols=2)
     plotting.dots(axes[1], effects)
     axes[1].axvspan(-alike, alike, color=plotting.GREY, alpha=0.2, label=f"alike: within ±{alike:g} points")
