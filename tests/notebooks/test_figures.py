@@ -126,11 +126,12 @@ def test_code_fits_a_page(path):
     assert [line for cell in cells for line in cell.source.splitlines() if len(line) > 100] == []
 
 
-LONG = {"15_shift_kernel", "16_deploy", "17_what_a_bit_costs", "18_open_questions"}  # have yet to be shortened
+LONG = {"15_shift_kernel", "16_deploy"}  # have yet to be shortened
 
 
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LONG], ids=lambda path: path.stem)
 def test_code_cells_are_short(path):
-    """At most 25 lines."""
+    """At most 25 lines; the parameters have one each."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = [cell for cell in cells if "parameters" not in cell.metadata.get("tags", ())]
     assert {cell.id: lines for cell in cells if (lines := len(cell.source.splitlines())) > 25} == {}
