@@ -518,3 +518,25 @@ def apart(values: Sequence[float], least: float) -> np.ndarray:
     placed = np.empty_like(array)
     placed[order] = isotonic_regression(array[order] - below) + below
     return placed
+
+
+def speeds(ax: Axes, ratios: pd.DataFrame, title: str = "", colors: Sequence[str] = PARTS) -> None:
+    """Draw how many times as fast as a baseline engines are: a bar for the median, a dot for each round.
+
+    Args:
+        ax: axes to draw on.
+        ratios: one row a round and one column an engine; the first level of the index names the group of bars.
+        title: title of the axes.
+        colors: a color for each engine.
+    """
+    groups, engines = list(dict.fromkeys(ratios.index.get_level_values(0))), list(ratios.columns)
+    for i, engine in enumerate(engines):
+        for j, group in enumerate(groups):
+            values, x = ratios.loc[group, engine], j + 0.8 * (i - (len(engines) - 1) / 2) / len(engines)
+            label = engine if j == 0 else None
+            ax.bar(x, values.median(), width=0.7 / len(engines), color=colors[i], alpha=0.75, label=label)
+            ax.plot(np.full(len(values), x), values, ".", color=INK, markersize=4, alpha=0.6)
+    ax.axhline(1, color=INK, linestyle="--", linewidth=1)
+    ax.set_xticks(range(len(groups)), groups, fontsize="small")
+    ax.set(title=title, ylim=(0, None))
+    ax.grid(False, axis="x")
