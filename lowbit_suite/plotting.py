@@ -520,23 +520,33 @@ def apart(values: Sequence[float], least: float) -> np.ndarray:
     return placed
 
 
-def speeds(ax: Axes, ratios: pd.DataFrame, title: str = "", colors: Sequence[str] = PARTS) -> None:
+def speeds(panels: Mapping[str, pd.DataFrame], ylabel: str, colors: Sequence[str] = PARTS) -> Figure:
     """Draw how many times as fast as a baseline engines are: a bar for the median, a dot for each round.
 
+    The axis is logarithmic and bars begin at 1, since ratios multiply.
+
     Args:
-        ax: axes to draw on.
-        ratios: one row a round and one column an engine; the first level of the index names the group of bars.
-        title: title of the axes.
+        panels: title of each panel and its ratios, one row a round and one column an engine. The first level of the
+            index names the group of bars.
+        ylabel: what the ratios are relative to.
         colors: a color for each engine.
     """
-    groups, engines = list(dict.fromkeys(ratios.index.get_level_values(0))), list(ratios.columns)
-    for i, engine in enumerate(engines):
-        for j, group in enumerate(groups):
-            values, x = ratios.loc[group, engine], j + 0.8 * (i - (len(engines) - 1) / 2) / len(engines)
-            label = engine if j == 0 else None
-            ax.bar(x, values.median(), width=0.7 / len(engines), color=colors[i], alpha=0.75, label=label)
-            ax.plot(np.full(len(values), x), values, ".", color=INK, markersize=4, alpha=0.6)
-    ax.axhline(1, color=INK, linestyle="--", linewidth=1)
-    ax.set_xticks(range(len(groups)), groups, fontsize="small")
-    ax.set(title=title, ylim=(0, None))
-    ax.grid(False, axis="x")
+    width = max(7.5, 1 + 0.9 * max(ratios.index.get_level_values(0).nunique() for ratios in panels.values()))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 4.2), squeeze=False)
+    for ax, (title, ratios) in zip(axes[0], panels.items(), strict=True):
+        groups, engines = list(dict.fromkeys(ratios.index.get_level_values(0))), list(ratios.columns)
+        for i, engine in enumerate(engines):
+            for j, group in enumerate(groups):
+                values, x = ratios.loc[group, engine], j + 0.8 * (i - (len(engines) - 1) / 2) / len(engines)
+                label = engine if j == 0 else None
+                height, look = values.median() - 1, {"color": colors[i], "alpha": 0.75, "label": label}
+                ax.bar(x, height, bottom=1, width=0.7 / len(engines), **look)
+                ax.plot(np.full(len(values), x), values, ".", color=INK, markersize=4, alpha=0.6)
+        ax.axhline(1, color=INK, linestyle="--", linewidth=1)
+        ax.set_xticks(range(len(groups)), groups, fontsize="small")
+        ax.set(title=title, yscale="log")
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.grid(False, axis="x")
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure

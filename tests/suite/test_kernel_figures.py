@@ -67,8 +67,7 @@ def test_speeds_are_medians_with_a_dot_for_each_round():
     ratios = pd.concat(
         {"a": pd.DataFrame({"x": [1.0, 2, 9], "y": [3.0, 3, 3]}), "b": pd.DataFrame({"x": [4.0], "y": [5.0]})}
     )
-    _, ax = plt.subplots()
-    plotting.speeds(ax, ratios)
-    assert [bar.get_height() for bar in ax.patches] == [2, 4, 3, 5]
+    (ax,) = plotting.speeds({"one": ratios}, "speed").axes
+    assert [bar.get_y() + bar.get_height() for bar in ax.patches] == [2, 4, 3, 5]
     assert sorted(np.concatenate([line.get_ydata() for line in ax.lines[:-1]])) == [1, 2, 3, 3, 3, 4, 5, 9]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
