@@ -126,10 +126,7 @@ def test_code_fits_a_page(path):
     assert [line for cell in cells for line in cell.source.splitlines() if len(line) > 100] == []
 
 
-LONG = {"15_shift_kernel", "16_deploy"}  # have yet to be shortened
-
-
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LONG], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_code_cells_are_short(path):
     """At most 25 lines; the parameters have one each."""
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
