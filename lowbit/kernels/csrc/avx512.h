@@ -19,20 +19,28 @@ LB_INLINE int lb_needs_two(const lb_job *job) {
   return two && job->bits < 8; /* which has no levels, whatever stands there */
 }
 
+LB_INLINE __m512i lb_bytes_0_to_63(void) {
+#define DOWN(I) I + 15, I + 14, I + 13, I + 12, I + 11, I + 10, I + 9, I + 8, I + 7, I + 6, I + 5, I + 4, I + 3, I + 2, I + 1, I
+  return _mm512_set_epi8(DOWN(48), DOWN(32), DOWN(16), DOWN(0));
+#undef DOWN
+}
+
 LB_INLINE lb_tables lb_make_tables(const lb_job *job) {
   static const int top_from[4] = {2, 0, 1, 3}, low_from[4] = {0, 2, 4, 0};
+  const __m256i levels = _mm256_loadu_si256((const __m256i *)job->levels);
+  const __m128i int8 = _mm256_cvtsepi16_epi8(levels); /* 127 of 128 */
+  const __m128i beyond = _mm256_cvtepi16_epi8(_mm256_sub_epi16(levels, _mm256_cvtepi8_epi16(int8)));
+  const __m512i i = lb_bytes_0_to_63(), three = _mm512_set1_epi8(3), one = _mm512_set1_epi8(1);
   lb_tables t;
+#pragma GCC unroll 4
   for (int r = 0; r < 4; r++) {
-    int8_t first[64], rest[64];
-    for (int i = 0; i < 64; i++) {
-      const int low = i >> low_from[r] & 3;
-      const int code = job->bits == 4 ? i & 15 : job->bits == 2 ? low : low | (i >> top_from[r] & 1) << 2;
-      const int level = job->levels[code];
-      first[i] = (int8_t)(level > 127 ? 127 : level);
-      rest[i] = (int8_t)(level > 127 ? level - 127 : 0);
-    }
-    t.first[r] = _mm512_loadu_si512(first);
-    t.rest[r] = _mm512_loadu_si512(rest);
+    const __m512i low = _mm512_and_si512(_mm512_srli_epi16(i, low_from[r]), three);
+    const __m512i top = _mm512_and_si512(_mm512_srli_epi16(i, top_from[r]), one);
+    const __m512i code = job->bits == 4   ? _mm512_and_si512(i, _mm512_set1_epi8(15))
+                         : job->bits == 2 ? low
+                                          : _mm512_or_si512(low, _mm512_slli_epi16(top, 2));
+    t.first[r] = _mm512_permutexvar_epi8(code, _mm512_castsi128_si512(int8));
+    t.rest[r] = _mm512_permutexvar_epi8(code, _mm512_castsi128_si512(beyond));
     t.top[r] = _mm512_set1_epi8((char)(1 << top_from[r]));
   }
   return t;

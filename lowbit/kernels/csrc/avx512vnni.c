@@ -61,6 +61,51 @@ LB_INLINE void add_rounds(const int R, const lb_beyond *w, int h, const uint8_t 
     }
 }
 
+/* Rows of a convolution with kernels 3 wide and stride 1 start `place` bytes apart, so neighbors share two thirds of
+ * their activations. With a single block each loaded activation serves one product, and loading limits the speed: a tile
+ * of LINE places of one line loads each of its LINE + 2 places once for all three taps. `plane`: decoded weights. */
+enum { LINE = 16 };
+
+/* Bytes from one row to the next if the job is such a convolution and has no pads between places, else 0. */
+static int64_t place_of(const lb_job *job, int64_t row0, int64_t row1) {
+  if (row1 - row0 < LINE) return 0;
+  const int64_t place = job->row_start[row0 + 1] - job->row_start[row0];
+  for (int s = 0; s < job->n_spans; s++)
+    if (job->spans[s].length != 3 * place) return 0;
+  return place % 4 ? 0 : place;
+}
+
+/* Whether the LINE rows from `row` on lie in one line: from each row to the next it is `place` bytes or more. */
+LB_INLINE int is_line(const lb_job *job, int64_t row, int64_t place) {
+  return job->row_start[row + LINE - 1] - job->row_start[row] == (LINE - 1) * place;
+}
+
+static __attribute__((noinline)) void line_tile(const lb_job *job, int64_t row, int64_t block, int64_t place,
+                                                const int8_t *plane) {
+  const uint8_t *const a = job->map + job->row_start[row];
+  const int64_t tap = place / 4 * LB_ROW;
+  __m512i acc[LINE];
+#pragma GCC unroll 16
+  for (int r = 0; r < LINE; r++) acc[r] = _mm512_setzero_si512();
+  for (int s = 0; s < job->n_spans; s++, plane += 2 * tap) {
+    const uint8_t *x = a + job->spans[s].offset;
+    for (const uint8_t *const stop = x + place; x < stop; x += 4, plane += LB_ROW) {
+      __m512i w[3];
+#pragma GCC unroll 3
+      for (int t = 0; t < 3; t++) w[t] = _mm512_load_si512(plane + t * tap);
+#pragma GCC unroll 18
+      for (int i = 0; i < LINE + 2; i++) {
+        const __m512i q = four(x + i * place);
+#pragma GCC unroll 3
+        for (int t = 0; t < 3; t++)
+          if (i - t >= 0 && i - t < LINE) acc[i - t] = _mm512_dpbusd_epi32(acc[i - t], q, w[t]);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < LINE; r += TILE) finish_tile(job, row + r, block, acc + r);
+}
+
 /* R rows by B blocks, one or two. Spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few
  * sums neighboring rows of weights add into different registers, to keep the multipliers busy: U of them for each
  * result. `two`: weights beyond int8 have a second table, looked up for all; else `few` tells where they are. */
@@ -174,6 +219,16 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
     }
     tile_fn *const *of = kernels[dense ? 3 : kind][blocks - 1];
     int64_t m = row0;
+    const int64_t place = two || blocks == 2 ? 0 : place_of(job, row0, row1);
+    if (place) {
+      int8_t *plane = lb_scratch(LB_SLOT_DECODED, (size_t)(job->k * 16));
+      if (!plane) return LB_NO_MEMORY;
+      lb_decode(job, b, 0, job->used_k / 4, &t, plane, NULL);
+      for (; m + LINE <= row1; m += LINE) {
+        if (is_line(job, m, place)) line_tile(job, m, b, place, plane);
+        else of[3](job, m, b, &t, &few), of[3](job, m + TILE, b, &t, &few);
+      }
+    }
     for (; m + TILE <= row1; m += TILE) of[3](job, m, b, &t, &few);
     if (m > row0 && row1 - m > 2) { /* a few rows once more, with the same results */
       of[3](job, row1 - TILE, b, &t, &few);

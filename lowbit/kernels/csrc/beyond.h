@@ -63,9 +63,7 @@ static int lb_windows_of(lb_beyond *w, const lb_job *job) {
 /* Finds what of block b lies beyond int8: how many. Activations at its pads are zero, so they need no care. No branches
  * for 4 bits: which rows have any cannot be predicted. */
 static int64_t lb_find_beyond(const lb_job *job, int64_t b, const lb_tables *t, const lb_beyond *w) {
-#define DOWN(I) I + 15, I + 14, I + 13, I + 12, I + 11, I + 10, I + 9, I + 8, I + 7, I + 6, I + 5, I + 4, I + 3, I + 2, I + 1, I
-  const __m512i numbers = _mm512_set_epi8(DOWN(48), DOWN(32), DOWN(16), DOWN(0)); /* 0 ... 63 */
-#undef DOWN
+  const __m512i numbers = lb_bytes_0_to_63();
   const uint8_t *const block = job->packed + b * job->block_bytes;
   const int64_t rows = job->used_k / 4;
   int64_t count = 0;
