@@ -367,6 +367,51 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
   kernels[blocks - 1][tiles - 1](p, m);
 }
 
+#include "winograd4.h"
+
+LB_INLINE void points4_of(const int T, const int B, const lb_points *p, int32_t *m) {
+  const int64_t rows = p->channels / 2, block = LB_POINTS4 * rows * LB_ROW;
+  const int8_t *u = p->u;
+  for (int point = 0; point < LB_POINTS4; point++, u += rows * LB_ROW) {
+    const uint8_t *v = p->v + point * p->v_point;
+    __m512i acc[2][8];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) acc[0][t] = acc[1][t] = _mm512_setzero_si512();
+    for (int64_t r = 0; r < rows; r++) {
+      __m512i w[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < B; h++) {
+        w[h] = _mm512_load_si512(u + h * block + r * LB_ROW);
+        _mm_prefetch((const char *)u + h * block + r * LB_ROW + 2048, _MM_HINT_T0);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) {
+        const __m512i x = four(v + (t * p->channels + 2 * r) * 2);
+#pragma GCC unroll 2
+        for (int h = 0; h < B; h++) acc[h][t] = _mm512_dpwssd_epi32(acc[h][t], x, w[h]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++, m += LB_BLOCKS * 16)
+#pragma GCC unroll 2
+      for (int h = 0; h < B; h++) _mm512_store_si512(m + h * 16, acc[h][t]);
+  }
+}
+
+#define POINTS4(T) \
+  static __attribute__((noinline)) void points4_1_##T(const lb_points *p, int32_t *m) { points4_of(T, 1, p, m); } \
+  static __attribute__((noinline)) void points4_2_##T(const lb_points *p, int32_t *m) { points4_of(T, 2, p, m); }
+POINTS4(1) POINTS4(2) POINTS4(3) POINTS4(4) POINTS4(5) POINTS4(6) POINTS4(7) POINTS4(8)
+
+static void points4(const lb_points *p, int tiles, int blocks, int32_t *m) {
+  static void (*const kernels[LB_BLOCKS][LB_TILES])(const lb_points *, int32_t *) = {
+      {points4_1_1, points4_1_2, points4_1_3, points4_1_4, points4_1_5, points4_1_6, points4_1_7, points4_1_8},
+      {points4_2_1, points4_2_2, points4_2_3, points4_2_4, points4_2_5, points4_2_6, points4_2_7, points4_2_8}};
+  kernels[blocks - 1][tiles - 1](p, m);
+}
+
+static const lb_winograd_form winograd4 = {winograd4_weights, winograd4_run};
+
 /* Of a strip of tiles: with LB_SMALL row by row, which costs Winograd's form 8 % of its time. */
 static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int rows, int64_t block,
                                              const int32_t *acc, int step) {
@@ -396,5 +441,5 @@ int lb_avx512_available(void) {
 }
 
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product, 4, &lb_vector512,
-    winograd_weights, winograd_run, 8, lb_find_rounds};
+    winograd_weights, winograd_run, 8, lb_find_rounds, &winograd4};
 #endif

@@ -252,7 +252,7 @@ static void copy_windows(void *argument, int64_t begin, int64_t end) {
 
 static void transform_weights(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
-  const int status = lb_winograd_weights(r->isa, &r->job, r->winograd.channels, begin, end, r->weights);
+  const int status = lb_winograd_weights(r->isa, &r->job, &r->winograd, begin, end, r->weights);
   if (status) atomic_store(&r->status, status);
 }
 
@@ -314,7 +314,7 @@ static int takes_winograd(run *r) {
   if (asked == DIRECT || a->kernel_y != 3 || a->kernel_x != 3 || a->stride_y != 1 || a->stride_x != 1 ||
       a->dilation_y != 1 || a->dilation_x != 1)
     return 0;
-  r->winograd = (lb_winograd){.line = r->map_width * r->place, .place = r->place,
+  r->winograd = (lb_winograd){.tile = 2, .line = r->map_width * r->place, .place = r->place,
                               .image = r->map_height * r->map_width * r->place, .images = a->batch,
                               .height = r->out_height, .width = r->out_width, .channels = a->padded_channels};
   lb_job job = r->job;
@@ -425,7 +425,7 @@ int lb_run(const lb_args *a) {
   r.job.row_start = r.row_start, r.job.row_scale = r.row_scale;
   memset(r.map + part * image_bytes, 0, 128);
   if (winograd) {
-    r.weights = lb_scratch(LB_SLOT_WINDOWS, (size_t)lb_winograd_bytes(a->padded_channels, a->outputs));
+    r.weights = lb_scratch(LB_SLOT_WINDOWS, (size_t)lb_winograd_bytes(&r.winograd, a->outputs));
     if (!r.weights) return LB_NO_MEMORY;
     lb_parallel(r.blocks * r.job.used_k < 1 << 15 ? 1 : lb_max(1, a->threads), r.blocks, 1, transform_weights, &r);
     if (atomic_load(&r.status)) return atomic_load(&r.status);

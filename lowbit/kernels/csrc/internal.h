@@ -80,12 +80,20 @@ typedef struct {
   void (*depthwise)(const uint8_t *map, const int64_t *tap, int64_t taps, const int16_t *weights, int64_t n,
                     int is_signed, int32_t *sums);
 } lb_vector_table;
-/* A 3x3 convolution with stride 1 by Winograd's form: where its map lies and what comes out; see winograd.h. */
+/* A 3x3 convolution with stride 1 by Winograd's form: where its map lies and what comes out; see winograd.h and
+ * winograd4.h. */
 typedef struct {
   int64_t line, place, image;     /* bytes in job->map from one line, place or image to the next */
   int64_t images, height, width;  /* of the outputs; the map has two more lines and places */
   int64_t channels;               /* as packed: a multiple of 4 */
+  int tile;                       /* outputs of a tile in each direction: 2 or 4 */
 } lb_winograd;
+
+typedef struct {
+  int (*weights)(const lb_job *job, int64_t channels, int64_t block0, int64_t block1, void *weights);
+  int (*run)(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1, int64_t block0,
+             int64_t block1);
+} lb_winograd_form;
 
 typedef struct {
   const char *name;
@@ -103,6 +111,7 @@ typedef struct {
   /* What its products otherwise look for in the weights of `blocks` blocks at each call, to be freed; `room`: bytes that
    * it may take, and how many are left then. NULL, here or returned: nothing. */
   void *(*find)(const lb_job *job, int64_t blocks, int64_t *room);
+  const lb_winograd_form *winograd4; /* tiles of 4x4 outputs, or NULL: it has none */
 } lb_isa_table;
 
 /* Winograd's form of a 3x3 convolution with stride 1 and dilation 1: the same bits as `product`, with 16 products for
@@ -114,10 +123,12 @@ enum { LB_WINOGRAD_HIGH = 31 };
 int lb_winograd_fits(const lb_job *job, int64_t channels, int64_t high);
 /* Whether it is expected to be faster too, with weights transformed beforehand (prepared != 0) or for each call. */
 int lb_winograd_pays(const lb_isa_table *isa, const lb_winograd *w, int prepared);
-/* Bytes of transformed weights. They belong to the instruction set that made them. */
-int64_t lb_winograd_bytes(int64_t channels, int64_t outputs);
+/* Whether tiles of 4x4 outputs can be used, for any stored activations, and are expected to be faster. */
+int lb_winograd4_pays(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w);
+/* Bytes of transformed weights. They belong to the instruction set that made them, and to the size of the tiles. */
+int64_t lb_winograd_bytes(const lb_winograd *w, int64_t outputs);
 /* Transforms blocks block0 ... block1-1 of the weights into `weights`, of lb_winograd_bytes, aligned to 64 bytes. */
-int lb_winograd_weights(const lb_isa_table *isa, const lb_job *job, int64_t channels, int64_t block0, int64_t block1,
+int lb_winograd_weights(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, int64_t block0, int64_t block1,
                         void *weights);
 /* Rows row0 ... row1-1 of tiles, of lb_winograd_rows, and blocks block0 ... block1-1 of the outputs. */
 int64_t lb_winograd_rows(const lb_winograd *w);

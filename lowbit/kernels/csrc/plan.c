@@ -31,6 +31,7 @@ typedef struct {
   int16_t levels[16];
   const lb_isa_table *winograd_isa; /* whose transformed weights there are, or NULL */
   void *winograd;
+  int tile; /* of it */
   const lb_isa_table *found_isa; /* who found something in the weights */
   void *found;
 } prepared;
@@ -607,9 +608,9 @@ static lb_job job_of(const lb_plan *plan, const lb_plan_op *op, const prepared *
   return job;
 }
 
-static lb_winograd winograd_of(const lb_plan *plan, const lb_plan_op *op) {
+static lb_winograd winograd_of(const lb_plan *plan, const lb_plan_op *op, int tile) {
   const lb_plan_tensor *x = plan->tensors + op->in[0];
-  return (lb_winograd){.line = (x->width + 2 * x->border_x) * x->place, .place = x->place, .images = 1,
+  return (lb_winograd){.tile = tile, .line = (x->width + 2 * x->border_x) * x->place, .place = x->place, .images = 1,
                        .height = out_height(op, x), .width = out_width(op, x), .channels = lb_round_up(x->channels, 4)};
 }
 
@@ -619,19 +620,22 @@ static int prepare_winograd(const lb_plan *plan, const lb_plan_op *op, prepared 
   const lb_plan_tensor *x = plan->tensors + op->in[0];
   const lb_isa_table *isa = lb_isa_in_use();
   const int64_t *n = op->n;
-  const lb_winograd w = winograd_of(plan, op);
   const lb_job job = job_of(plan, op, p);
+  lb_winograd w = winograd_of(plan, op, 2);
   if (n[LB_N_KERNEL_Y] != 3 || n[LB_N_KERNEL_X] != 3 || n[LB_N_STRIDE_Y] != 1 || n[LB_N_STRIDE_X] != 1 ||
-      n[LB_N_DILATION_Y] != 1 || n[LB_N_DILATION_X] != 1 || x->low < 0 || is_tight(x) || isa->signed_bytes ||
-      !lb_winograd_fits(&job, w.channels, x->high) || !lb_winograd_pays(isa, &w, 1))
+      n[LB_N_DILATION_Y] != 1 || n[LB_N_DILATION_X] != 1 || is_tight(x) || isa->signed_bytes)
     return LB_OK;
-  const int64_t bytes = lb_round_up(lb_winograd_bytes(w.channels, job.outputs), 64);
-  if (bytes > *room || w.channels > MOST_TABLES / 16 / (w.width + 1)) return LB_OK; /* 16 bytes a tile and channel */
+  if (x->low < 0 || !lb_winograd_fits(&job, w.channels, x->high) || !lb_winograd_pays(isa, &w, 1)) {
+    w.tile = 4;
+    if (!lb_winograd4_pays(isa, &job, &w)) return LB_OK;
+  }
+  const int64_t bytes = lb_round_up(lb_winograd_bytes(&w, job.outputs), 64);
+  if (bytes > *room || w.channels > MOST_TABLES / 18 / (w.width + 3)) return LB_OK; /* 16 or 18 bytes a place and channel */
   *room -= bytes;
   p->winograd = aligned_alloc(64, (size_t)bytes);
   if (!p->winograd) return LB_NO_MEMORY;
-  p->winograd_isa = isa;
-  return lb_winograd_weights(isa, &job, w.channels, 0, (job.outputs + 15) / 16, p->winograd);
+  p->winograd_isa = isa, p->tile = w.tile;
+  return lb_winograd_weights(isa, &job, &w, 0, (job.outputs + 15) / 16, p->winograd);
 }
 
 static void find_in_weights(const lb_plan *plan, const lb_plan_op *op, prepared *p, int64_t *room) {
@@ -1006,7 +1010,7 @@ static void run_product(run *r) {
   lb_winograd winograd = {0};
   lb_span whole;
   if (weights) {
-    winograd = winograd_of(plan, op);
+    winograd = winograd_of(plan, op, p->tile);
     job->map += (x->border_y - op->n[LB_N_PADDING_Y]) * winograd.line + (x->border_x - op->n[LB_N_PADDING_X]) * x->place;
   } else if (spans_are_apart(r) && copy_windows(r, &whole)) {
     return;
