@@ -28,7 +28,7 @@ LIBRARY = "_native.so"
 RUNNER_FLAGS = ("-O2", "-DLB_SMALL", "-ffunction-sections", "-fno-asynchronous-unwind-tables")
 LOOP_FLAGS = ("-fvect-cost-model=dynamic", "-fsplit-loops", "-funswitch-loops")  # gcc's; clang does so anyway
 # With -Os: what they spend their time in lies elsewhere.
-SMALL = ("portable.c", "plan.c", "dispatch.c", "threads.c", "amx.c")
+SMALL = ("portable.c", "winograd.c", "plan.c", "dispatch.c", "threads.c", "amx.c")
 
 
 def compiler() -> str | None:

@@ -63,7 +63,7 @@ def small_plans() -> dict[str, Plan]:
     few = LSQ(bits=4)
     add("winograd", Images(nn.Sequential(nn.Conv2d(8, 9, 3, 1, 1), nn.ReLU()), width=8), image, activation=few)
     wide = Images(nn.Sequential(nn.Conv2d(64, 9, 3, 1, 1), nn.ReLU()), width=64)
-    add("winograd of 16 outputs", wide, torch.randn(2, 3, 13, 14))
+    add("winograd of 16 outputs", wide, torch.randn(2, 3, 14, 13))
     add("full precision", Images(nn.Conv2d(5, 4, 3)), image, first_last=None)
     add("scales of images", Images(nn.Conv2d(5, 4, 3, padding=1)), image, activation=None)
     add("scales of rows", nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)), tokens, activation=None)

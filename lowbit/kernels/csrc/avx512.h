@@ -25,7 +25,7 @@ LB_INLINE __m512i lb_bytes_0_to_63(void) {
 #undef DOWN
 }
 
-LB_INLINE lb_tables lb_make_tables(const lb_job *job) {
+static __attribute__((noinline, unused)) lb_tables lb_make_tables(const lb_job *job) {
   static const int top_from[4] = {2, 0, 1, 3}, low_from[4] = {0, 2, 4, 0};
   const __m256i levels = _mm256_loadu_si256((const __m256i *)job->levels);
   const __m128i int8 = _mm256_cvtsepi16_epi8(levels); /* 127 of 128 */

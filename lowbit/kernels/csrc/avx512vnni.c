@@ -63,7 +63,9 @@ LB_INLINE void add_rounds(const int R, const lb_beyond *w, int h, const uint8_t 
 
 /* Rows of a convolution with kernels 3 wide and stride 1 start `place` bytes apart, so neighbors share two thirds of
  * their activations. With a single block each loaded activation serves one product, and loading limits the speed: a tile
- * of LINE places of one line loads each of its LINE + 2 places once for all three taps. `plane`: decoded weights. */
+ * of LINE places of one line loads each of its LINE + 2 places once for all three taps. `plane`: decoded weights. Left
+ * out with LB_SMALL: 2 kB less. */
+#if !defined(LB_SMALL)
 enum { LINE = 16 };
 
 /* Bytes from one row to the next if the job is such a convolution and has no pads between places, else 0. */
@@ -105,6 +107,7 @@ static __attribute__((noinline)) void line_tile(const lb_job *job, int64_t row, 
 #pragma GCC unroll 2
   for (int r = 0; r < LINE; r += TILE) finish_tile(job, row + r, block, acc + r);
 }
+#endif
 
 /* R rows by B blocks, one or two. Spans may be any multiple of 4 bytes, so each 4 of k are looked up. With few
  * sums neighboring rows of weights add into different registers, to keep the multipliers busy: U of them for each
@@ -219,6 +222,7 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
     }
     tile_fn *const *of = kernels[dense ? 3 : kind][blocks - 1];
     int64_t m = row0;
+#if !defined(LB_SMALL)
     const int64_t place = two || blocks == 2 ? 0 : place_of(job, row0, row1);
     if (place) {
       int8_t *plane = lb_scratch(LB_SLOT_DECODED, (size_t)(job->k * 16));
@@ -229,6 +233,7 @@ static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0
         else of[3](job, m, b, &t, &few), of[3](job, m + TILE, b, &t, &few);
       }
     }
+#endif
     for (; m + TILE <= row1; m += TILE) of[3](job, m, b, &t, &few);
     if (m > row0 && row1 - m > 2) { /* a few rows once more, with the same results */
       of[3](job, row1 - TILE, b, &t, &few);
@@ -367,6 +372,8 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
   kernels[blocks - 1][tiles - 1](p, m);
 }
 
+/* With LB_SMALL there are no tiles of 4x4 outputs: 16 kB less, and a fifth more time for ResNet-18. */
+#if !defined(LB_SMALL)
 #include "winograd4.h"
 
 LB_INLINE void points4_of(const int T, const int B, const lb_points *p, int32_t *m) {
@@ -411,6 +418,10 @@ static void points4(const lb_points *p, int tiles, int blocks, int32_t *m) {
 }
 
 static const lb_winograd_form winograd4 = {winograd4_weights, winograd4_run};
+#define LB_WINOGRAD4 &winograd4
+#else
+#define LB_WINOGRAD4 NULL
+#endif
 
 /* Of a strip of tiles: with LB_SMALL row by row, which costs Winograd's form 8 % of its time. */
 static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int rows, int64_t block,
@@ -441,5 +452,5 @@ int lb_avx512_available(void) {
 }
 
 const lb_isa_table lb_avx512vnni = {"avx512vnni", lb_avx512_available, 0, absmax, quantize, product, 4, &lb_vector512,
-    winograd_weights, winograd_run, 8, lb_find_rounds, &winograd4};
+    winograd_weights, winograd_run, 8, lb_find_rounds, LB_WINOGRAD4};
 #endif

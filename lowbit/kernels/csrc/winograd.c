@@ -33,9 +33,14 @@ int lb_winograd_pays(const lb_isa_table *isa, const lb_winograd *w, int prepared
 enum { TILE4_COST = 92, LEAST_TILES4 = 8 };
 
 int lb_winograd4_pays(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w) {
+#if defined(LB_SMALL) /* no instruction set has it */
+  (void)isa, (void)job, (void)w;
+  return 0;
+#else
   const int64_t tiles = lb_winograd_rows(w) * ((w->width + 3) / 4), places = w->images * w->height * w->width;
   return isa->winograd4 && job->bits < 8 && w->channels % 32 == 0 && w->channels * job->largest <= MOST_SUM4 &&
          tiles >= LEAST_TILES4 && places * PLACE_COST > tiles * TILE4_COST;
+#endif
 }
 
 int lb_winograd_weights(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w, int64_t block0, int64_t block1,
