@@ -120,7 +120,7 @@ def build_runner(folder: Path, *, cc: str | None = None, extra: tuple[str, ...] 
             objects.append(made)
         archive, program = Path(inside, ARCHIVE), Path(inside, RUNNER)
         _compile([shutil.which(archiver) or "ar", "rcs", str(archive), *objects])
-        link = [cc, *flags, str(FOLDER / "csrc" / "runner.c"), str(archive), "-lm", "-s", "-o", str(program)]
+        link = [cc, *flags, "-Os", str(FOLDER / "csrc" / "runner.c"), str(archive), "-lm", "-s", "-o", str(program)]
         try:
             _compile([*link, "-static", "-Wl,--gc-sections,-z,noseparate-code,-z,norelro"])
         except RuntimeError:  # macOS has neither
