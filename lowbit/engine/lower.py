@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbit.engine.operations import FUNCTIONS, lower_known
+from lowbit.engine.operations import FUNCTIONS, lower_known, rounded
 from lowbit.engine.runtime import Plan
 from lowbit.engine.values import Lowering, Value
 from lowbit.errors import LowbitError
-from lowbit.nn.deploy import made_up
+from lowbit.nn.attention import INPUT
+from lowbit.nn.deploy import HOOKS, made_up
 from lowbit.nn.fuse import FUSED, fuse
 
 CLOSE = 0.25
@@ -153,6 +154,12 @@ def _lower_module(lowering: Lowering, name: str, module: nn.Module, args: Any, k
         known = lower_known(lowering, module, args[0])
         if known is not None:
             return known
+    if module._forward_hooks or any(hook not in HOOKS for hook in module._forward_pre_hooks.values()):
+        raise LowbitError(
+            f"{name}, a {type(module).__name__}, has hooks, which plans do not call; lowbit.fuse takes it"
+        )
+    if module._forward_pre_hooks:  # the input's quantizer, which a graph of the module's forward does not have
+        args = (rounded(lowering, getattr(module, INPUT), lowering.of(args[0])), *args[1:])
     try:
         graph = fx.symbolic_trace(module)
     except Exception as error:

@@ -399,7 +399,7 @@ def _stored_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
         levels, divisor = integer_levels(layer.get_buffer("levels"))
         if form is not None and whole and max(map(abs, levels)) <= 255 and isinstance(layer.padding, tuple):
             return _depthwise(lowering, layer, x, form, torch.tensor(levels), divisor)
-    return _float_layer(lowering, layer, x if quantizer is None else _rounded(lowering, quantizer, x))
+    return _float_layer(lowering, layer, x if quantizer is None else rounded(lowering, quantizer, x))
 
 
 def _depthwise(
@@ -487,8 +487,8 @@ def _float_product(
     return made
 
 
-def _rounded(lowering: Lowering, quantizer: ActivationQuantizer, x: Value) -> Value:
-    """An activation quantizer of its own: one factor of attention."""
+def rounded(lowering: Lowering, quantizer: ActivationQuantizer, x: Value) -> Value:
+    """An activation quantizer of its own: one factor of attention, or the input of a layer that stores codes."""
     form = quantizer.integer()
     if form is None:
         raise LowbitError(f"{type(quantizer).__name__} has no integer form, so it is not an operation of plans")
@@ -627,7 +627,7 @@ def lower_known(lowering: Lowering, module: nn.Module, x: Value) -> Value | None
     if isinstance(module, PackedLinear | PackedConv2d):
         return _packed_layer(lowering, module, x)
     if isinstance(module, ActivationQuantizer):
-        return _rounded(lowering, module, x)
+        return rounded(lowering, module, x)
     if any(is_stored(module) and computes_as(module, kind, HOOKS) for kind in (nn.Linear, nn.Conv2d)):
         return _stored_layer(lowering, module, x)
     plain = next((kind for kind in _PLAIN if computes_as(module, kind)), None)

@@ -14,7 +14,7 @@ from lowbit.engine import lower, operations
 from lowbit.errors import LowbitError
 from lowbit.models import create
 from lowbit.nn import QuantConfig
-from lowbit.nn.packed import PackedLayer
+from lowbit.nn.packed import PackedLayer, is_stored
 from lowbit.quantizers import LSQ, DenseShift, StatsQ
 from lowbit_suite.app import app
 
@@ -191,6 +191,34 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_its_base(kind):
     torch.testing.assert_close(
         lowbit.plan(model, x)(x).reshape(expected.shape), expected, rtol=1e-5, atol=1e-5 * expected.abs().max()
     )
+
+
+class Halved(nn.Linear):
+    """A layer with a forward of its own, which `pack` lets compute with floats."""
+
+    def forward(self, x):
+        return 0.5 * nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("activation", [LSQ(bits=2), LSQ(bits=2, bias=True), LSQ(bits=2, granularity="token")])
+@torch.no_grad()
+def test_the_input_of_a_layer_that_stores_codes_is_rounded(activation):
+    torch.manual_seed(6)
+    x = torch.randn(3, 4, 24)
+    model = packed(wrapped(nn.ReLU(), Halved(24, 5)), x, activation=activation, first_last="same")
+    assert is_stored(model[2]) and not isinstance(model[2], PackedLayer)
+    torch.testing.assert_close(lowbit.plan(model, x)(x), model(x).flatten(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@torch.no_grad()
+def test_hooks_of_others_are_refused(register):
+    model = wrapped(nn.Sequential(nn.ReLU(), nn.GELU()), nn.GELU())
+    x = torch.randn(3, 24)
+    model = packed(model, x, first_last="same")
+    getattr(model[2], register)(lambda *given: None)
+    with pytest.raises(LowbitError, match="has hooks, which plans do not call"):
+        lowbit.plan(model, x)
 
 
 def test_layers_of_timm_that_are_named_like_those_of_torch():
