@@ -76,10 +76,11 @@ def row(uv: str, target: str, interpreter: str, with_suite: bool) -> dict[str, s
         folder = Path(name)
         python = folder / "venv" / "bin" / "python"
         subprocess.run([uv, "venv", "--quiet", "--seed", "--python", interpreter, folder / "venv"], check=True)
-        install = [uv, "pip", "install", "--quiet", "--python", python, "-r", "pyproject.toml", "--extra", "test"]
-        subprocess.run([*install, *options(target)], cwd=ROOT, check=True)
+        install = [uv, "pip", "install", "--quiet", "--python", python]
+        needed = ["-r", "pyproject.toml", "--extra", "test", *options(target)]
+        subprocess.run([*install, *needed], cwd=ROOT, check=True)
         # The project itself, since `python -m lowbit` looks for its command among the installed ones.
-        subprocess.run([*install[:6], "--no-deps", "--editable", ROOT], check=True)
+        subprocess.run([*install, "--no-deps", "--editable", ROOT], check=True)
         found = installed(python)
         print(target, found, flush=True)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -28,17 +28,26 @@ def save(path: Path, **contents: Any) -> None:
     write_atomically(path, lambda file: torch.save(contents, file))
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, or raise a :class:`~lowbit.errors.CheckpointError` that says what to do."""
-    advice = f"delete {path} or start afresh (--fresh, or fresh=True)"
+def read(path: Path, advice: str) -> Any:
+    """Read what torch.save wrote onto the CPU, without executing anything in it.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged or of another kind; the message ends with ``advice``.
+    """
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums that torch.save wrote
             if (damaged := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint ({reason}); {advice}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, or raise a :class:`~lowbit.errors.CheckpointError` that says what to do."""
+    advice = f"delete {path} or start afresh (--fresh, or fresh=True)"
+    contents = read(path, advice)
     if not isinstance(contents, dict) or contents.get("kind") != KIND:
         raise CheckpointError(f"{path} was not written by lowbit's training; {advice}")
     if contents["schema"] != SCHEMA:

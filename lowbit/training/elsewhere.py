@@ -187,7 +187,8 @@ def transformers_callback(callbacks: Sequence[object] = ()) -> "transformers.Tra
         callbacks: callbacks of `lowbit.train`.
 
     Raises:
-        LowbitError: when the training begins: it resumes, callbacks have states, and there is no such file.
+        LowbitError: when the training begins: it resumes, callbacks have states, and there is no such file, or it is
+            damaged.
     """
     with extra("huggingface", "a callback of transformers"):
         import transformers
@@ -230,7 +231,7 @@ def _states(args: Any, state: Any) -> Path:
 def _resume(hooks: Hooks, file: Path, step: int) -> None:
     hooks.done = step
     if file.exists():
-        hooks.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        hooks.load_state_dict(checkpoint.read(file, "resume from another checkpoint, or start afresh"))
     elif any(hasattr(callback, "load_state_dict") for callback in hooks.callbacks):
         raise LowbitError(
             f"{file} is missing: the training resumes at step {step}, and the callbacks' states of then are not there; "

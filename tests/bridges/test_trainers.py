@@ -1,6 +1,7 @@
 """Callbacks and methods in other trainers: each ends with the weights of a plain loop, and callbacks see its steps."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -267,12 +268,19 @@ def test_a_checkpoint_of_transformers_resumes_the_callbacks(tmp_path):
     for mine, theirs in zip(second.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
     assert trackers[2].summary().equals(trackers[0].summary())
-    (file,) = (tmp_path / "half").glob("checkpoint-*/lowbit.pt")
-    file.unlink()
-    with pytest.raises(LowbitError, match=r"lowbit.pt is missing: the training resumes at step"):
-        transformers_trainer(network(), [OscillationTracker(network())], tmp_path / "half").train(
-            resume_from_checkpoint=True
-        )
+    file = min((tmp_path / "half").glob("checkpoint-*/lowbit.pt"))
+    for said in ("lowbit.pt is truncated, damaged", "lowbit.pt is missing: the training resumes at step"):
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        shutil.copytree(file.parent, tmp_path / "broken" / file.parent.name)
+        broken = tmp_path / "broken" / file.parent.name / file.name
+        broken.write_bytes(file.read_bytes()[:100])
+        if "missing" in said:
+            broken.unlink()
+        model = network()
+        with pytest.raises(LowbitError, match=said):
+            transformers_trainer(model, [OscillationTracker(model)], tmp_path / "broken").train(
+                resume_from_checkpoint=True
+            )
 
 
 def test_numbers_reach_tensorboard(tmp_path):
