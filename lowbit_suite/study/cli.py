@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowbit.errors import LowbitError
+
+if TYPE_CHECKING:
+    from lowbit_suite.study.plan import Training
+    from lowbit_suite.study.queue import Done
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -87,7 +91,10 @@ def _signal(number: signal.Signals) -> None:
 
 @app.command()
 def status() -> None:
-    """Show how much of the study is done, what runs here, and how many hours are left on this kind of processor."""
+    """Show how much of the study is done, what runs here, and how many hours are left on this kind of processor.
+
+    The last column but one is what the arms of rank 0, which decide the primary statements, still need.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -98,17 +105,16 @@ def status() -> None:
     everything = tuning.trainings(held, lines)
     ended = queue.current(everything, lines)
     shown = Table(title=f"the study, on this kind of processor ({here})", title_justify="left")
-    for column in ("table", "claims", "trainings", "epochs", "core hours spent", "core hours left here"):
-        shown.add_column(column, justify="left" if column in ("table", "claims") else "right")
+    for column in ("table", "claims", "trainings", "core hours spent", "left, rank 0", "left, all"):
+        shown.add_column(column, justify="left" if column in ("table", "claims") else "right", no_wrap=column == "table")
     for name, table in held.items():
         own = [training for training in everything if training.table == name]
         finished = [training for training in own if training.key in ended]
         spent = sum(line.seconds for training in finished for line in ended[training.key]) / 3600
         left_to_run = [t for t in own if t.key not in ended and t.same is None]
-        times = [(queue.seconds_an_epoch(t, lines, here), t.length) for t in left_to_run]
-        left = "unknown" if any(each is None for each, _ in times) else f"{sum(e * n for e, n in times) / 3600:.1f}"
-        epochs = f"{sum(t.length for t in finished)} of {sum(t.length for t in own)}"
-        shown.add_row(name, ", ".join(table.claims), f"{len(finished)} of {len(own)}", epochs, f"{spent:.1f}", left)
+        first = _hours([training for training in left_to_run if training.rank == 0], lines, here)
+        hours = f"{spent:.1f}", first, _hours(left_to_run, lines, here)
+        shown.add_row(name, ", ".join(table.claims), f"{len(finished)} of {len(own)}", *hours)
     console = Console()
     console.print(shown)
     for name in held:
@@ -122,6 +128,14 @@ def status() -> None:
             )
     if stale := len({line.key for line in lines} - set(ended)):
         console.print(f"{stale} trainings in the journals are of an earlier plan; they are not used", highlight=False)
+
+
+def _hours(trainings: list["Training"], lines: list["Done"], here: str) -> str:
+    """Core hours that ``trainings`` need here, judging by finished ones."""
+    from lowbit_suite.study.queue import seconds_an_epoch
+
+    times = [(seconds_an_epoch(training, lines, here), training.length) for training in trainings]
+    return "unknown" if any(each is None for each, _ in times) else f"{sum(e * n for e, n in times) / 3600:.1f}"
 
 
 @app.command()

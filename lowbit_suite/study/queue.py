@@ -183,9 +183,12 @@ def folder(training: Training) -> Path:
 
 @contextmanager
 def claimed(training: Training) -> Iterator[Path | None]:
-    """Lock a training for this process and give its folder, or None if another process has it."""
+    """Lock a training for this process and give its folder, or None if another process has it.
+
+    The folder is made by the training itself: one that is looked at and left has none.
+    """
     path = folder(training)
-    path.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)

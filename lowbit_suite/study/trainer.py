@@ -50,6 +50,7 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
             if folder is None or not _fits(training, folder, lines, here, deadline) or not missing(training):
                 continue
             _say(f"begins {training}" + (" again" * bool(epochs_done(folder))))
+            folder.mkdir(exist_ok=True)
             source = str(training.run["data"])
             if source not in data:
                 data[source] = training.config().load_data()

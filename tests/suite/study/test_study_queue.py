@@ -93,7 +93,7 @@ def test_kinds(machine, kind):
 
 def test_a_training_that_somebody_has_is_not_given_twice(trainings):
     with queue.claimed(trainings[0]) as mine:
-        assert mine.is_dir()
+        assert mine == queue.folder(trainings[0]) and not mine.exists()  # the training makes it
         with queue.claimed(trainings[0]) as theirs, queue.claimed(trainings[1]) as other:
             assert theirs is None and other != mine
     with queue.claimed(trainings[0]) as again:

@@ -236,6 +236,7 @@ def test_what_would_not_end_in_time_does_not_begin(planned):
             queue.note(one, {"rows": [], "epochs_by_arm": courses}, 3600.0)  # an hour an epoch
     assert trainer.work(time.time() + 1800) == 0
     assert trainer.work(time.time() - 1) == 0
+    assert "begun here" not in study("status").output  # each was looked at and left
 
 
 def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
