@@ -22,10 +22,7 @@ from lowbit.errors import LowbitError
 
 FILE = "tests/mutations.yaml"
 LIMIT = 900  # seconds that the tests of one fault may take
-COPIED = (
-    "lowbit", "lowbit_suite", "benchmarks", "tools", "tests", "notebooks", "data", "configs", "pyproject.toml",
-    "README.md", "results/baselines",
-)  # fmt: skip
+LEFT_OUT = ("build", "results")  # what is made; of the results only the baselines are read by tests
 
 
 @dataclass(frozen=True)
@@ -112,13 +109,7 @@ def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Out
         copy = Path(scratch)
         # Compiled kernels go along, unless a fault is put into their sources.
         stale = ["*.so"] if any(Path(mutation.file).suffix in (".c", ".h") for mutation in mutations) else []
-        for part in COPIED:
-            source, target = root / part, copy / part
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", *stale))
-            elif source.exists():
-                shutil.copy2(source, target)
+        copy_project(root, copy, *stale)
         sound: dict[tuple[str, ...], Outcome] = {}
         for mutation in mutations:
             if mutation.tests not in sound:
@@ -133,6 +124,17 @@ def run(mutations: Sequence[Mutation], root: Path | None = None) -> Iterator[Out
                 yield _ask(mutation, copy)
             finally:
                 changed.write_text(text, encoding="utf-8")
+
+
+def copy_project(root: Path, folder: Path, *without: str) -> None:
+    """Copy into ``folder`` what the tests of the project in ``root`` read, without files that match ``without``."""
+    parts = [path for path in root.iterdir() if path.name[0] != "." and path.name not in LEFT_OUT]
+    for source in [*parts, root / "results" / "baselines"]:
+        target = folder / source.relative_to(root)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", *without))
+        elif source.exists():
+            shutil.copy2(source, target)
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

@@ -106,7 +106,9 @@ def status() -> None:
     ended = queue.current(everything, lines)
     shown = Table(title=f"the study, on this kind of processor ({here})", title_justify="left")
     for column in ("table", "claims", "trainings", "core hours spent", "left, rank 0", "left, all"):
-        shown.add_column(column, justify="left" if column in ("table", "claims") else "right", no_wrap=column == "table")
+        shown.add_column(
+            column, justify="left" if column in ("table", "claims") else "right", no_wrap=column == "table"
+        )
     for name, table in held.items():
         own = [training for training in everything if training.table == name]
         finished = [training for training in own if training.key in ended]

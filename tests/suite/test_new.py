@@ -1,7 +1,6 @@
 """`lowbit new`: what it writes passes the tests, what it refuses leaves nothing behind."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,13 +134,7 @@ def test_a_skeleton_that_does_not_run_is_not_kept(sources, monkeypatch):
 def copy(tmp_path_factory):
     """A copy of the project with a new notebook and a new quantizer in it, and a function that runs a command there."""
     folder = tmp_path_factory.mktemp("copy")
-    for part in mutation.COPIED:
-        source, target = SOURCES / part, folder / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy2(source, target)
+    mutation.copy_project(SOURCES, folder)
     given = os.environ | {"LOWBIT_PROJECT": str(folder), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     given["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 

@@ -52,6 +52,20 @@ def test_caught_survived_and_the_sources_stay(small, tmp_path):
     assert (tmp_path / "lowbit/sum.py").read_text() == before
 
 
+def test_the_copy_has_every_folder_of_the_project_but_what_is_made(small, tmp_path, tmp_path_factory):
+    small({})
+    for name in ("examples/a.c", "results/baselines/b.json", "results/table.csv", "build/c", ".venv/d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    copy = tmp_path_factory.mktemp("copy")
+    mutation.copy_project(tmp_path, copy)
+    assert (copy / "examples/a.c").exists() and (copy / "results/baselines/b.json").exists()
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "examples", "lowbit", "notebooks", "pyproject.toml", "results", "tests",
+    ]  # fmt: skip
+    assert [path.name for path in (copy / "results").iterdir()] == ["baselines"]
+
+
 @pytest.mark.parametrize("file", ["lowbit/sum.py", "lowbit/sum.c"])
 def test_compiled_kernels_go_along_unless_their_sources_are_changed(small, tmp_path, file):
     (tmp_path / "lowbit/sum.c").write_text("a + b")
