@@ -124,7 +124,9 @@ def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Tra
     A block (same table, budget and seed) stays on the kind of processor on which it began. Blocks of another kind come
     up only when nothing else is left. Lower ranks come first. Then tables take turns: the table with the smallest
     finished share comes first. Within a table lower seeds come first, then short budgets. Trainings that wait for a
-    learning rate, or that equal a training of another table, are left out.
+    learning rate, or that equal a training of another table, are left out. Of one seed the full-precision twins come
+    first, at all budgets: only they tell whether a budget is long enough, and so whether its other arms are worth their
+    hours.
     """
     ended = current(trainings, lines)
     begun: dict[tuple, set[str]] = {}
@@ -148,7 +150,7 @@ def _in_turns(left: list[Training], trainings: list[Training], ended: dict[Key, 
     queues: dict[str, list[Training]] = {}
     ordered: list[Training] = []
     for rank in sorted({training.rank for training in left}):
-        for training in sorted(left, key=lambda t: (t.seed, t.epochs)):
+        for training in sorted(left, key=lambda t: (t.seed, t.bits < 32, t.epochs)):
             if training.rank == rank:
                 queues.setdefault(training.table, []).append(training)
         while queues:

@@ -90,8 +90,8 @@ def test_the_plan_of_the_project_is_valid_and_names_every_training_once(monkeypa
 BEGUN = {
     "detection": "edebee459222",
     "ofq": "1b60f02483ba",
-    "shelf": "9cbb58332e64",
-    "shift": "45f01879862e",
+    "shelf": "7ce3aaa3fb03",
+    "shift": "9f3fe1501b35",
     "speech": "e5a766a8823a",
     "transfer": "c2983f2289dd",
 }

@@ -46,6 +46,13 @@ def test_secondary_arms_wait_for_the_primary_ones(trainings):
     assert [t.seed for t in order[:-2]] == sorted(t.seed for t in order[:-2])
 
 
+def test_the_twins_of_a_seed_come_before_its_other_arms(trainings):
+    order = [t for t in queue.waiting(trainings, [], "avx2") if t.table == "shift" and t.rank == 0 and t.seed == 0]
+    twins = [t for t in order if t.bits == 32]
+    assert order[: len(twins)] == twins and len({t.epochs for t in twins}) > 1
+    assert [t.epochs for t in order[len(twins) :]] == sorted(t.epochs for t in order[len(twins) :])
+
+
 def test_a_block_stays_on_the_kind_of_processor_where_it_began(trainings):
     first = next(t for t in trainings if t.block == ("shift", 1, 0))
     order = queue.waiting(trainings, [ended(first, "bf16")], "avx2")
