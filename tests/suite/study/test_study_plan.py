@@ -92,7 +92,7 @@ BEGUN = {
     "ofq": "1b60f02483ba",
     "shelf": "7ce3aaa3fb03",
     "shift": "9f3fe1501b35",
-    "speech": "e5a766a8823a",
+    "speech": "62e9ee7ac852",
     "transfer": "c2983f2289dd",
 }
 
