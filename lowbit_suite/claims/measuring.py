@@ -30,6 +30,7 @@ class Measured:
         table: path of the rows, relative to the project; None if there is no such file.
         missing: why nothing is measured; empty otherwise.
         note: the pairs that were left out, or how many checks hold.
+        pairs: the difference of each pair, whose mean is the effect; empty for slopes.
     """
 
     effect: Effect | None = None
@@ -37,6 +38,7 @@ class Measured:
     table: str | None = None
     missing: str = ""
     note: str = ""
+    pairs: tuple[float, ...] = ()
 
 
 def measure(item: dict[str, Any], folder: Path, growing: bool = False) -> Measured:
@@ -91,10 +93,9 @@ def _measure(item: dict[str, Any], frame: "pandas.DataFrame", shown: str, growin
     if effect is None:
         budgets = f" at {LEAST_BUDGETS} budgets" if "slope" in item else ""
         return Measured(table=shown, missing=f"none of the {counted} in {name} has both arms{budgets}")
-    left_out = ", ".join(map(str, sorted(left)))
-    return Measured(
-        effect, table=shown, note=f"left out because their pair is missing: {counted} {left_out}" if left else ""
-    )
+    pairs = () if "slope" in item else (sides[0] if len(sides) == 1 else (sides[0] - sides[1]).dropna())
+    note = f"left out because their pair is missing: {counted} {', '.join(map(str, sorted(left)))}" if left else ""
+    return Measured(effect, table=shown, note=note, pairs=tuple(map(float, pairs)))
 
 
 def _trend(a: "pandas.Series", b: "pandas.Series", unit: str, counted: str) -> tuple[Effect | None, set]:

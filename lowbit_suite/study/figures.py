@@ -1,5 +1,6 @@
 """One figure per claim: its effects against the length of training, with intervals and the line of no effect."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from lowbit import paths
 from lowbit_suite import claims, plotting
 from lowbit_suite.claims import measuring
 from lowbit_suite.study import collected
+
+LEAST = 3
+"""Smallest number of seeds whose interval is drawn: that of two is some thirteen times as wide as their distance."""
 
 
 def folder() -> Path:
@@ -49,12 +53,14 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
         return None
     plotting.use_style()
     units = list(dict.fromkeys((item["value"], item["unit"]) for item, _ in found))
-    figure, axes = plt.subplots(1, len(units), figsize=(6.5 * len(units), 4.2), squeeze=False)
+    looks = plotting.looks(item["says"] for item, _ in found)
+    labels = {item["says"]: f"{item['says']}{_trend(item, where)}" for item, _ in found}
+    legend = 0.19 * sum(1.3 + text.count("\n") for text in labels.values())  # its height in inches
+    figure, axes = plt.subplots(1, len(units), figsize=(6.5 * len(units), 3.7 + legend), squeeze=False)
     for ax, (value, unit) in zip(axes[0], units, strict=True):
         own = [(item, frame) for item, frame in found if (item["value"], item["unit"]) == (value, unit)]
-        looks = plotting.looks(item["says"] for item, _ in own)
         for place, (item, frame) in enumerate(own):
-            _line(ax, place, looks[item["says"]], f"{item['says']}{_trend(item, where)}", frame)
+            _line(ax, place, looks[item["says"]], labels[item["says"]], frame)
         ax.axhline(0, color=plotting.INK, linewidth=1)
         for margin in {item.get("margin", 0) for item, _ in own} - {0}:
             ax.axhline(-margin, color=plotting.GREY, linewidth=1, linestyle=":")
@@ -63,9 +69,12 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
         ax.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
         ax.minorticks_off()
         ax.margins(x=0.12)
+        if len(ticks) == 1:
+            ax.set_xlim(ticks[0] / 2, ticks[0] * 2)
         ax.set(xlabel="training steps", ylabel=f"difference in {value.partition(',')[0]}, {unit or 'no unit'}")
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize="small", frameon=False)
-    figure.suptitle(f"{claim['id']}: {claim['claim']}", fontsize="medium")
+    figure.legend(loc="outside lower left", fontsize="small", frameon=False)
+    title = textwrap.fill(f"{claim['id']}: {claim['claim']}", 66 * len(units))
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
@@ -77,7 +86,8 @@ def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
         where: the folder of the study's tables.
 
     Returns:
-        The columns ``steps``, ``mean``, ``low``, ``high`` and ``n``, the number of seeds.
+        The columns ``steps``, ``mean``, ``low``, ``high``, ``n``, the number of seeds, and ``pairs``, the difference of
+        each.
     """
     frame = measuring.read(where, item["table"])
     budgets = [] if frame is None or "steps" not in frame else sorted(frame.steps.dropna().unique())
@@ -86,10 +96,8 @@ def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
         measured = measuring.measure({**item, "at": f"steps == {steps}"}, where, growing=True)
         if measured.effect is not None:
             effect = measured.effect
-            rows.append(
-                {"steps": int(steps), "mean": effect.mean, "low": effect.low, "high": effect.high, "n": effect.n}
-            )
-    return pd.DataFrame(rows, columns=["steps", "mean", "low", "high", "n"])
+            rows.append((int(steps), effect.mean, effect.low, effect.high, effect.n, measured.pairs))
+    return pd.DataFrame(rows, columns=["steps", "mean", "low", "high", "n", "pairs"])
 
 
 def _trend(item: dict[str, Any], where: Path) -> str:
@@ -100,9 +108,15 @@ def _trend(item: dict[str, Any], where: Path) -> str:
 
 
 def _line(ax: plt.Axes, place: int, look: plotting.Look, label: str, frame: pd.DataFrame) -> None:
-    """Draw one statement, shifted a little by its place. Lengths with fewer than five seeds get hollow markers."""
+    """Draw one statement, shifted a little by its place, over a dot for each seed.
+
+    Lengths with fewer than five seeds get hollow markers; with fewer than `LEAST`, no interval.
+    """
     steps = frame.steps * 2 ** (0.06 * place)
-    bars = [frame["mean"] - frame.low, frame.high - frame["mean"]]
+    for at, pairs in zip(steps, frame.pairs, strict=True):
+        ax.plot([at] * len(pairs), pairs, ".", color=look.color, markersize=4, alpha=0.4)
+    known = frame.n >= LEAST
+    bars = [(frame["mean"] - frame.low).where(known), (frame.high - frame["mean"]).where(known)]
     style = look.line | {"marker": None}
     ax.errorbar(steps, frame["mean"], bars, **style, capsize=3, linewidth=1.2, label=label)
     for few in (False, True):

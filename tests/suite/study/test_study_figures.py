@@ -50,7 +50,18 @@ def test_a_picture_shows_every_effect_and_the_line_of_none(project):
     assert any(list(line.get_ydata()) == [0, 0] for line in ax.lines)  # no effect
     few = [line for line in ax.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in few] == [[30459]]
-    assert "slope for each doubling: +0.5 (95 %" in ax.get_legend().get_texts()[0].get_text()
+    assert "slope for each doubling: +0.5 (95 %" in figure.legends[0].get_texts()[0].get_text()
+
+
+def test_two_seeds_are_shown_as_dots_and_have_no_interval(project):
+    table(((3, 5), (10, 2)))
+    figure = figures.draw(claim(), collected.folder())
+    (ax,) = figure.axes
+    dots = {line.get_xdata()[0]: list(line.get_ydata()) for line in ax.lines if line.get_marker() == "."}
+    assert [len(dots[steps]) for steps in (2343, 7810)] == [5, 2]
+    assert dots[7810] == pytest.approx([0.5 * np.log2(10), 0.5 * np.log2(10) + 0.1])
+    (intervals,) = ax.containers[0].lines[2]
+    assert [part[0, 0] for part in intervals.get_segments() if len(part)] == [2343]
 
 
 def test_claims_without_a_row_have_no_picture(project):

@@ -93,7 +93,7 @@ BEGUN = {
     "shelf": "7ce3aaa3fb03",
     "shift": "9f3fe1501b35",
     "speech": "62e9ee7ac852",
-    "transfer": "c2983f2289dd",
+    "transfer": "73c494979dbb",
 }
 
 
