@@ -25,7 +25,7 @@ PYTEST_ARGS ?=
 JUNIT ?=
 
 # make runner: build lowbit-run, which runs plans without Python
-.PHONY: runner setup suite test lint lab bench notebooks lock site links launch versions clean
+.PHONY: runner setup suite test lint lab fuzz bench notebooks lock site links launch versions clean
 
 setup: $(VENV)/.installed lowbit/kernels/_native.so
 
@@ -70,6 +70,11 @@ lab: setup
 # What runs plans without Python: build/lowbit-run and build/liblowbit.a. CC names the compiler, also one for another processor.
 runner:
 	$(PYTHON) lowbit/kernels/build.py --runner build
+
+# Damaged plan files, guided by coverage; needs clang. A finding is left in build/fuzz.
+MINUTES := 30
+fuzz: setup
+	$(BIN)/python -m tools.fuzz --minutes $(MINUTES)
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[bench]'

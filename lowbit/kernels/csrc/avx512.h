@@ -143,7 +143,7 @@ LB_INLINE void lb_finish512(const lb_job *job, int64_t row, const int rows, int6
   int64_t at = row * outputs + n0;
   if (left >= 16 && has_bias && !relu && !next && out && out_type == LB_FLOAT32 && (!add || add_type == LB_FLOAT32)) {
     float *to = (float *)out + at; /* most of a transformer's outputs: no branch for each row */
-    const float *more = (const float *)add + at;
+    const float *more = add ? (const float *)add + at : to;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++, to += outputs, more += outputs) {
       __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r * step], correction));
