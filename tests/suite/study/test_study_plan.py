@@ -92,7 +92,7 @@ BEGUN = {
     "ofq": "1b60f02483ba",
     "shelf": "7ce3aaa3fb03",
     "shift": "9f3fe1501b35",
-    "speech": "62e9ee7ac852",
+    "speech": "ce525945c8e0",
     "transfer": "73c494979dbb",
 }
 
