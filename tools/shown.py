@@ -1,19 +1,24 @@
 """Update the claims that notebooks show without executing the notebooks: ``python -m tools.shown NB...``.
 
-A cell that ends with ``claims.show("D1")`` prints what ``lowbit claims`` wrote, so its output can be replaced alone.
+A cell that ends with ``claims.show("D1")`` displays what ``lowbit claims`` and ``lowbit study tables`` wrote, so its
+outputs can be replaced alone.
 A test fails while a stored output differs from the record.
 """
 
 import ast
+import copy
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
+from IPython.core.formatters import DisplayFormatter
+from nbformat.v4 import new_output
 
 from lowbit_suite import claims
 from lowbit_suite.command import plain_errors
+from tools.tidy import tidy
 
 SHOW = re.compile(r"^claims\.show\((.+)\)$", re.MULTILINE)
 
@@ -27,13 +32,13 @@ def cells(notebook: nbformat.NotebookNode) -> Iterator[tuple[int, list[str]]]:
 
 def refresh(notebook: nbformat.NotebookNode) -> bool:
     """Replace the outputs of these cells in place, and return whether any has changed."""
-    changed = False
+    before = copy.deepcopy(notebook.cells)
     for place, ids in cells(notebook):
-        (output,) = notebook.cells[place].outputs
-        text = claims.show(*ids).data
-        changed |= output.data["text/markdown"] != text
-        output.data["text/markdown"] = text
-    return changed
+        formatted = (DisplayFormatter().format(output) for output in claims.outputs(*ids))
+        notebook.cells[place].outputs = [new_output("display_data", data, metadata=about) for data, about in formatted]
+        notebook.cells[place].execution_count = before[place].execution_count
+    tidy(notebook)
+    return notebook.cells != before
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.metrics.statistics import EXPECTED, detectable, p_against, verdict
 from lowbit_suite import profiles
 from lowbit_suite.claims import conditions, measuring
-from lowbit_suite.claims.text import markdown, show, write
+from lowbit_suite.claims.text import markdown, outputs, show, write
 from lowbit_suite.claims.verdicts import (
     DIRECTIONS,
     LOOK,
@@ -39,7 +39,7 @@ from lowbit_suite.records import journal
 
 __all__ = [
     "FILE", "MAIN", "Claim", "Statement", "aim", "combine", "correct", "effect", "judge", "judge_all", "judge_run",
-    "judged", "judgment", "load", "looks", "markdown", "outcome", "read", "show", "write",
+    "judged", "judgment", "load", "looks", "markdown", "outcome", "outputs", "read", "show", "write",
 ]  # fmt: skip
 
 FILE = "claims.yaml"

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING
 
 from lowbit import paths
 from lowbit.errors import LowbitError
+from lowbit_suite import profiles
 from lowbit_suite.claims import anchors, verdicts
 from lowbit_suite.claims.verdicts import Claim, Statement, effect, judgment, outcome
 from lowbit_suite.records import journal
 
 if TYPE_CHECKING:
-    from IPython.display import Markdown
+    from IPython.display import Image, Markdown
+
+LEGEND = "mean with 95 % interval, hollow with fewer than five seeds; a dot is one pair of trainings, the dotted line the margin"
+"""What the study's figures show."""
 
 INTRODUCTION = """\
 # The claims, judged
@@ -166,8 +170,8 @@ def _link(path: str) -> Path:
     return Path(path).relative_to("results") if path.startswith("results/") else Path(path)
 
 
-def show(*ids: str, folder: Path | None = None) -> "Markdown":
-    """The last results of ``lowbit claims`` on these claims, for a notebook: verdict, conditions and looks.
+def show(*ids: str, folder: Path | None = None) -> None:
+    """Display the last results of ``lowbit claims`` on these claims: verdict, conditions, looks, the study's figures.
 
     Args:
         ids: ids of claims, such as ``"D1"``.
@@ -176,11 +180,20 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
     Raises:
         LowbitError: the file has no judgment of a claim.
     """
-    from IPython.display import Markdown
+    from IPython.display import display
+
+    display(*outputs(*ids, folder=folder))
+
+
+def outputs(*ids: str, folder: Path | None = None) -> "list[Markdown | Image]":
+    """What `show` displays: one text, and then the figure of each claim that the study has drawn."""
+    from IPython.display import Image, Markdown
+
+    from lowbit_suite.plotting import alt_text
 
     everything = verdicts.read(folder or paths.recorded("claims.json").parent)
     judged = verdicts.judged(everything)
-    lines = []
+    lines, pictures = [], []
     for id in ids:
         if id not in judged:
             there = ", ".join(judged) or "none"
@@ -197,7 +210,11 @@ def show(*ids: str, folder: Path | None = None) -> "Markdown":
         lines += [
             line for look in others for line in ("", f"*A look at {look.profile} ({look.dataset}):* {_cell(look)}.")
         ]
-    return Markdown("\n".join(lines).lstrip())
+        drawn = paths.recorded(f"figures/{profiles.STUDY}/{id}.png")
+        pictures += [Image(drawn.read_bytes(), width=700, alt=alt_text(drawn))] if drawn.exists() else []
+    if pictures:
+        lines += ["", f"The study's effect{'s' * (len(ids) > 1)} by length of training: {LEGEND}."]
+    return [Markdown("\n".join(lines).lstrip()), *pictures]
 
 
 def _source(claim: Claim) -> list[str]:

@@ -36,10 +36,7 @@ def run(
     """
     from lowbit_suite.study import plan, queue
 
-    held = plan.load()
-    if unknown := sorted(set(table or ()) - set(held)):
-        raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(held)}")
-    list(plan.trainings(held))  # refuses an invalid plan before anything starts
+    list(plan.trainings(plan.chosen(table or ())))  # refuses an invalid plan before anything starts
     deadline = math.inf if hours is None else time.time() + 3600 * hours
     command = [sys.executable, "-m", "lowbit_suite.study.trainer", "--deadline", str(deadline)]
     command += [word for name in table or () for word in ("--table", name)]
@@ -141,11 +138,11 @@ def _hours(trainings: list["Training"], lines: list["Done"], here: str) -> str:
 
 
 @app.command()
-def tables() -> None:
+def tables(table: TableOption = None) -> None:
     """Write results/tables/study from the journals, for 'lowbit claims', and draw each claim's effect by budget."""
     from lowbit_suite.running.run_json import show_path
     from lowbit_suite.study import collected as made
     from lowbit_suite.study import figures
 
-    for path in [*made.write(), *figures.write()]:
+    for path in [*made.write(table or ()), *figures.write()]:
         print(show_path(path))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,8 +19,8 @@ def folder() -> Path:
     return paths.results() / "tables" / "study"
 
 
-def write() -> list[Path]:
-    """Write every table of the plan that has a finished training, and return the files.
+def write(tables: Sequence[str] = ()) -> list[Path]:
+    """Write every table of the plan that has a finished training, or only these ``tables``, and return the files.
 
     Each table gets a run card: its plan, the number of trainings on each kind of processor, commits, versions, and the
     command.
@@ -30,7 +31,7 @@ def write() -> list[Path]:
     ended = queue.current(everything, lines)
     tried = tuning.choices(held, lines).values()
     written = []
-    for name, table in held.items():
+    for name, table in plan.chosen(tables).items():
         trainings = [training for training in everything if training.table == name]
         if isinstance(table, Derived) and table.factors:
             of_table = [choice for choice in tried if choice.trials[0].table == name]

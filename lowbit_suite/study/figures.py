@@ -34,7 +34,8 @@ def write() -> list[Path]:
         figure = draw(claim, collected.folder())
         if figure is not None:
             folder().mkdir(parents=True, exist_ok=True)
-            figure.savefig(picture(claim["id"]), metadata={"Software": None})  # the same bytes with any version
+            about = {"Software": None, "Description": alt(claim, collected.folder())}  # the same bytes with any version
+            figure.savefig(picture(claim["id"]), metadata=about)
             plt.close(figure)
             written.append(picture(claim["id"]))
     return written
@@ -78,6 +79,16 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
     return figure
 
 
+def alt(claim: dict[str, Any], where: Path) -> str:
+    """The figure's text for those who cannot see it: each primary statement's effect at its longest training."""
+    said = []
+    for item in claim["statements"]:
+        if item.get("role") == "primary" and "at" in item and len(frame := effects(item, where)):
+            last = frame.iloc[-1]
+            said.append(f"{item['says']}: {last.effect} after {last.steps:,} steps")
+    return f"Effects of {claim['id']} against training steps. {'; '.join(said)}."
+
+
 def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
     """The effect of a statement at each length of training; with a single seed its bounds are NaN.
 
@@ -86,8 +97,8 @@ def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
         where: the folder of the study's tables.
 
     Returns:
-        The columns ``steps``, ``mean``, ``low``, ``high``, ``n``, the number of seeds, and ``pairs``, the difference of
-        each.
+        The columns ``steps``, ``mean``, ``low``, ``high``, ``n``, the number of seeds, ``pairs``, the difference of
+        each, and ``effect``, the whole as text.
     """
     frame = measuring.read(where, item["table"])
     budgets = [] if frame is None or "steps" not in frame else sorted(frame.steps.dropna().unique())
@@ -96,8 +107,8 @@ def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:
         measured = measuring.measure({**item, "at": f"steps == {steps}"}, where, growing=True)
         if measured.effect is not None:
             effect = measured.effect
-            rows.append((int(steps), effect.mean, effect.low, effect.high, effect.n, measured.pairs))
-    return pd.DataFrame(rows, columns=["steps", "mean", "low", "high", "n", "pairs"])
+            rows.append((int(steps), effect.mean, effect.low, effect.high, effect.n, measured.pairs, str(effect)))
+    return pd.DataFrame(rows, columns=["steps", "mean", "low", "high", "n", "pairs", "effect"])
 
 
 def _trend(item: dict[str, Any], where: Path) -> str:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -317,6 +317,18 @@ def load(path: Path | None = None) -> dict[str, Table]:
                 f"{path.name}: 'tune' or 'correlation' adds a table {name!r} to one of that name; rename it"
             )
     return {name: table for one in [tables, *derived] for name, table in one.items()}
+
+
+def chosen(names: Iterable[str]) -> dict[str, Table]:
+    """The project's tables with these names; without any, all.
+
+    Raises:
+        LowbitError: the plan has no table of such a name.
+    """
+    held = load()
+    if unknown := sorted(set(names) - set(held)):
+        raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(held)}")
+    return {name: held[name] for name in names} or held
 
 
 def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:

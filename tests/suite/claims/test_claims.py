@@ -622,16 +622,17 @@ def test_what_is_written_is_read_again(judged, tmp_path):
 def test_a_notebook_shows_what_was_written(judged, tmp_path):
     claim = judged(rows({2: 3, 3: -3}) + twin(90.0), conditions=["learned"])
     claims.write([claim], tmp_path)
-    shown = claims.show("X1", folder=tmp_path).data
+    (text,) = claims.outputs("X1", folder=tmp_path)
+    shown = text.data
     assert "**X1: it helps.** At study: **not reproduced**." in shown
     for statement in claim.statements:
         assert f"| **{statement.says}** | {claims.effect(statement)} | {statement.verdict} |" in shown
     assert "again: `lowbit run made`" in shown
     assert "- met: the twin reaches 90 %; allowed: at least 80" in shown
     with pytest.raises(LowbitError, match=r"no claim 'D9' \(it has X1\); 'lowbit claims' writes it"):
-        claims.show("D9", folder=tmp_path)
+        claims.outputs("D9", folder=tmp_path)
     with pytest.raises(LowbitError, match=r"it has none"):
-        claims.show("X1", folder=tmp_path / "nowhere")
+        claims.outputs("X1", folder=tmp_path / "nowhere")
 
 
 def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_path, monkeypatch):
@@ -693,7 +694,7 @@ def test_the_notebooks_own_trainings_are_looked_at_and_pass_no_verdict(project, 
         "| **not tested** |  | points to the claim (2 to the claim) | points against it (2 against it) |"
     )
     claims.write(found, project.results)
-    shown = claims.show("X1").data
+    shown = claims.outputs("X1")[0].data
     assert "At study: **not tested**" in shown and "None of its 2 statements is tested yet" in shown
     assert "*A look at desk (desk-data):* points to the claim." in shown
     assert "*A look at embedded (embedded-data):* points against it (2 against it)." in shown

@@ -70,3 +70,17 @@ def test_claims_without_a_row_have_no_picture(project):
     assert figures.write() == []
     table()
     assert figures.write() == [figures.picture("O2")] and figures.picture("O2").stat().st_size > 5000
+
+
+def test_a_notebook_shows_the_picture_with_its_text(project):
+    table()
+    judged = [one for one in claims.judge_all() if one.id == "O2"]
+    claims.write(judged, project.results)
+    (text,) = claims.outputs("O2")
+    assert "by length of training" not in text.data
+    figures.write()
+    text, picture = claims.outputs("O2")
+    assert "The study's effect by length of training: mean with 95 % interval" in text.data
+    assert picture.data == figures.picture("O2").read_bytes()
+    said = "StatsQ is more accurate than LSQ at 2 bits: +2.79 points (95 % interval +2.59 ... +3.00, 4 seeds)"
+    assert picture.alt == f"Effects of O2 against training steps. {said} after 30,459 steps."

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from lowbit import LowbitError
 from lowbit.data import load
 from lowbit.data.base import labels
+from lowbit.errors import LowbitError
 from lowbit_suite.app import app
 from lowbit_suite.study import collected, plan, queue, trainer, training, tuning
 
@@ -242,6 +243,9 @@ def test_the_queue_goes_from_the_trials_to_the_tuned_trainings_and_becomes_table
     trials = queue.done(["shift_rates"])
     assert len(trials) in (3, 4) and {d.key[:5] for d in trials} == {("shift_rates", "S3", 3, 1, 1000)}
     trainer.work()
+    assert [path.name for path in collected.write(["shift_rates"])] == ["shift_rates.csv", "shift_rates.json"]
+    with pytest.raises(LowbitError, match="the study has no table 'shfit'; it has shift"):
+        collected.write(["shfit"])
     names = [path.name for path in collected.write() if path.suffix == ".csv"]
     assert names == ["shift.csv", "shift_rates.csv", "shift_tuned.csv"]
     common, tried, own = (pd.read_csv(collected.folder() / name) for name in names)
