@@ -14,7 +14,7 @@ from lowbit_suite.records import journal
 if TYPE_CHECKING:
     from IPython.display import Image, Markdown
 
-LEGEND = "mean with 95 % interval, hollow with fewer than five seeds; a dot is one pair of trainings, the dotted line the margin"
+LEGEND = "mean with 95 % interval, hollow below five seeds; dots: single pairs of trainings; dotted line: the margin"
 """What the study's figures show."""
 
 INTRODUCTION = """\

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from lowbit import LowbitError
 from lowbit.data import load
 from lowbit.data.base import labels
-from lowbit.errors import LowbitError
 from lowbit_suite.app import app
 from lowbit_suite.study import collected, plan, queue, trainer, training, tuning
 
