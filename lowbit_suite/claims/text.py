@@ -1,5 +1,6 @@
 """Formats the judged claims for ``results/claims.md`` and for the notebooks that show them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,7 @@ def markdown(claims: Sequence[Claim]) -> str:
         for look in verdicts.looks(claims, claim.id):
             lines += ["", f"### Look at {claim.id} at {look.profile}", ""]
             lines += [f"{look.dataset or 'No data'}: {judgment(look)}.", "", *statements(look), *_evidence(look)]
+    lines += study_costs()
     for name in profiles:
         lines += costs(name)
     return "\n".join(lines) + "\n"
@@ -139,6 +141,28 @@ def _pictures(claim: Claim) -> list[Path]:
     numbers = dict.fromkeys(Path(table).name[:3] for table in claim.runs)  # "02_"
     folder = paths.results() / "figures" / claim.profile
     return [path.relative_to(paths.results()) for number in numbers for path in sorted(folder.glob(f"{number}*.png"))]
+
+
+def study_costs() -> list[str]:
+    """The trainings and hours of the study's tables, as lines of a section; empty without tables."""
+    rows = []
+    for path in sorted((paths.results() / "tables" / profiles.STUDY).glob("*.json")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        kinds = ", ".join(f"{count} on {kind}" for kind, count in card["kinds"].items())
+        rows += _row(path.stem, card["settings"]["trainings"], f"{card['core_hours']:.1f}", kinds)
+    if not rows:
+        return []
+    return [
+        "",
+        "## What the study's trainings cost",
+        "",
+        "Each ran on one core. Trainings that are compared with each other (same table, length and seed) ran on the",
+        "same kind of processor, which is named by its fastest arithmetic.",
+        "",
+        *_row("table", "trainings", "core hours", "processors"),
+        "|---|---|---|---|",
+        *rows,
+    ]
 
 
 def costs(profile: str) -> list[str]:

@@ -114,6 +114,7 @@ def _card(name: str, table: Table, trainings: list[Training], chosen: list[Done]
             **table.model_dump(exclude={"arms"}),
         },
         "command": " ".join(["lowbit study run", *(f"--table {table}" for table in (*needed, name))]),
+        "core_hours": round(sum(line.seconds for line in chosen) / 3600, 2),
         "kinds": dict(Counter(line.kind for line in chosen)),
         "commits": sorted({str(line.line["commit"]) for line in chosen}),
         "torch": sorted({str(line.line["torch"]) for line in chosen}),

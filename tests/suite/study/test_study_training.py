@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit_suite.app import app
+from lowbit_suite.claims import text
 from lowbit_suite.study import collected, plan, queue, trainer, training
 
 SHARED = {"arm", "bits", "epochs", "steps", "seed", "accuracy, %", "test loss", "train loss", "seconds"}
@@ -225,6 +226,10 @@ def test_the_queue_is_worked_off_and_becomes_tables(planned):
     assert frame.arm.tolist() == ["full precision", "DenseShift", "DenseShift"] and set(frame.kind) == {queue.kind()}
     assert '"trainings": "3 of 3"' in card.read_text() and "lowbit study run --table shift" in card.read_text()
     assert collected.write() == [table, card] and held
+    hours = sum(line.seconds for line in queue.done(held)) / 3600
+    assert json.loads(card.read_text())["core_hours"] == pytest.approx(hours, abs=0.01)
+    (row,) = [line for line in text.study_costs() if line.startswith("| shift |")]
+    assert row == f"| shift | 3 of 3 | {hours:.1f} | 3 on {queue.kind()} |"
 
 
 def test_what_would_not_end_in_time_does_not_begin(planned):
