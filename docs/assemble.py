@@ -201,8 +201,13 @@ def result_pages(target: Path) -> None:
 
 
 def figures_page() -> str:
-    """Every figure of the accepted desk runs, under the notebook that made it."""
+    """The study's figures by claim, then those of the accepted desk runs under the notebook that made them."""
     lines = [(DOCS / "_figures.md").read_text(encoding="utf-8")]
+    if study := sorted((ROOT / "results" / "figures" / "study").glob("*.png")):
+        lines.append(
+            "\n## The study\n\nEach claim's effect by length of training; [the claims](claims.md) have the numbers.\n"
+        )
+        lines += [f"![Effects of {path.stem} against training steps](figures/study/{path.name})\n" for path in study]
     names = {number(entry["name"]): entry["name"] for part in course() for entry in part["notebooks"]}
     last = None
     for path in sorted((ROOT / "results" / "figures" / "desk").glob("*.png")):

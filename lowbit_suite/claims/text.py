@@ -15,7 +15,10 @@ from lowbit_suite.records import journal
 if TYPE_CHECKING:
     from IPython.display import Image, Markdown
 
-LEGEND = "mean with 95 % interval, hollow below five seeds; dots: single pairs of trainings; dotted line: the margin"
+LEGEND = (
+    "The study's effect by length of training: mean with 95 % interval, hollow below five seeds; a dot is one pair of "
+    "trainings, a dotted line the margin"
+)
 """What the study's figures show."""
 
 INTRODUCTION = """\
@@ -121,7 +124,11 @@ def _evidence(claim: Claim) -> list[str]:
     for table in claim.runs:
         card = (link := _link(table)).with_suffix(".json")
         lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
-    if pictures := _pictures(claim):
+    if (drawn := _figure(claim.id)).exists() and claim.profile == profiles.STUDY:
+        from lowbit_suite.plotting import alt_text
+
+        lines += ["", f"![{alt_text(drawn)}]({drawn.relative_to(paths.results()).as_posix()})", "", f"{LEGEND}."]
+    elif pictures := _pictures(claim):
         lines += ["", "Pictures: " + ", ".join(f"[{path.name}]({path.as_posix()})" for path in pictures)]
     if claim.command:
         lines += ["", f"Again: `{claim.command}`"]
@@ -133,11 +140,13 @@ def _evidence(claim: Claim) -> list[str]:
     return lines
 
 
+def _figure(id: str) -> Path:
+    """The claim's figure from the study, whether it is drawn yet or not."""
+    return paths.results() / "figures" / profiles.STUDY / f"{id}.png"
+
+
 def _pictures(claim: Claim) -> list[Path]:
-    """The claim's figure from the study, else the figures of the notebooks that made its tables; from ``results/``."""
-    own = paths.results() / "figures" / claim.profile / f"{claim.id}.png"
-    if own.exists():
-        return [own.relative_to(paths.results())]
+    """The figures of the notebooks that made the claim's tables; from ``results/``."""
     numbers = dict.fromkeys(Path(table).name[:3] for table in claim.runs)  # "02_"
     folder = paths.results() / "figures" / claim.profile
     return [path.relative_to(paths.results()) for number in numbers for path in sorted(folder.glob(f"{number}*.png"))]
@@ -237,7 +246,7 @@ def outputs(*ids: str, folder: Path | None = None) -> "list[Markdown | Image]":
         drawn = paths.recorded(f"figures/{profiles.STUDY}/{id}.png")
         pictures += [Image(drawn.read_bytes(), width=700, alt=alt_text(drawn))] if drawn.exists() else []
     if pictures:
-        lines += ["", f"The study's effect{'s' * (len(ids) > 1)} by length of training: {LEGEND}."]
+        lines += ["", f"{LEGEND}."]
     return [Markdown("\n".join(lines).lstrip()), *pictures]
 
 

@@ -81,6 +81,7 @@ def test_a_notebook_shows_the_picture_with_its_text(project):
     figures.write()
     text, picture = claims.outputs("O2")
     assert "The study's effect by length of training: mean with 95 % interval" in text.data
+    assert f"![{picture.alt}](figures/study/O2.png)" in claims.markdown(claims.judge_all())
     assert picture.data == figures.picture("O2").read_bytes()
     said = "StatsQ is more accurate than LSQ at 2 bits: +2.79 points (95 % interval +2.59 ... +3.00, 4 seeds)"
     assert picture.alt == f"Effects of O2 against training steps. {said} after 30,459 steps."
