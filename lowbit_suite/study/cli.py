@@ -116,7 +116,9 @@ def status() -> None:
         shown.add_row(name, ", ".join(table.claims), f"{len(finished)} of {len(own)}", *hours)
     console = Console()
     console.print(shown)
-    for name in held:
+    for name, table in held.items():
+        if table.only not in (None, here):
+            console.print(f"{name} waits for a processor of the kind {table.only!r}", highlight=False)
         if arms := {training.arm: 1 for training in everything if training.table == name and training.waits}:
             console.print(f"{name} waits for the rates of {', '.join(arms)}", highlight=False)
     for training in everything:

@@ -16,6 +16,9 @@ from lowbit_suite.study import collected
 LEAST = 3
 """Smallest number of seeds whose interval is drawn: that of two is some thirteen times as wide as their distance."""
 
+ANCHOR = "the paper's length, one seed, on a GPU"
+"""What a star stands for: a point of the table ``<table>_anchor``."""
+
 
 def folder() -> Path:
     """The folder of the figures."""
@@ -58,10 +61,15 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
     labels = {item["says"]: f"{item['says']}{_trend(item, where)}" for item, _ in found}
     legend = 0.19 * sum(1.3 + text.count("\n") for text in labels.values())  # its height in inches
     figure, axes = plt.subplots(1, len(units), figsize=(6.5 * len(units), 3.7 + legend), squeeze=False)
+    handles, anchors = [], []
     for ax, (value, unit) in zip(axes[0], units, strict=True):
         own = [(item, frame) for item, frame in found if (item["value"], item["unit"]) == (value, unit)]
         for place, (item, frame) in enumerate(own):
-            _line(ax, place, looks[item["says"]], labels[item["says"]], frame)
+            handles.append(_line(ax, place, looks[item["says"]], labels[item["says"]], frame))
+            end = effects({**item, "table": f"{item['table']}_anchor"}, where)
+            star = {"marker": "*", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+            (drawn,) = ax.plot(end.steps, end["mean"], **star, color=looks[item["says"]].color, label=ANCHOR)
+            anchors += [drawn] if len(end) else []
         ax.axhline(0, color=plotting.INK, linewidth=1)
         for margin in {item.get("margin", 0) for item, _ in own} - {0}:
             ax.axhline(-margin, color=plotting.GREY, linewidth=1, linestyle=":")
@@ -73,7 +81,7 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
         if len(ticks) == 1:
             ax.set_xlim(ticks[0] / 2, ticks[0] * 2)
         ax.set(xlabel="training steps", ylabel=f"difference in {value.partition(',')[0]}, {unit or 'no unit'}")
-    figure.legend(loc="outside lower left", fontsize="small", frameon=False)
+    figure.legend(handles=handles + anchors[:1], loc="outside lower left", fontsize="small", frameon=False)
     title = textwrap.fill(f"{claim['id']}: {claim['claim']}", 66 * len(units))
     figure.suptitle(title, fontsize="medium")
     return figure
@@ -118,8 +126,8 @@ def _trend(item: dict[str, Any], where: Path) -> str:
     return "" if effect is None else f"\nslope for each doubling: {effect}"
 
 
-def _line(ax: plt.Axes, place: int, look: plotting.Look, label: str, frame: pd.DataFrame) -> None:
-    """Draw one statement, shifted a little by its place, over a dot for each seed.
+def _line(ax: plt.Axes, place: int, look: plotting.Look, label: str, frame: pd.DataFrame) -> Any:
+    """Draw one statement, shifted a little by its place, over a dot for each seed; returns its handle for a legend.
 
     Lengths with fewer than five seeds get hollow markers; with fewer than `LEAST`, no interval.
     """
@@ -129,8 +137,9 @@ def _line(ax: plt.Axes, place: int, look: plotting.Look, label: str, frame: pd.D
     known = frame.n >= LEAST
     bars = [(frame["mean"] - frame.low).where(known), (frame.high - frame["mean"]).where(known)]
     style = look.line | {"marker": None}
-    ax.errorbar(steps, frame["mean"], bars, **style, capsize=3, linewidth=1.2, label=label)
+    handle = ax.errorbar(steps, frame["mean"], bars, **style, capsize=3, linewidth=1.2, label=label)
     for few in (False, True):
         chosen = frame[(frame.n < 5) == few]
         face = plotting.PAPER if few else look.color
         ax.plot(steps[chosen.index], chosen["mean"], **look.points, markerfacecolor=face)
+    return handle

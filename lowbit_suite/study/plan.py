@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -138,6 +138,8 @@ class Table(BaseModel):
         cycle: a place in the run file, such as ``data.speaker``, and its values for seeds 0, 1, 2, ... in turn; it
             becomes a column of the table.
         rank: added to the rank of each arm.
+        only: the kind of processor, as `lowbit_suite.study.queue.kind` names it, that its trainings wait for; None for
+            any.
         arms: the arms by name.
         tune: see `Tune`, or None.
         correlation: see `Correlation`, or None.
@@ -156,6 +158,7 @@ class Table(BaseModel):
     detector: dict[str, Any] | None = None
     cycle: dict[str, Annotated[list[Any], MinLen(1)]] = {}
     rank: int = 0
+    only: Literal["cuda", "bf16", "avx512", "avx2", "other"] | None = None
     arms: dict[str, Arm]
     tune: Tune | None = None
     correlation: Correlation | None = None
@@ -210,7 +213,7 @@ class Training:
         phases: the phases that follow it.
         grid: see `Table`.
         source: the complete run file of the source task, or None.
-        detector, track_source: see `Table`.
+        detector, track_source, only: see `Table`.
         columns: further columns of its rows: the arm's, the seed's value of `Table.cycle`, and a tuned rate.
         rank: rank of the arm.
         common: in tables that a `Tune` adds, the table with the common rate.
@@ -236,6 +239,7 @@ class Training:
     factor: float | None = None
     same: "Training | None" = None
     track_source: bool = False
+    only: str | None = None
 
     @property
     def key(self) -> tuple[str | int | float, ...]:
@@ -414,6 +418,7 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         common=table.common if isinstance(table, Derived) else None,
         trial=isinstance(table, Derived) and bool(table.factors),
         track_source=table.track_source,
+        only=table.only,
     )
     return _checked(made)
 

@@ -123,17 +123,17 @@ def waiting(trainings: list[Training], lines: list[Done], here: str) -> list[Tra
 
     A block (same table, budget and seed) stays on the kind of processor on which it began. Blocks of another kind come
     up only when nothing else is left. Lower ranks come first. Then tables take turns: the table with the smallest
-    finished share comes first. Within a table lower seeds come first, then short budgets. Trainings that wait for a
-    learning rate, or that equal a training of another table, are left out. Of one seed the full-precision twins come
-    first, at all budgets: only they tell whether a budget is long enough, and so whether its other arms are worth their
-    hours.
+    finished share comes first. Within a table lower seeds come first, then short budgets. The full-precision twins of a
+    seed come before its other arms, at all budgets: they tell whether a budget is long enough, and so whether the other
+    arms are worth their hours. Trainings that wait for a learning rate or for another kind of processor, or that equal
+    a training of another table, are left out.
     """
     ended = current(trainings, lines)
     begun: dict[tuple, set[str]] = {}
     for training in trainings:
         for line in ended.get(training.key, []):
             begun.setdefault(training.block, set()).add(line.kind)
-    own_runs = [t for t in trainings if not t.waits and t.same is None]
+    own_runs = [t for t in trainings if not t.waits and t.same is None and t.only in (None, here)]
     left = [t for t in own_runs if not any(line.kind == here for line in ended.get(t.key, []))]
     own = [t for t in left if here in begun.get(t.block, {here})]
     others = [t for t in left if here not in begun.get(t.block, {here}) and t.key not in ended]

@@ -8,7 +8,7 @@ from lowbit_suite import claims
 from lowbit_suite.study import collected, figures
 
 
-def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5))):
+def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5)), name="ofq"):
     """StatsQ is better by 0.5 times log2(epochs), with a little noise that differs from seed to seed."""
     rows = [
         {
@@ -24,7 +24,7 @@ def table(budgets=((3, 5), (10, 5), (39, 4)), arms=(("LSQ", 0.0), ("StatsQ", 0.5
         for seed in range(seeds)
     ]
     collected.folder().mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(collected.folder() / "ofq.csv", index=False)
+    pd.DataFrame(rows).to_csv(collected.folder() / f"{name}.csv", index=False)
 
 
 def claim(id="O2"):
@@ -62,6 +62,18 @@ def test_two_seeds_are_shown_as_dots_and_have_no_interval(project):
     assert dots[7810] == pytest.approx([0.5 * np.log2(10), 0.5 * np.log2(10) + 0.1])
     (intervals,) = ax.containers[0].lines[2]
     assert [part[0, 0] for part in intervals.get_segments() if len(part)] == [2343]
+
+
+def test_one_training_at_the_papers_length_is_a_star_and_changes_nothing_else(project):
+    table()
+    without = figures.draw(claim(), collected.folder())
+    table(((300, 1),), name="ofq_anchor")
+    figure = figures.draw(claim(), collected.folder())
+    (ax,) = figure.axes
+    (star,) = [line for line in ax.lines if line.get_marker() == "*"]
+    assert star.get_xydata().tolist() == [[781 * 300, pytest.approx(0.5 * np.log2(300))]]
+    said = [[text.get_text() for text in one.legends[0].get_texts()] for one in (without, figure)]
+    assert said[1] == [*said[0], figures.ANCHOR]
 
 
 def test_claims_without_a_row_have_no_picture(project):

@@ -53,6 +53,13 @@ def test_the_twins_of_a_seed_come_before_its_other_arms(trainings):
     assert [t.epochs for t in order[len(twins) :]] == sorted(t.epochs for t in order[len(twins) :])
 
 
+def test_a_table_may_wait_for_a_kind_of_processor(planned):
+    held = planned(lambda tree: tree["shift"].update(only="cuda"))
+    trainings = list(plan.trainings(held))
+    assert {t.table for t in queue.waiting(trainings, [], "avx2")} == {"ofq"}
+    assert {t.table for t in queue.waiting(trainings, [], "cuda")} == {"ofq", "shift"}
+
+
 def test_a_block_stays_on_the_kind_of_processor_where_it_began(trainings):
     first = next(t for t in trainings if t.block == ("shift", 1, 0))
     order = queue.waiting(trainings, [ended(first, "bf16")], "avx2")
