@@ -64,7 +64,8 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
     handles, anchors = [], []
     for ax, (value, unit) in zip(axes[0], units, strict=True):
         own = [(item, frame) for item, frame in found if (item["value"], item["unit"]) == (value, unit)]
-        for place, (item, frame) in enumerate(own):
+        for number, (item, frame) in enumerate(own):
+            place = number - (len(own) - 1) / 2
             handles.append(_line(ax, place, looks[item["says"]], labels[item["says"]], frame))
             end = effects({**item, "table": f"{item['table']}_anchor"}, where)
             star = {"marker": "*", "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
@@ -126,7 +127,7 @@ def _trend(item: dict[str, Any], where: Path) -> str:
     return "" if effect is None else f"\nslope for each doubling: {effect}"
 
 
-def _line(ax: plt.Axes, place: int, look: plotting.Look, label: str, frame: pd.DataFrame) -> Any:
+def _line(ax: plt.Axes, place: float, look: plotting.Look, label: str, frame: pd.DataFrame) -> Any:
     """Draw one statement, shifted a little by its place, over a dot for each seed; returns its handle for a legend.
 
     Lengths with fewer than five seeds get hollow markers; with fewer than `LEAST`, no interval.
