@@ -148,7 +148,7 @@ def test_the_picture_is_what_its_script_draws():
 
 
 def test_the_glossary_s_drawings_are_described_as_in_the_notebooks():
-    from lowbit_suite.drawings import ALT
+    from lowbit_suite.chapters.drawings import ALT
 
     page = (DOCS / "glossary.md").read_text()
     shown = dict(re.findall(r'<img src="_static/(\w+)\.svg" alt="([^"]+)"', page))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.extras import extra
 
-with extra("course", "lowbit_suite.question_figures"):
+with extra("course", "lowbit_suite.chapters.question_figures"):
     import matplotlib.pyplot as plt
     import pandas as pd
     import seaborn as sns

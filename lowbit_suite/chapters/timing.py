@@ -11,7 +11,7 @@ import torch
 
 from lowbit.extras import extra
 
-with extra("course", "lowbit_suite.timing"):
+with extra("course", "lowbit_suite.chapters.timing"):
     import pandas as pd
 
 

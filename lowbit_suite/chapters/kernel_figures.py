@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.extras import extra
 
-with extra("course", "lowbit_suite.kernel_figures"):
+with extra("course", "lowbit_suite.chapters.kernel_figures"):
     import matplotlib.pyplot as plt
     import pandas as pd
     from matplotlib.axes import Axes
@@ -133,8 +133,8 @@ def roofline(points: pd.DataFrame, reading: pd.DataFrame, peak: Mapping[str, flo
         points: one row a layer and width: ``size``, ``rows``, ``weights`` (``"in cache"`` or ``"from memory"``),
             ``bits`` (32 for float32), ``read MiB`` (bytes gone through until the same come again), ``GB/s`` and
             ``GOP/s``.
-        reading: `lowbit_suite.timing.reading_speeds`.
-        peak: `lowbit_suite.timing.peaks`.
+        reading: `lowbit_suite.chapters.timing.reading_speeds`.
+        peak: `lowbit_suite.chapters.timing.peaks`.
     """
     figure, axes = plt.subplots(1, 2, figsize=(14, 4.8))
     looks = plotting.looks(points.bits)

@@ -7,7 +7,7 @@ from torch import nn
 import lowbit
 from lowbit.nn import quantized_layers
 from lowbit.quantizers import DenseShift
-from lowbit_suite.latent_annealing import AnnealLatents
+from lowbit_suite.chapters.latent_annealing import AnnealLatents
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from lowbit.engine.runtime import Plan
 from lowbit.extras import extra
 from lowbit.nn.packed import PackedLayer
 
-with extra("course", "lowbit_suite.deploy_figures"):
+with extra("course", "lowbit_suite.chapters.deploy_figures"):
     import matplotlib.pyplot as plt
     import pandas as pd
     from matplotlib.axes import Axes

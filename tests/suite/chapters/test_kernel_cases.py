@@ -3,7 +3,7 @@
 import torch
 
 from lowbit.kernels import reference, shift_linear
-from lowbit_suite import kernel_cases
+from lowbit_suite.chapters import kernel_cases
 
 
 def test_random_layers_cover_every_kind_of_activation_and_are_repeatable():

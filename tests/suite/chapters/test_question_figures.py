@@ -6,7 +6,8 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from lowbit_suite import plotting, question_figures
+from lowbit_suite import plotting
+from lowbit_suite.chapters import question_figures
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Schematic drawings of the course: matplotlib figures that show how a method or a layout is put together.
 
-``python -m lowbit_suite.drawings FOLDER`` writes all of them as SVG.
+``python -m lowbit_suite.chapters.drawings FOLDER`` writes all of them as SVG.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowbit.extras import extra
 
-with extra("course", "lowbit_suite.drawings"):
+with extra("course", "lowbit_suite.chapters.drawings"):
     import matplotlib.pyplot as plt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lowbit_suite import kernel_figures, plotting
+from lowbit_suite import plotting
+from lowbit_suite.chapters import kernel_figures
 
 
 @pytest.fixture(autouse=True)

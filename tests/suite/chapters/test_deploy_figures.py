@@ -12,7 +12,7 @@ import lowbit
 from lowbit.kernels import native
 from lowbit.nn.packed import PackedLayer
 from lowbit.quantizers import LSQ, StatsQ
-from lowbit_suite import deploy_figures, deployed
+from lowbit_suite.chapters import deploy_figures, deployed
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from lowbit_suite import timing
+from lowbit_suite.chapters import timing
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lowbit.functional as F
-from lowbit_suite import drawings
+from lowbit_suite.chapters import drawings
 
 
 @pytest.fixture(params=drawings.DRAWINGS)
