@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lowbit.functional as F
 from lowbit.nn import QuantizedLayer
+from lowbit.training.annealing import RATE
 
 
 class AnnealLatents:
@@ -33,6 +34,11 @@ class AnnealLatents:
     def movable(self) -> float:
         """The share of the latents that may move now."""
         return torch.cat([may.flatten() for may in self.masks()]).double().mean().item()
+
+    def largest_rate(self) -> float:
+        """CGA's rule for the learning rate, as `ConfidenceGuidedAnnealing.largest_rate` has it for StatsQ."""
+        scales = [F.statsq_scale(latent).flatten() for latent in self.latents]
+        return RATE * self.boundary * torch.cat(scales).median().item()
 
     def on_gradients(self, state: Any) -> None:
         """Zero the gradients of the held latents, and keep their values."""

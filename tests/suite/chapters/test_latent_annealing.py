@@ -39,3 +39,10 @@ def test_only_latents_near_zero_move(layers):
 def test_a_range_of_zero_holds_all(layers):
     assert AnnealLatents(layers, 0.0).movable() == 0
     assert 0 < AnnealLatents(layers, 0.05).movable() < AnnealLatents(layers, 0.5).movable() < 1
+
+
+def test_the_largest_rate_is_a_tenth_of_the_range_at_the_median_row(layers):
+    annealing = AnnealLatents(layers[:1], 0.25)
+    for latent in annealing.latents:
+        latent.data = torch.tensor([[1.0, -1.0], [3.0, -3.0], [50.0, -150.0]])  # a row far off does not count
+    assert annealing.largest_rate() == pytest.approx(0.1 * 0.25 * 2 * 3.0)
