@@ -11,9 +11,13 @@ ALIGNED = 64
 FLOATS, MAP = 0, 1
 KINDS = (
     "quantize", "product", "copy", "add", "affine", "pool", "norm", "gelu", "mel", "attention", "depthwise", "round",
-    "matmul", "softmax", "conv", "integer attention",
+    "matmul", "softmax", "conv", "integer attention", "curve", "times",
 )  # fmt: skip
 """The kinds of operations; the index is their number in the file."""
+CURVES = ("gelu", "sigmoid", "silu", "gelu tanh", "hardsigmoid", "hardswish")
+"""Functions of single numbers; the index is their number in the file."""
+EACH, ROW, NUMBER = 0, 1, 2
+"""How the second operand of a sum or product lies: as the first; one row for all rows; or one number for each row."""
 TAIL = 128  # bytes behind a map that products may read
 
 HEADER = np.dtype(

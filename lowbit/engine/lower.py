@@ -7,6 +7,9 @@ does not lie in memory as rows. Integers between layers are not values of their 
 by its step, and the operation before writes it so, if it can.
 """
 
+import inspect
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,10 +121,28 @@ class _Interpreter(fx.Interpreter):
         handler = FUNCTIONS.get(target) or FUNCTIONS.get(getattr(target, "__name__", ""))
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if handler is not None:
-            return handler(self.lowering, *args, **kwargs)
+            result = handler(self.lowering, *args, **kwargs)
+            if _is_in_place(target, handler, args, kwargs):
+                _overwrite(args[0], result)
+            return result
         if name in _VIEWS:
             return _view(target, args, kwargs, self.lowering)
         raise LowbitError(f"{name} is not an operation of plans; lowbit.fuse takes the model as it is")
+
+
+_IN_PLACE = frozenset((operator.iadd, operator.isub, operator.imul, operator.itruediv))
+
+
+def _is_in_place(target: Any, handler: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether the call changes its first argument, for all that read it later."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    given = inspect.signature(handler).bind(None, *args, **kwargs).arguments
+    return target in _IN_PLACE or name.endswith("_") or bool(given.get("inplace"))
+
+
+def _overwrite(x: Any, result: Any) -> None:
+    if isinstance(x, Value) and isinstance(result, Value):
+        x.ids = result.ids
 
 
 def _holds_value(tree: Any) -> bool:
@@ -132,6 +153,7 @@ _VIEWS = frozenset((
     "flatten", "transpose", "permute", "reshape", "view", "unbind", "getitem", "unsqueeze", "squeeze", "contiguous",
     "expand", "chunk", "split", "cat", "concat", "stack", "roll", "movedim", "swapaxes", "detach", "unflatten",
     "select", "narrow", "flip", "repeat", "t", "clone", "tile", "expand_as",
+    "reshape_as", "view_as", "repeat_interleave", "unfold",
 ))  # fmt: skip
 
 
@@ -153,6 +175,8 @@ def _lower_module(lowering: Lowering, name: str, module: nn.Module, args: Any, k
     if len(args) == 1 and not kwargs and isinstance(args[0], Value):
         known = lower_known(lowering, module, args[0])
         if known is not None:
+            if getattr(module, "inplace", False):
+                _overwrite(args[0], known)
             return known
     if module._forward_hooks or any(hook not in HOOKS for hook in module._forward_pre_hooks.values()):
         raise LowbitError(

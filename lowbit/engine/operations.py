@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.engine.attention import integer_attention
-from lowbit.engine.format import Op
+from lowbit.engine.format import CURVES, EACH, NUMBER, ROW, Op
 from lowbit.engine.format import Tensor as Stored
 from lowbit.engine.values import SHIFT, Lowering, Origin, Value
 from lowbit.errors import LowbitError
@@ -143,10 +143,36 @@ def _rows(lowering: Lowering, kind: str, x: Value, **more: Any) -> Value:
     return lowering.value(made, x.shape)
 
 
+def _curve(lowering: Lowering, x: Value, which: str) -> Value:
+    """A function of each number, one of `CURVES`."""
+    order = _memory_order(x.ids)
+    rows = x.ids.permute(order).reshape(-1, x.shape[order[-1]])
+    source, offset, step = lowering.rows_of(rows)
+    made = Stored(1, len(rows), rows.shape[1])
+    number = CURVES.index(which)
+    lowering.add(Op("curve" if number else "gelu", [source], made, n={0: offset, 1: step, 2: number}))
+    lowering.exact &= which.startswith("hard")
+    return _ordered(lowering, made, x.ids, order)
+
+
 def _gelu(lowering: Lowering, x: Value, approximate: str = "none") -> Value:
-    if approximate != "none":
-        raise LowbitError(f"GELU with approximate={approximate!r} is not an operation of plans")
-    return _rows(lowering, "gelu", x)
+    return _curve(lowering, x, "gelu" if approximate == "none" else "gelu tanh")
+
+
+def _sigmoid(lowering: Lowering, x: Value) -> Value:
+    return _curve(lowering, x, "sigmoid")
+
+
+def _silu(lowering: Lowering, x: Value, inplace: bool = False) -> Value:
+    return _curve(lowering, x, "silu")
+
+
+def _hardsigmoid(lowering: Lowering, x: Value, inplace: bool = False) -> Value:
+    return _curve(lowering, x, "hardsigmoid")
+
+
+def _hardswish(lowering: Lowering, x: Value, inplace: bool = False) -> Value:
+    return _curve(lowering, x, "hardswish")
 
 
 def _batch_norm(
@@ -183,25 +209,52 @@ def _layer_norm(
     return _rows(lowering, "norm", x, f={0: eps}, data=data)
 
 
-def _add(lowering: Lowering, a: Any, b: Any, relu: bool = False) -> Any:
+def _add(lowering: Lowering, a: Any, b: Any, relu: bool = False, alpha: float = 1) -> Any:
+    return _pair_op(lowering, "add", a, b if alpha == 1 else _scaled(lowering, lowering.of(b), alpha), relu)
+
+
+def _subtract(lowering: Lowering, a: Any, b: Any) -> Any:
+    return _add(lowering, a, _scaled(lowering, b, -1.0) if isinstance(b, Value) else -b)
+
+
+def _pair_op(lowering: Lowering, kind: str, a: Any, b: Any, relu: bool = False) -> Value:
+    """The sum or product of two: "add" or "times". The second one may repeat along the first or the last dims."""
     a, b = lowering.of(a), lowering.of(b)
-    if lowering.constant(a.ids) is not None:
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    if lowering.constant(a.ids) is not None or (a.shape != shape and lowering.constant(b.ids) is None):
         a, b = b, a
-    ids = torch.broadcast_tensors(a.ids, b.ids)
-    last = ids[0].shape[-1]
-    size = (1, ids[0].numel() // last, last)
-    order = _memory_order(ids[0])
-    first, second = (part.permute(order).flatten() for part in ids)
-    made = Stored(*size)
-    constant = lowering.constant(second)
-    source = lowering.dense(first, size)
-    op = Op("add", [source], made, n={11: int(relu)})
+    ids = a.ids.expand(shape)
+    order = _memory_order(ids)
+    how, places, elements = _repeats(b.ids.expand(shape).permute(order))
+    made = Stored(1, places, ids.numel() // places)
+    op = Op(kind, [lowering.dense(ids.permute(order).flatten(), (1, places, made.channels))], made)
+    op.n = {2: how, 11: int(relu)}
+    constant = lowering.constant(elements)
     if constant is not None:
         op.data[0] = constant
     else:
-        op.inputs.append(lowering.dense(second, size))
+        op.inputs.append(lowering.dense(elements, (1, 1, elements.numel())))
     lowering.add(op)
-    return _ordered(lowering, made, ids[0], order)
+    value = _ordered(lowering, made, ids, order)
+    made.width, made.channels = places, ids.numel() // places
+    return value
+
+
+def _repeats(ids: Tensor) -> tuple[int, int, Tensor]:
+    """How elements ``[places, channels]`` repeat, with as many leading (`ROW`) or trailing (`NUMBER`) dims as possible.
+
+    Returns:
+        `EACH`, `ROW` or `NUMBER`; the number of places; and the elements that are needed, flat.
+    """
+    for dims in range(ids.ndim - 1, 0, -1):
+        rows = ids.reshape(math.prod(ids.shape[:dims]), -1)
+        if len(rows) > 1 and torch.equal(rows, rows[:1].expand_as(rows)):
+            return ROW, len(rows), rows[0]
+    for dims in range(1, ids.ndim):
+        rows = ids.reshape(math.prod(ids.shape[:dims]), -1)
+        if rows.shape[1] > 1 and torch.equal(rows, rows[:, :1].expand_as(rows)):
+            return NUMBER, len(rows), rows[:, 0]
+    return EACH, ids.numel() // ids.shape[-1] if ids.ndim else 1, ids.flatten()
 
 
 def _memory_order(ids: Tensor) -> list[int]:
@@ -277,7 +330,7 @@ def _pool(
     size = _out_size((height, width), kernel, stride, padding, (1, 1))
     source = lowering.dense(ids, (height, width, channels))
     if (source.height, source.width) != (height, width):  # its lines are not the image's
-        source = lowering.copy(ids.flatten(), (height, width, channels))
+        source = _as_image(lowering, source, height, width) or lowering.copy(ids.flatten(), (height, width, channels))
     made = Stored(size[0], size[1], channels)
     numbers = {2: int(largest), **dict(enumerate([*kernel, *stride, *padding, 1, 1, divisor], 3))}
     lowering.add(Op("pool", [source], made, n=numbers))
@@ -286,8 +339,28 @@ def _pool(
     return _back(lowering, made)
 
 
+def _as_image(lowering: Lowering, source: Stored, height: int, width: int) -> Stored | None:
+    """A tensor of rows as one of lines and places, if nothing else depends on its lines; otherwise None."""
+    read = any(source in op.inputs for op in lowering.ops if op.kind == "pool")
+    made = lowering.made.get(source)
+    if read or source.channels * height * width != source.rows * source.channels or made is None or made.kind == "mel":
+        return None
+    source.height, source.width = height, width
+    return source
+
+
 def _pair(value: Any) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
+
+
+def _beyond(x: Value, kernel: list[int], stride: list[int], padding: list[int]) -> list[int]:
+    """How many more lines and places the last windows of ``ceil_mode`` reach: 0 where they start outside the image."""
+    more = []
+    for size, k, s, p in zip(x.shape[2:], kernel, stride, padding, strict=True):
+        windows = -(-(size + 2 * p - k) // s)
+        windows -= windows * s >= size + p
+        more.append(max(0, windows * s + k - size - 2 * p))
+    return more
 
 
 def _max_pool2d(
@@ -300,10 +373,15 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Value:
-    if ceil_mode or return_indices or _pair(dilation) != [1, 1]:
-        raise LowbitError("max-pooling with ceil_mode, dilation or indices is not an operation of plans")
-    kernel = _pair(kernel_size)
-    return _pool(lowering, x, kernel, _pair(stride) if stride else kernel, _pair(padding), largest=True)
+    if return_indices or _pair(dilation) != [1, 1]:
+        raise LowbitError("max-pooling with dilation or indices is not an operation of plans")
+    kernel, pads = _pair(kernel_size), _pair(padding)
+    strides = _pair(stride) if stride else kernel
+    more = _beyond(x, kernel, strides, pads) if ceil_mode else [0, 0]
+    if any(more):
+        x = _pad(lowering, x, (pads[1], pads[1] + more[1], pads[0], pads[0] + more[0]), value=-math.inf)
+        pads = [0, 0]
+    return _pool(lowering, x, kernel, strides, pads, largest=True)
 
 
 def _avg_pool2d(
@@ -316,11 +394,12 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Value:
-    if ceil_mode:
-        raise LowbitError("average pooling with ceil_mode is not an operation of plans")
-    kernel = _pair(kernel_size)
+    kernel, pads = _pair(kernel_size), _pair(padding)
+    strides = _pair(stride) if stride else kernel
+    if ceil_mode and any(_beyond(x, kernel, strides, pads)):
+        raise LowbitError("average pooling with ceil_mode beyond the image is not an operation of plans")
     divisor = divisor_override or (kernel[0] * kernel[1] if count_include_pad else 0)
-    return _pool(lowering, x, kernel, _pair(stride) if stride else kernel, _pair(padding), divisor=divisor)
+    return _pool(lowering, x, kernel, strides, pads, divisor=divisor)
 
 
 def _adaptive_avg_pool2d(lowering: Lowering, x: Value, output_size: Any) -> Value:
@@ -331,15 +410,65 @@ def _adaptive_avg_pool2d(lowering: Lowering, x: Value, output_size: Any) -> Valu
     return _pool(lowering, x, kernel, kernel)
 
 
-def _mean(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+def _over_dims(
+    lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None, **options: Any
+) -> Value:
+    """The mean over dims, as a pool whose window is all of them; ``options``: of `_pool`."""
     dims = sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else list(dim or range(x.ndim))))
     rest = [d for d in range(x.ndim) if d not in dims]
     if not rest or 0 in dims or len(x.shape) != len(x.ids.shape) or x.shape[0] != 1:
-        raise LowbitError("a mean over the batch is not an operation of plans")
-    ids = x.ids.permute(*dims, *rest).reshape(math.prod(x.shape[d] for d in dims), -1)
-    pooled = _pool(lowering, Value(ids.t()[None, :, :, None]), (len(ids), 1), (1, 1))
+        raise LowbitError("a mean, sum or maximum over the batch is not an operation of plans")
     shape = [1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims]
+    if dims == [2, 3] and x.ndim == 4:
+        pooled = _pool(lowering, x, x.shape[2:], x.shape[2:], **options)
+    else:
+        ids = x.ids.permute(*dims, *rest).reshape(math.prod(x.shape[d] for d in dims), -1)
+        pooled = _pool(lowering, Value(ids.t()[None, :, :, None]), (len(ids), 1), (1, 1), **options)
     return Value(pooled.ids.reshape(shape))
+
+
+def _sum(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _over_dims(lowering, x, dim, keepdim, divisor=1)
+
+
+def _amax(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _over_dims(lowering, x, dim, keepdim, largest=True)
+
+
+def _group_norm(
+    lowering: Lowering,
+    x: Value,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Value:
+    order = _memory_order(x.ids) if num_groups == 1 else list(range(x.ndim))
+    ids = x.ids.permute(order)
+    rows = _rows(lowering, "norm", Value(ids.reshape(num_groups, -1)), f={0: eps})
+    normed = Value(rows.ids.reshape(ids.shape).permute([order.index(d) for d in range(x.ndim)]))
+    if weight is None and bias is None:
+        return normed
+    gain, shift = (None if t is None else t.detach().float().numpy() for t in (weight, bias))
+    return _affine(lowering, normed, gain, shift, dim=1)
+
+
+def _leaky_relu(lowering: Lowering, x: Value, negative_slope: float = 0.01, inplace: bool = False) -> Value:
+    """The same bits as PyTorch's: one of the two summands is zero."""
+    below = _scaled(lowering, _relu(lowering, _scaled(lowering, x, -1.0)), -negative_slope)
+    return _add(lowering, _relu(lowering, x), below)
+
+
+def _interpolate(
+    lowering: Lowering, x: Value, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **others: Any
+) -> Value:
+    factors = [1, 1]
+    if x.ndim == 4:
+        wanted = _pair(size) if size is not None else [int(n * f) for n, f in zip(x.shape[2:], (scale_factor,) * 2)]
+        factors = [w // n for w, n in zip(wanted, x.shape[2:], strict=True)]
+    if mode != "nearest" or x.ndim != 4 or [f * n for f, n in zip(factors, x.shape[2:], strict=True)] != wanted:
+        raise LowbitError("an interpolation but that of nearest places, by an integer, is not an operation of plans")
+    return Value(x.ids.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3))
 
 
 def _attention(
@@ -355,6 +484,9 @@ def _attention(
 ) -> Value:
     if dropout_p or is_causal or any(others.values()):
         raise LowbitError("causal attention is not an operation of plans")
+    if attn_mask is None and q.ndim > 4 and q.shape == k.shape == v.shape:  # windows are heads too
+        flat = (Value(x.ids.flatten(0, -3)[None]) for x in (q, k, v))
+        return Value(_attention(lowering, *flat, scale=scale).ids.reshape(q.shape))
     if attn_mask is not None or len(q.ids) != 1 or not q.shape == k.shape == v.shape:
         return _masked_attention(lowering, q, k, v, attn_mask, scale)
     if not q.shape == k.shape == v.shape or q.ndim != 4 or len(q.ids) != 1:
@@ -429,7 +561,9 @@ def _float_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
     if isinstance(layer, nn.Linear):
         return _float_linear(lowering, x, layer.weight, layer.bias)
     if layer.padding_mode != "zeros":
-        raise LowbitError(f"a convolution in full precision with padding_mode={layer.padding_mode!r}")
+        raise LowbitError(
+            f"a convolution in full precision with padding_mode={layer.padding_mode!r} is not an operation of plans"
+        )
     return _float_conv2d(
         lowering, x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
     )
@@ -451,10 +585,10 @@ def _float_conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
-    if groups != 1 or isinstance(padding, str):
-        raise LowbitError("a convolution in full precision of groups, or padded by other than zeros")
+    if isinstance(padding, str):
+        raise LowbitError(f"a convolution in full precision with padding={padding!r} is not an operation of plans")
     window = (_pair(stride), _pair(padding), _pair(dilation))
-    return _back(lowering, _float_product(lowering, _image(x.ids), weight, bias, *window))
+    return _back(lowering, _float_product(lowering, _image(x.ids), weight, bias, *window, groups))
 
 
 def _float_product(
@@ -465,6 +599,7 @@ def _float_product(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int = 1,
 ) -> Stored:
     weight = weight.detach().float()
     kernel, outputs = weight.shape[2:], len(weight)
@@ -475,14 +610,14 @@ def _float_product(
         found = (lowering.copy(ids.flatten(), (height, width, channels)), 0, (width * channels, channels, 1))
     source, offset, (step_y, step, step_c) = found
     made = Stored(size[0], size[1], outputs)
-    flat = weight.permute(0, 2, 3, 1).reshape(outputs, -1)
-    panels = F.pad(flat, (0, 0, 0, -outputs % 16)).reshape(-1, 16, flat.shape[1]).transpose(1, 2)
+    flat = weight.permute(0, 2, 3, 1).reshape(groups, outputs // groups, -1)
+    panels = F.pad(flat, (0, 0, 0, -flat.shape[1] % 16)).reshape(-1, 16, flat.shape[2]).transpose(1, 2)
     n = {0: offset, 1: step, 2: step_y, **dict(enumerate([*kernel, *stride, *padding, *dilation, 0], 3))}
     n |= {12: ids.shape[0], 13: ids.shape[1], 14: ids.shape[2], 15: step_c}
     data = {0: panels.contiguous().numpy()}
     if bias is not None:
         data[1] = bias.detach().float().numpy()
-    lowering.add(Op("conv", [source], made, n=n, data=data))
+    lowering.add(Op("conv", [source], made, n=n, f={3: groups} if groups > 1 else {}, data=data))
     lowering.exact = False
     return made
 
@@ -517,7 +652,7 @@ def _least(rows: Tensor) -> np.ndarray:
 
 
 def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
-    """A product with constants."""
+    """A product, element by element; one with constants may be an affine operation."""
     if not isinstance(x, Value):
         x, y = y, x
     if isinstance(y, int | float):
@@ -526,7 +661,7 @@ def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
     if constant is None and (array := lowering.constant(y.ids)) is not None:
         constant = torch.from_numpy(array).reshape(y.ids.shape)
     if constant is None:
-        raise LowbitError("a product of two tensors, element by element, is not an operation of plans")
+        return _pair_op(lowering, "times", x, y)
     if constant.numel() == 1:
         order = _memory_order(x.ids)
         channels = x.ids.permute(order).shape[-1]
@@ -537,15 +672,15 @@ def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
         return scaled
     shape = [1] * (x.ndim - constant.ndim) + list(constant.shape)
     dims = [d for d, n in enumerate(shape) if n > 1]
-    if len(dims) != 1 or shape[dims[0]] != x.shape[dims[0]]:
-        raise LowbitError("a product with constants that differ along more than one dim is not an operation of plans")
+    if len(dims) != 1 or len(shape) != x.ndim or shape[dims[0]] != x.shape[dims[0]]:
+        return _pair_op(lowering, "times", x, constant)
     return _affine(lowering, x, constant.reshape(-1).numpy(), None, dim=dims[0])
 
 
 def _softmax(lowering: Lowering, x: Value, dim: int | None = -1, _stacklevel: int = 3, dtype: Any = None) -> Value:
-    if dim is None or dim % x.ndim != x.ndim - 1:
-        raise LowbitError("a softmax over another than the last dim is not an operation of plans")
-    return _rows(lowering, "softmax", x)
+    if dim is None:
+        raise LowbitError("a softmax over no dim in particular is not an operation of plans")
+    return Value(_rows(lowering, "softmax", Value(x.ids.movedim(dim, -1))).ids.movedim(-1, dim))
 
 
 def _matmul(lowering: Lowering, a: Value, b: Value) -> Value:
@@ -587,14 +722,20 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.lowbit.shift_linear.default: _linear,
     as_floats: lambda lowering, x: x,
     "float": lambda lowering, x: x,
-    "to": lambda lowering, x, *args, **kwargs: x,
+    **dict.fromkeys(("to", "type_as"), lambda lowering, x, *args, **kwargs: x),
     getattr: _getattr,
     F.gelu: _gelu,
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
     plain_attention: _attention,
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _scaled),
-    operator.truediv: lambda lowering, x, y: _scaled(lowering, x, 1 / y),
+    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), lambda lowering, x, y: _scaled(lowering, x, 1 / y)),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _subtract),
+    **dict.fromkeys((operator.neg, torch.neg, "neg"), lambda lowering, x: _scaled(lowering, x, -1.0)),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), _sigmoid),
+    F.silu: _silu,
+    F.hardsigmoid: _hardsigmoid,
+    F.hardswish: _hardswish,
     **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"), _matmul),
     **dict.fromkeys((torch.softmax, F.softmax, "softmax"), _softmax),
     F.max_pool2d: _max_pool2d,
@@ -602,14 +743,21 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
-    **dict.fromkeys((F.relu, torch.relu, "relu"), _relu),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), _relu),
     F.batch_norm: _batch_norm,
     F.linear: _float_linear,
     F.conv2d: _float_conv2d,
     F.pad: _pad,
     F.hardtanh: _hardtanh,
     F.relu6: lambda lowering, x, inplace=False: _hardtanh(lowering, x, 0.0, 6.0),
-    **dict.fromkeys((torch.mean, "mean"), _mean),
+    **dict.fromkeys((torch.mean, "mean"), _over_dims),
+    **dict.fromkeys((torch.sum, "sum"), _sum),
+    **dict.fromkeys((torch.amax, "amax"), _amax),
+    F.group_norm: _group_norm,
+    F.leaky_relu: _leaky_relu,
+    F.interpolate: _interpolate,
+    # torchvision's, in inference
+    "stochastic_depth": lambda lowering, x, p, mode, training=True: x,
     **dict.fromkeys((F.dropout, F.dropout2d), lambda lowering, x, *args, **kwargs: x),
     # timm's functions around the mask of its attention, which is not there in inference
     "resolve_self_attn_mask": lambda lowering, tokens, attention, mask=None, causal=False: mask,
@@ -651,8 +799,16 @@ _PLAIN: dict[type[nn.Module], Callable[[Lowering, Any, Value], Value | None]] = 
     nn.LayerNorm: lambda lowering, module, x: _layer_norm(
         lowering, x, module.normalized_shape, module.weight, module.bias, module.eps
     ),
+    nn.GroupNorm: lambda lowering, module, x: _group_norm(
+        lowering, x, module.num_groups, module.weight, module.bias, module.eps
+    ),
+    nn.LeakyReLU: lambda lowering, module, x: _leaky_relu(lowering, x, module.negative_slope),
     nn.GELU: lambda lowering, module, x: _gelu(lowering, x, module.approximate),
     nn.ReLU: lambda lowering, module, x: _relu(lowering, x),
+    nn.Sigmoid: lambda lowering, module, x: _sigmoid(lowering, x),
+    nn.SiLU: lambda lowering, module, x: _silu(lowering, x),
+    nn.Hardsigmoid: lambda lowering, module, x: _hardsigmoid(lowering, x),
+    nn.Hardswish: lambda lowering, module, x: _hardswish(lowering, x),
     nn.MaxPool2d: lambda lowering, module, x: _max_pool2d(
         lowering, x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode,
         module.return_indices,

@@ -20,6 +20,11 @@ SKEW = 512
 SHIFT = 40
 """Number of low bits of an element's number that hold its index in its tensor."""
 
+_WRITERS = frozenset((
+    "product", "norm", "gelu", "attention", "integer attention", "depthwise", "conv", "curve", "add", "times",
+))  # fmt: skip
+"""Operations that write a map themselves."""
+
 
 class Value:
     """A tensor of the graph, described by the elements of stored tensors that it consists of.
@@ -354,7 +359,7 @@ class Lowering:
         whole = first.offset == 0 and first.step == channels and not first.planar
         if (
             before is not None
-            and before.kind in ("product", "norm", "gelu", "attention", "integer attention", "depthwise", "conv")
+            and before.kind in _WRITERS
             and before.map is None
             and whole
             and not first.dynamic

@@ -42,6 +42,16 @@ class Tokens(nn.Module):
         return self.last(torch.cat([rows, rows.flip(1)], 1).mean(1))
 
 
+class Gates(nn.Module):
+    """Products and sums of images with a number for each channel, one for each place, and one for each number."""
+
+    def forward(self, x):
+        y = x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+        y = y + nn.functional.hardsigmoid(y.mean(1, keepdim=True))
+        y = nn.functional.hardswish(y) * nn.functional.silu(y)
+        return y - nn.functional.gelu(y, approximate="tanh")
+
+
 def small_plans() -> dict[str, Plan]:
     """The plans by name."""
     torch.manual_seed(0)
@@ -60,6 +70,8 @@ def small_plans() -> dict[str, Plan]:
     add("depthwise", Images(nn.Sequential(nn.Conv2d(5, 5, 3, groups=5), nn.BatchNorm2d(5), nn.ReLU6())), image, 2)
     add("4 bits", Images(nn.Conv2d(5, 5, 3, 2, 1, dilation=2)), image, 4, first_last=8)
     add("more places of 4 bits", Images(nn.Conv2d(5, 5, 3, padding=1)), image, 4)
+    add("gates", Images(Gates()), image)
+    add("full precision of groups", Images(nn.Conv2d(6, 4, 3, groups=2), width=6), image)
     few = LSQ(bits=4)
     add("winograd", Images(nn.Sequential(nn.Conv2d(8, 9, 3, 1, 1), nn.ReLU()), width=8), image, activation=few)
     wide = Images(nn.Sequential(nn.Conv2d(64, 9, 3, 1, 1), nn.ReLU()), width=64)

@@ -47,7 +47,8 @@ class Parts(nn.Module):
 
     def forward(self, x):
         y = self.first(x).relu()
-        y = self.second(self.deep(y)) + 1
+        y = self.second(nn.functional.silu(self.deep(y))) + 1
+        y = y * torch.sigmoid(y.mean((2, 3), keepdim=True))
         rows = self.norm(self.pools(y).flatten(2).transpose(1, 2))
         rows = nn.functional.gelu(rows)
         rows = torch.softmax(rows @ rows.transpose(1, 2), -1) @ rows

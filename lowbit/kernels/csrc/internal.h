@@ -63,15 +63,18 @@ typedef struct {
   float low, high;
 } lb_rounding;
 
+/* Functions of single numbers; see vector_curve. */
+enum { LB_CURVE_GELU, LB_CURVE_SIGMOID, LB_CURVE_SILU, LB_CURVE_GELU_TANH, LB_CURVE_HARDSIGMOID, LB_CURVE_HARDSWISH,
+       LB_CURVES };
+
 /* Operations on rows of floats; vector.h has their definitions. */
 typedef struct {
-  void (*gelu)(const float *x, int64_t n, float *y);
+  void (*curve)(const float *x, int64_t n, int which, float *y);
   void (*norm)(const float *x, int64_t n, float eps, const float *gain, const float *bias, float *y);
   void (*softmax)(float *x, int64_t n, float scale);
   void (*multiply)(int64_t rows, int64_t panels, int64_t k, const float *a, int64_t a_row, const float *b,
                    int64_t b_panel, int64_t b_row, float *c, int64_t c_row);
   void (*transpose)(const float *x, int64_t step, int64_t rows, int64_t n, float *panels);
-  void (*add)(const float *a, const float *b, int64_t n, int relu, float *y);
   void (*affine)(const float *x, const float *gain, const float *bias, int64_t n, int relu, float most, float *y);
   void (*pool)(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y);
   void (*mel)(const lb_mel *m, const float *const x[16], float *room, float *out);

@@ -159,6 +159,12 @@ static int check_outputs(checker *c, const lb_plan_op *op, int64_t rows, int64_t
   return LB_OK;
 }
 
+/* The tensor that tells the outputs' shape. */
+static const lb_plan_tensor *output_of(const checker *c, const lb_plan_op *op) {
+  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  return y ? y : tensor_at(c, op->out[1], LB_TENSOR_MAP);
+}
+
 static int64_t out_height(const lb_plan_op *op, const lb_plan_tensor *t) {
   return lb_out_size(t->height, op->n[LB_N_PADDING_Y], op->n[LB_N_KERNEL_Y], op->n[LB_N_DILATION_Y],
                   op->n[LB_N_STRIDE_Y]);
@@ -271,15 +277,16 @@ static int check_copy(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows_of(y), y->channels);
 }
 
-static int check_add(checker *c, const lb_plan_op *op) {
+/* Sums and products of two. */
+static int check_pair(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *a = read_at(c, op->in[0], LB_TENSOR_FLOATS);
-  const lb_plan_tensor *b = op->in[1] == -1 ? NULL : read_at(c, op->in[1], LB_TENSOR_FLOATS);
-  if (!a || (op->in[1] != -1 && !b) || !is_between(op->n[LB_N_RELU], 0, 1)) return refuse(c, "wrong tensors");
-  if (b ? values_of(b) != values_of(a) : !has_data(c, op, 0, 4 * values_of(a)))
-    return refuse(c, "summands of different shapes");
-  if (op->out[1] != -1) return refuse(c, "a map");
-  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
-  if (!y || values_of(y) != values_of(a)) return refuse(c, "an output of another shape");
+  const lb_plan_tensor *b = op->in[1] == -1 ? NULL : read_at(c, op->in[1], LB_TENSOR_FLOATS), *y = output_of(c, op);
+  const int64_t how = op->n[LB_N_SECOND];
+  if (!a || !y || (op->in[1] != -1 && !b) || !is_between(op->n[LB_N_RELU], 0, 1) || how > LB_SECOND_NUMBER)
+    return refuse(c, "wrong tensors or numbers");
+  const int64_t values = how == LB_SECOND_EACH ? values_of(y) : how == LB_SECOND_ROW ? y->channels : rows_of(y);
+  if (values_of(a) != values_of(y) || (b ? values_of(b) != values : !has_data(c, op, 0, 4 * values)))
+    return refuse(c, "operands of different shapes");
   return check_outputs(c, op, rows_of(y), y->channels);
 }
 
@@ -304,13 +311,13 @@ static int check_pool(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows, y->channels);
 }
 
-/* LayerNorm and GELU: rows to rows. */
+/* LayerNorm, softmax and functions of single numbers: rows to rows. */
 static int check_rows(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS);
-  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
-  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  const lb_plan_tensor *y = output_of(c, op);
   if (!x || !y || !view_fits(op, x, op->n[LB_N_OFFSET], rows_of(y), y->channels))
     return refuse(c, "an input of another shape");
+  if (op->kind == LB_OP_CURVE && op->n[LB_N_CURVE] >= LB_CURVES) return refuse(c, "a curve of unknown kind");
   if (op->kind == LB_OP_NORM &&
       (!has_data_or_none(c, op, 0, 4 * y->channels) || !has_data_or_none(c, op, 1, 4 * y->channels)))
     return refuse(c, "numbers of another size");
@@ -319,8 +326,7 @@ static int check_rows(checker *c, const lb_plan_op *op) {
 
 static int check_attention(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS);
-  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
-  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  const lb_plan_tensor *y = output_of(c, op);
   const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE];
   if (!x || !y || !is_between(heads, 1, MOST) || !is_between(size, 1, MOST) || heads * size != y->channels)
     return refuse(c, "wrong tensors or numbers");
@@ -355,8 +361,7 @@ static int strides_fit(const lb_plan_tensor *t, const lb_plan_op *op, const int 
 static int check_integers(checker *c, const lb_plan_op *op) {
   static const int at[3][3] = {{LB_N_OFFSET, LB_N_Q_HEAD, LB_N_STEP}, {LB_N_K_OFFSET, LB_N_K_HEAD, LB_N_K_STEP},
                                {LB_N_V_OFFSET, LB_N_V_HEAD, LB_N_V_STEP}};
-  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
-  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
+  const lb_plan_tensor *y = output_of(c, op);
   const int64_t heads = op->n[LB_N_HEADS], size = op->n[LB_N_SIZE], v_size = op->n[LB_N_V_SIZE];
   if (!y || !is_between(heads, 1, MOST) || !is_between(size, 1, MOST_K) || !is_between(v_size, 1, MOST) ||
       heads * v_size != y->channels)
@@ -443,29 +448,27 @@ static int check_matmul(checker *c, const lb_plan_op *op) {
   return check_outputs(c, op, rows_of(y), y->channels);
 }
 
-static int check_softmax(checker *c, const lb_plan_op *op) {
-  const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS), *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
-  if (!x || !y || op->out[1] != -1 || !view_fits(op, x, op->n[LB_N_OFFSET], rows_of(y), y->channels))
-    return refuse(c, "an input of another shape");
-  return check_outputs(c, op, rows_of(y), y->channels);
-}
+static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
 
-/* data: weights [outputs / 16][k][16], k = (ky, kx, channel); bias */
+static int64_t groups_of(const lb_plan_op *op) { return op->f[3] > 1 && op->f[3] <= MOST ? (int64_t)op->f[3] : 1; }
+
+/* data: weights [groups][outputs of a group / 16][k][16], k = (ky, kx, channel of a group); bias */
 static int check_conv(checker *c, const lb_plan_op *op) {
   const lb_plan_tensor *x = read_at(c, op->in[0], LB_TENSOR_FLOATS);
-  const lb_plan_tensor *y = tensor_at(c, op->out[0], LB_TENSOR_FLOATS);
+  const lb_plan_tensor *y = output_of(c, op);
   const int64_t *n = op->n;
-  if (!y) y = tensor_at(c, op->out[1], LB_TENSOR_MAP);
   if (!x || !y || !is_window(op) || !is_between(n[LB_N_RELU], 0, 1) || !is_between(n[LB_N_HEIGHT], 1, MOST) ||
       !is_between(n[LB_N_WIDTH], 1, MOST) || !is_between(n[LB_N_CHANNELS], 1, MOST))
     return refuse(c, "wrong tensors or numbers");
   const lb_plan_tensor seen = {.height = n[LB_N_HEIGHT], .width = n[LB_N_WIDTH]};
-  const int64_t rows = out_height(op, &seen) * out_width(op, &seen), k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * n[LB_N_CHANNELS];
-  if (!rows || rows != rows_of(y)) return refuse(c, "an output of another shape");
+  const int64_t rows = out_height(op, &seen) * out_width(op, &seen), groups = groups_of(op);
+  const int64_t k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * (n[LB_N_CHANNELS] / groups);
+  if (!rows || rows != rows_of(y) || y->channels % groups || n[LB_N_CHANNELS] % groups)
+    return refuse(c, "an output of another shape");
   if (n[LB_N_OFFSET] + (n[LB_N_HEIGHT] - 1) * n[LB_N_STEP_Y] + (n[LB_N_WIDTH] - 1) * n[LB_N_STEP] +
           (n[LB_N_CHANNELS] - 1) * n[LB_N_STEP_C] >= values_of(x))
     return refuse(c, "an input of another shape");
-  if (k > MOST || !has_data(c, op, 0, (y->channels + 15) / 16 * k * 64) || !has_data_or_none(c, op, 1, 4 * y->channels))
+  if (k > MOST || !has_data(c, op, 0, groups * panels_of(y->channels / groups) * k * 64) || !has_data_or_none(c, op, 1, 4 * y->channels))
     return refuse(c, "weights of another size");
   return check_outputs(c, op, rows, y->channels);
 }
@@ -495,17 +498,19 @@ static int check_op(checker *c, const lb_plan_op *op) {
     case LB_OP_QUANTIZE: return check_quantize(c, op);
     case LB_OP_PRODUCT: return check_product(c, op);
     case LB_OP_COPY: return check_copy(c, op);
-    case LB_OP_ADD: return check_add(c, op);
+    case LB_OP_ADD:
+    case LB_OP_TIMES: return check_pair(c, op);
     case LB_OP_AFFINE: return check_affine(c, op);
     case LB_OP_POOL: return check_pool(c, op);
     case LB_OP_NORM:
-    case LB_OP_GELU: return check_rows(c, op);
+    case LB_OP_GELU:
+    case LB_OP_SOFTMAX:
+    case LB_OP_CURVE: return check_rows(c, op);
     case LB_OP_MEL: return check_mel(c, op);
     case LB_OP_ATTENTION: return check_attention(c, op);
     case LB_OP_DEPTHWISE: return check_depthwise(c, op);
     case LB_OP_ROUND: return check_round(c, op);
     case LB_OP_MATMUL: return check_matmul(c, op);
-    case LB_OP_SOFTMAX: return check_softmax(c, op);
     case LB_OP_CONV: return check_conv(c, op);
     case LB_OP_INTEGERS: return check_integers(c, op);
     default: return refuse(c, "of unknown kind");
@@ -1033,8 +1038,14 @@ static void norm_rows(void *argument, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     const float *x = r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP];
     float *y = r->out ? r->out + row * n : room;
-    if (op->kind == LB_OP_NORM) r->isa->vector->norm(x, n, (float)op->f[0], gain, bias, y);
-    else r->isa->vector->gelu(x, n, y);
+    if (op->kind == LB_OP_NORM) {
+      r->isa->vector->norm(x, n, (float)op->f[0], gain, bias, y);
+    } else if (op->kind == LB_OP_SOFTMAX) {
+      memcpy(y, x, (size_t)n * sizeof *y);
+      r->isa->vector->softmax(y, n, 1.0f);
+    } else {
+      r->isa->vector->curve(x, n, op->kind == LB_OP_GELU ? LB_CURVE_GELU : (int)op->n[LB_N_CURVE], y);
+    }
     if (r->map) store_row(r, row, 0, y, n, (float)op->f[1]);
   }
 }
@@ -1050,6 +1061,25 @@ static void affine_rows(void *argument, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++)
     r->isa->vector->affine(r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], gain, bias, n, (int)op->n[LB_N_RELU],
                            most_of(op), r->out + row * n);
+}
+
+/* Sums and products of two: what affine_rows does, with a tensor in the place of `gain` or `bias`. */
+static void pair_rows(void *argument, int64_t begin, int64_t end) {
+  run *r = argument;
+  const lb_plan_op *op = r->op;
+  const int64_t n = (r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0])->channels, how = op->n[LB_N_SECOND];
+  const float *second = op->in[1] < 0 ? data_of(r->plan, op, 0) : memory_of(r, op->in[1]);
+  float *room = scratch(r, LB_SLOT_LINE, (size_t)(2 * n) * sizeof *room);
+  if (!room) return;
+  const int64_t at_once = how == LB_SECOND_EACH && !r->map ? end - begin : 1;
+  for (int64_t row = begin; row < end; row += at_once) {
+    const float *other = how == LB_SECOND_EACH ? second + row * n : how == LB_SECOND_ROW ? second : room + n;
+    float *y = r->out ? r->out + row * n : room;
+    for (int64_t i = 0; how == LB_SECOND_NUMBER && i < n; i++) room[n + i] = second[row];
+    r->isa->vector->affine(r->in + row * n, op->kind == LB_OP_TIMES ? other : NULL, op->kind == LB_OP_ADD ? other : NULL,
+                           at_once * n, (int)op->n[LB_N_RELU], most_of(op), y);
+    if (r->map) store_row(r, row, 0, y, n, (float)op->f[1]);
+  }
 }
 
 static void run_copy(run *r) {
@@ -1106,45 +1136,51 @@ static void depthwise_rows(void *argument, int64_t begin, int64_t end) {
   }
 }
 
-static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
+/* The windows of up to 16 places, side by side, of `channels` channels from channel `from` on. */
+static void copy_places(const run *r, int64_t first, int64_t count, int64_t from, int64_t channels, float *to) {
+  const int64_t *n = r->op->n;
+  const lb_plan_tensor seen = {.height = n[LB_N_HEIGHT], .width = n[LB_N_WIDTH]};
+  const int64_t width = out_width(r->op, &seen);
+  for (int64_t row = first; row < first + count; row++)
+    for (int64_t i = 0; i < n[LB_N_KERNEL_Y]; i++)
+      for (int64_t j = 0; j < n[LB_N_KERNEL_X]; j++, to += channels) {
+        const int64_t at_y = row / width * n[LB_N_STRIDE_Y] - n[LB_N_PADDING_Y] + i * n[LB_N_DILATION_Y];
+        const int64_t at_x = row % width * n[LB_N_STRIDE_X] - n[LB_N_PADDING_X] + j * n[LB_N_DILATION_X];
+        if (!is_between(at_y, 0, seen.height - 1) || !is_between(at_x, 0, seen.width - 1)) {
+          memset(to, 0, (size_t)channels * sizeof *to);
+          continue;
+        }
+        const float *x = r->in + n[LB_N_OFFSET] + at_y * n[LB_N_STEP_Y] + at_x * n[LB_N_STEP] + from * n[LB_N_STEP_C];
+        if (n[LB_N_STEP_C] == 1) memcpy(to, x, (size_t)channels * sizeof *to);
+        else for (int64_t c = 0; c < channels; c++) to[c] = x[c * n[LB_N_STEP_C]];
+      }
+}
 
-/* 16 rows of outputs at a time: their windows are copied side by side. */
+/* 16 rows of outputs at a time, group by group. */
 static void conv_rows(void *argument, int64_t begin, int64_t end) {
   run *r = argument;
   const lb_plan_op *op = r->op;
-  const int64_t *n = op->n, channels = n[LB_N_CHANNELS];
-  const lb_plan_tensor seen = {.height = n[LB_N_HEIGHT], .width = n[LB_N_WIDTH]};
+  const int64_t *n = op->n, groups = groups_of(op), channels = n[LB_N_CHANNELS] / groups;
   const lb_plan_tensor *y = r->map_tensor ? r->map_tensor : r->plan->tensors + op->out[0];
-  const int64_t width = out_width(op, &seen), rows = rows_of(y), outputs = y->channels, panels = panels_of(outputs);
+  const int64_t rows = rows_of(y), outputs = y->channels / groups, panels = panels_of(outputs);
   const int64_t k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * channels;
-  const float *bias = data_of(r->plan, op, 1);
+  const float *weights = data_of(r->plan, op, 0), *bias = data_of(r->plan, op, 1);
   float *windows = scratch(r, LB_SLOT_LINE, (size_t)(16 * (k + panels * 16)) * sizeof *windows);
   if (!windows) return;
   float *result = windows + 16 * k;
-  for (int64_t group = begin; group < end; group++) {
-    const int64_t first = group * 16, count = lb_min(16, rows - first);
-    float *to = windows;
-    for (int64_t row = first; row < first + count; row++)
-      for (int64_t i = 0; i < n[LB_N_KERNEL_Y]; i++)
-        for (int64_t j = 0; j < n[LB_N_KERNEL_X]; j++, to += channels) {
-          const int64_t at_y = row / width * n[LB_N_STRIDE_Y] - n[LB_N_PADDING_Y] + i * n[LB_N_DILATION_Y];
-          const int64_t at_x = row % width * n[LB_N_STRIDE_X] - n[LB_N_PADDING_X] + j * n[LB_N_DILATION_X];
-          if (!is_between(at_y, 0, seen.height - 1) || !is_between(at_x, 0, seen.width - 1)) {
-            memset(to, 0, (size_t)channels * sizeof *to);
-            continue;
-          }
-          const float *from = r->in + n[LB_N_OFFSET] + at_y * n[LB_N_STEP_Y] + at_x * n[LB_N_STEP];
-          if (n[LB_N_STEP_C] == 1) memcpy(to, from, (size_t)channels * sizeof *to);
-          else for (int64_t c = 0; c < channels; c++) to[c] = from[c * n[LB_N_STEP_C]];
-        }
-    r->isa->vector->multiply(count, panels, k, windows, k, data_of(r->plan, op, 0), k * 16, 16, result, panels * 16);
-    for (int64_t row = 0; row < count; row++) {
-      float *from = result + row * panels * 16;
-      if (bias || n[LB_N_RELU]) r->isa->vector->affine(from, NULL, bias, outputs, (int)n[LB_N_RELU], most_of(op), from);
-      if (r->out) memcpy(r->out + (first + row) * outputs, from, (size_t)outputs * sizeof *from);
-      if (r->map) store_row(r, first + row, 0, from, outputs, (float)op->f[1]);
+  for (int64_t i = begin; i < end; i++)
+    for (int64_t g = 0, from = 0; g < groups; g++, from += outputs) {
+      const int64_t first = i * 16, count = lb_min(16, rows - first);
+      copy_places(r, first, count, g * channels, channels, windows);
+      r->isa->vector->multiply(count, panels, k, windows, k, weights + g * panels * k * 16, k * 16, 16, result, panels * 16);
+      for (int64_t row = 0; row < count; row++) {
+        float *values = result + row * panels * 16;
+        if (bias || n[LB_N_RELU])
+          r->isa->vector->affine(values, NULL, bias ? bias + from : NULL, outputs, (int)n[LB_N_RELU], most_of(op), values);
+        if (r->out) memcpy(r->out + (first + row) * y->channels + from, values, (size_t)outputs * sizeof *values);
+        if (r->map) store_row(r, first + row, from, values, outputs, (float)op->f[1]);
+      }
     }
-  }
 }
 
 static void round_rows(void *argument, int64_t begin, int64_t end) {
@@ -1188,16 +1224,6 @@ static void matmul(void *argument, int64_t begin, int64_t end) {
     r->isa->vector->multiply(rows, panels, k, a, n[LB_N_STEP], panel, k * 16, 16, result, panels * 16);
     for (int64_t m = 0; m < rows; m++)
       memcpy(r->out + (matrix * n[LB_N_M] + first + m) * n[LB_N_N], result + m * panels * 16, (size_t)n[LB_N_N] * sizeof *result);
-  }
-}
-
-static void softmax_rows(void *argument, int64_t begin, int64_t end) {
-  run *r = argument;
-  const lb_plan_op *op = r->op;
-  const int64_t n = r->plan->tensors[op->out[0]].channels;
-  for (int64_t row = begin; row < end; row++) {
-    memcpy(r->out + row * n, r->in + op->n[LB_N_OFFSET] + row * op->n[LB_N_STEP], (size_t)n * sizeof *r->out);
-    r->isa->vector->softmax(r->out + row * n, n, 1.0f);
   }
 }
 
@@ -1369,7 +1395,7 @@ static const float *bias_of(const run *r, const integers *a, int which, int64_t 
 /* One row of n floats as bytes. `room`: as many floats. */
 static void round_row(const run *r, const float *x, const float *before, int64_t n, float step, int range, int zero,
                       float *room, uint8_t *out) {
-  if (before) r->isa->vector->add(x, before, n, 0, room);
+  if (before) r->isa->vector->affine(x, NULL, before, n, 0, INFINITY, room);
   r->isa->quantize(before ? room : x, n, step, (float)low_of(r->op, range), (float)high_of(r->op, range), zero, out);
 }
 
@@ -1549,15 +1575,15 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
       case LB_OP_PRODUCT: run_product(&r); break;
       case LB_OP_COPY: run_copy(&r); break;
       case LB_OP_ADD:
-        r.isa->vector->add(r.in, op->in[1] < 0 ? data_of(plan, op, 0) : memory_of(&r, op->in[1]), values_of(out),
-                           (int)op->n[LB_N_RELU], r.out);
-        break;
+      case LB_OP_TIMES: parallel(&r, rows_of(rows), rows->channels, pair_rows, &r); break;
       case LB_OP_AFFINE: parallel(&r, rows_of(rows), rows->channels, affine_rows, &r); break;
       case LB_OP_POOL:
         parallel(&r, rows_of(rows), op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * rows->channels, pool_rows, &r);
         break;
       case LB_OP_NORM:
-      case LB_OP_GELU: parallel(&r, rows_of(rows), rows->channels * 8, norm_rows, &r); break;
+      case LB_OP_GELU:
+      case LB_OP_SOFTMAX:
+      case LB_OP_CURVE: parallel(&r, rows_of(rows), rows->channels * 8, norm_rows, &r); break;
       case LB_OP_MEL: run_mel(&r); break;
       case LB_OP_DEPTHWISE:
         parallel(&r, rows_of(rows), op->n[LB_N_KERNEL_Y] * op->n[LB_N_KERNEL_X] * rows->channels, depthwise_rows, &r);
@@ -1566,7 +1592,6 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
       case LB_OP_CONV:
         parallel(&r, panels_of(rows_of(rows)), op->data[0].bytes * 4, conv_rows, &r);
         break;
-      case LB_OP_SOFTMAX: parallel(&r, rows_of(rows), rows->channels * 16, softmax_rows, &r); break;
       case LB_OP_MATMUL:
         parallel(&r, op->n[LB_N_COUNT] * ((op->n[LB_N_M] + 15) / 16), 16 * op->n[LB_N_K] * op->n[LB_N_N], matmul, &r);
         break;

@@ -35,7 +35,7 @@ enum {
   LB_OP_QUANTIZE = 0, /* floats -> map */
   LB_OP_PRODUCT,      /* map x packed weights -> floats and/or map */
   LB_OP_COPY,         /* pieces of up to 4 float tensors and a constant -> floats */
-  LB_OP_ADD,          /* floats + floats or a constant -> floats */
+  LB_OP_ADD,          /* floats + floats or a constant -> floats and/or map */
   LB_OP_AFFINE,       /* floats * gain + bias by channel -> floats */
   LB_OP_POOL,         /* floats -> floats */
   LB_OP_NORM,         /* LayerNorm: floats -> floats and/or map */
@@ -48,6 +48,8 @@ enum {
   LB_OP_SOFTMAX,      /* rows of floats -> floats */
   LB_OP_CONV,         /* convolution or linear layer in full precision: floats -> floats and/or map */
   LB_OP_INTEGERS,     /* attention whose four factors are rounded to integers: floats -> floats and/or map */
+  LB_OP_CURVE,        /* a function of each number: floats -> floats and/or map */
+  LB_OP_TIMES,        /* floats * floats or a constant -> floats and/or map */
   LB_OPS
 };
 
@@ -59,6 +61,10 @@ enum { LB_DYNAMIC_NO = 0, LB_DYNAMIC_ROW = 1, LB_DYNAMIC_ITEM = 2, LB_DYNAMIC_GI
 enum { LB_N_BITS = 2, LB_N_KERNEL_Y, LB_N_KERNEL_X, LB_N_STRIDE_Y, LB_N_STRIDE_X, LB_N_PADDING_Y, LB_N_PADDING_X,
        LB_N_DILATION_Y, LB_N_DILATION_X, LB_N_RELU };                    /* product; relu also of add and affine */
 enum { LB_N_LARGEST = 2, LB_N_DIVISOR = 11 };                            /* pool, with the window of product */
+enum { LB_N_CURVE = 2 };                                                  /* curve: of LB_CURVES, in internal.h */
+enum { LB_N_SECOND = 2 };                                                 /* add, times: how the second operand lies */
+enum { LB_SECOND_EACH = 0, LB_SECOND_ROW = 1, LB_SECOND_NUMBER = 2 };     /* as the first; one row for all; a number
+                                                                           * for each row */
 enum { LB_N_FFT = 2, LB_N_HOP = 3 };                                      /* mel */
 enum { LB_N_HEADS = 2, LB_N_SIZE = 3, LB_N_K_OFFSET = 4, LB_N_V_OFFSET = 5 }; /* attention */
 enum { LB_N_K_STEP = 6, LB_N_V_STEP = 7, LB_N_Q_HEAD = 8, LB_N_K_HEAD = 9, LB_N_V_HEAD = 10, LB_N_V_SIZE = 11,
@@ -95,7 +101,7 @@ typedef struct {
   int32_t kind, reserved, in[4], out[2]; /* tensors; -1: none. out: floats, map (of quantize: scales, map) */
   int64_t n[16];
   double f[4]; /* 0: scale of the input or of logits, eps; 1: scale by which the output map is rounded;
-                * 2: of affine and depthwise, what ReLU clips at, 0 for nothing */
+                * 2: of affine, depthwise and sums, what ReLU clips at, 0 for nothing; 3: groups of conv, 0 for one */
   lb_plan_data data[5]; /* product: packed, scale, sums, bias, levels; others: see plan.c */
 } lb_plan_op;
 

@@ -58,14 +58,6 @@ LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
 }
 #endif
 
-/* *p = *p * x + c, fused. In plain C one call of three addresses, where fma16 would copy 16 numbers for each of them. */
-#if defined(LB_VECTOR_512) || defined(LB_VECTOR_256) || defined(LB_VECTOR_NEON)
-LB_INLINE void horner16(lb_v16 *p, const lb_v16 *x, float c) { *p = fma16(*p, *x, c - (lb_v16){0}); }
-#else
-static __attribute__((noinline)) void horner16(lb_v16 *p, const lb_v16 *x, float c) {
-  for (int i = 0; i < 16; i++) ((float *)p)[i] = fmaf(((float *)p)[i], ((const float *)x)[i], c);
-}
-#endif
 #if !defined(LB_VECTOR_512) && !defined(LB_VECTOR_256)
 /* The larger; b where a is NaN is not wanted: NaN of a stays. */
 LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) {
@@ -142,48 +134,131 @@ LB_INLINE float largest16(lb_v16 v) {
 }
 #endif
 
+/* ---- functions of single numbers: of one register at a time, which is less code than 16 lanes would be ---- */
+
+#if defined(LB_VECTOR_512)
+typedef lb_v16 lb_part;
+typedef lb_i16 lb_int_part;
+LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) { return fma16(a, b, c); }
+LB_INLINE lb_part max_part(lb_part a, lb_part b) { return max16(a, b); }
+#elif defined(LB_VECTOR_256)
+typedef float lb_part __attribute__((vector_size(32)));
+typedef int32_t lb_int_part __attribute__((vector_size(32)));
+LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) {
+  return (lb_part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+LB_INLINE lb_part max_part(lb_part a, lb_part b) { return (lb_part)_mm256_max_ps((__m256)b, (__m256)a); }
+#else
+typedef float lb_part __attribute__((vector_size(16)));
+typedef int32_t lb_int_part __attribute__((vector_size(16)));
+#if defined(LB_VECTOR_NEON)
+LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) { return (lb_part)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+static __attribute__((noinline)) lb_part fma_part(lb_part a, lb_part b, lb_part c) {
+  for (int i = 0; i < 4; i++) c[i] = fmaf(a[i], b[i], c[i]);
+  return c;
+}
+#endif
+LB_INLINE lb_part max_part(lb_part a, lb_part b) {
+  const lb_int_part take_b = a < b;
+  return (lb_part)(((lb_int_part)b & take_b) | ((lb_int_part)a & ~take_b));
+}
+#endif
+enum { LB_PARTS = 64 / sizeof(lb_part) };
+typedef union {
+  lb_v16 all;
+  lb_part part[LB_PARTS];
+} lb_in_parts;
+
+#if defined(LB_SMALL)
+#define LB_ONCE static __attribute__((noinline))
+#else
+#define LB_ONCE LB_INLINE
+#endif
+
+LB_INLINE lb_part all_part(float x) { return x - (lb_part){0}; }
+
+/* p * x + c, fused. */
+LB_INLINE lb_part horner(lb_part p, lb_part x, float c) { return fma_part(p, x, all_part(c)); }
+
+/* Where `mask` is set a, else b. */
+LB_INLINE lb_part select_part(lb_int_part mask, lb_part a, lb_part b) {
+  return (lb_part)(((lb_int_part)a & mask) | ((lb_int_part)b & ~mask));
+}
+
 /* e^x for x <= 0, at least e^-87; off by less than 1.5 in the last place. e^x = 2^n * e^r, |r| <= ln 2 / 2, and
  * e^r = 1 + r + r^2 P(r), where P has the least largest error (Lawson's iteration on Chebyshev nodes). */
-LB_INLINE lb_v16 exp16(lb_v16 x) {
-  const lb_v16 magic = all16(12582912.0f);
-  x = max16(x, all16(-87.0f));
-  const lb_v16 n = fma16(x, all16(1.44269504f), magic) - magic;
-  lb_v16 r = fma16(n, all16(-0.693359375f), x);
-  r = fma16(n, all16(2.12194440e-4f), r);
-  lb_v16 p = all16(0.00019790299f);
-  horner16(&p, &r, 0.00139447034f);
-  horner16(&p, &r, 0.00833349768f);
-  horner16(&p, &r, 0.0416662954f);
-  horner16(&p, &r, 0.166666657f);
-  horner16(&p, &r, 0.5f);
-  const lb_v16 y = fma16(p, r * r, r) + 1.0f;
+LB_ONCE lb_part exp_part(lb_part x) {
+  const lb_part magic = all_part(12582912.0f);
+  x = max_part(x, all_part(-87.0f));
+  const lb_part n = fma_part(x, all_part(1.44269504f), magic) - magic;
+  lb_part r = fma_part(n, all_part(-0.693359375f), x);
+  r = fma_part(n, all_part(2.12194440e-4f), r);
+  lb_part p = all_part(0.00019790299f);
+  p = horner(p, r, 0.00139447034f);
+  p = horner(p, r, 0.00833349768f);
+  p = horner(p, r, 0.0416662954f);
+  p = horner(p, r, 0.166666657f);
+  p = horner(p, r, 0.5f);
+  const lb_part y = fma_part(p, r * r, r) + 1.0f;
   /* n stands in the lowest bits of n + magic; NaN stays NaN */
-  const lb_i16 power = (lb_i16)(n + magic) << 23 & (lb_i16)(n == n);
-  return (lb_v16)((lb_i16)y + power);
+  const lb_int_part power = (lb_int_part)(n + magic) << 23 & (lb_int_part)(n == n);
+  return (lb_part)((lb_int_part)y + power);
+}
+
+LB_INLINE lb_v16 exp16(lb_v16 x) {
+  lb_in_parts v = {x};
+  for (unsigned i = 0; i < LB_PARTS; i++) v.part[i] = exp_part(v.part[i]);
+  return v.all;
 }
 
 /* x * Phi(x), as PyTorch's GELU without approximation; Phi is off by less than 2e-7. For |x| < 5.3
  * Phi(x) = 1/2 + x P(x^2) / Q(x^2), fitted like the above; beyond it is 0 or 1. */
-LB_INLINE lb_v16 gelu16(lb_v16 x) {
-  const lb_v16 limit = all16(5.3f), t = x * x;
-  lb_v16 p = all16(2.40503193e-08f), q = all16(1.23716939e-06f);
-  horner16(&p, &t, 6.37906851e-06f);
-  horner16(&q, &t, 7.13524132e-05f);
-  horner16(&p, &t, 0.000160334661f);
-  horner16(&q, &t, 0.00183657231f);
-  horner16(&p, &t, 0.00462799426f);
-  horner16(&q, &t, 0.0281388294f);
-  horner16(&p, &t, 0.0329357907f);
-  horner16(&q, &t, 0.249224022f);
-  horner16(&p, &t, 0.398942262f);
-  horner16(&q, &t, 1.0f);
-  const lb_v16 y = x * (x * p / q + 0.5f);
-  const lb_i16 above = x >= limit, below = x <= -limit;
-  return (lb_v16)(((lb_i16)y & ~above & ~below) | ((lb_i16)x & above));
+LB_INLINE lb_part gelu_part(lb_part x) {
+  const lb_part limit = all_part(5.3f), t = x * x;
+  lb_part p = all_part(2.40503193e-08f), q = all_part(1.23716939e-06f);
+  p = horner(p, t, 6.37906851e-06f), q = horner(q, t, 7.13524132e-05f);
+  p = horner(p, t, 0.000160334661f), q = horner(q, t, 0.00183657231f);
+  p = horner(p, t, 0.00462799426f), q = horner(q, t, 0.0281388294f);
+  p = horner(p, t, 0.0329357907f), q = horner(q, t, 0.249224022f);
+  p = horner(p, t, 0.398942262f), q = horner(q, t, 1.0f);
+  const lb_part y = x * (x * p / q + 0.5f);
+  const lb_int_part above = x >= limit, below = x <= -limit;
+  return select_part(above, x, (lb_part)((lb_int_part)y & ~below));
 }
 
-static void vector_gelu(const float *x, int64_t n, float *y) {
-  for (int64_t i = 0; i < n; i += 16) store_some(y + i, n - i, gelu16(load_some(x + i, n - i, 0)));
+/* 1 / (1 + e^-x): e = e^-|x|, then e / (1 + e) for x < 0 and 1 / (1 + e) else; 0 below -87. */
+LB_INLINE lb_part sigmoid_part(lb_part x) {
+  const lb_int_part negative = x < 0, gone = x < -87.0f;
+  const lb_part e = exp_part((lb_part)((lb_int_part)x | INT32_MIN)), one = all_part(1);
+  return (lb_part)((lb_int_part)(select_part(negative, e, one) / (e + one)) & ~gone);
+}
+
+/* x + 3, at least 0 and at most 6. */
+LB_INLINE lb_part ramp_part(lb_part x) {
+  const lb_part most = all_part(6), v = max_part(x + 3.0f, all_part(0));
+  return select_part(v > most, most, v);
+}
+
+/* f(x); `which`: of LB_CURVES. GELU's other form is x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x^3). The sigmoid
+ * is off by less than 2e-7 of the result. The last two have the bits of PyTorch's. */
+LB_ONCE lb_part curve_part(lb_part x, int which) {
+  if (which == LB_CURVE_GELU) return gelu_part(x);
+  if (which >= LB_CURVE_HARDSIGMOID) {
+    lb_part y = ramp_part(x);
+    if (which == LB_CURVE_HARDSWISH) y *= x;
+    return y / 6.0f;
+  }
+  const lb_part y = sigmoid_part(which == LB_CURVE_GELU_TANH ? x * (x * x * 0.0713548162f + 1.59576912f) : x);
+  return which == LB_CURVE_SIGMOID ? y : x * y;
+}
+
+static void vector_curve(const float *x, int64_t n, int which, float *y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    lb_in_parts v = {load_some(x + i, n - i, 0)};
+    for (unsigned j = 0; j < LB_PARTS; j++) v.part[j] = curve_part(v.part[j], which);
+    store_some(y + i, n - i, v.all);
+  }
 }
 
 /* (x - mean) / sqrt(variance + eps) * gain + bias over n values; gain and bias may be NULL. */
@@ -328,15 +403,6 @@ static void vector_multiply(int64_t rows, int64_t panels, int64_t k, const float
 #undef ROWS
 }
 
-/* y = a + b, then ReLU if asked. */
-static void vector_add(const float *a, const float *b, int64_t n, int relu, float *y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    lb_v16 v = load_some(a + i, n - i, 0) + load_some(b + i, n - i, 0);
-    if (relu) v = max16(v, all16(0));
-    store_some(y + i, n - i, v);
-  }
-}
-
 /* y = x * gain + bias, each rounded, then ReLU if asked, and none above `most`. */
 static void vector_affine(const float *x, const float *gain, const float *bias, int64_t n, int relu, float most,
                           float *y) {
@@ -463,23 +529,28 @@ static void vector_depthwise(const uint8_t *map, const int64_t *tap, int64_t tap
 
 /* 10 log10(x) of positive normal numbers: x = 2^e (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), and
  * ln(1 + f) = f - f^2 / 2 + f^3 P(f), fitted like exp16's. */
-LB_INLINE lb_v16 decibels16(lb_v16 x) {
+LB_INLINE lb_part decibels_part(lb_part x) {
   const int32_t half = 0x3f3504f3; /* the bits of sqrt(1/2) */
-  const lb_i16 bits = (lb_i16)x - half, e = bits >> 23;
-  const lb_v16 f = (lb_v16)((bits & 0x7fffff) + half) - 1.0f;
-  lb_v16 p = all16(-0.0763449743f);
-  horner16(&p, &f, 0.12761578f);
-  horner16(&p, &f, -0.131601825f);
-  horner16(&p, &f, 0.142017573f);
-  horner16(&p, &f, -0.166233569f);
-  horner16(&p, &f, 0.200012267f);
-  horner16(&p, &f, -0.250008196f);
-  horner16(&p, &f, 0.333333313f);
-  horner16(&p, &f, -0.5f);
-  const lb_v16 ln = fma16(f * f, p, f);
-  const lb_v16 y = fma16(__builtin_convertvector(e, lb_v16), all16(3.01029996f), ln * 4.34294482f);
-  const lb_i16 number = x == x; /* from NaN's bits would come a number that differs between processors */
-  return (lb_v16)(((lb_i16)y & number) | ((lb_i16)x & ~number));
+  const lb_int_part bits = (lb_int_part)x - half, e = bits >> 23;
+  const lb_part f = (lb_part)((bits & 0x7fffff) + half) - 1.0f;
+  lb_part p = all_part(-0.0763449743f);
+  p = horner(p, f, 0.12761578f);
+  p = horner(p, f, -0.131601825f);
+  p = horner(p, f, 0.142017573f);
+  p = horner(p, f, -0.166233569f);
+  p = horner(p, f, 0.200012267f);
+  p = horner(p, f, -0.250008196f);
+  p = horner(p, f, 0.333333313f);
+  p = horner(p, f, -0.5f);
+  const lb_part ln = fma_part(f * f, p, f);
+  const lb_part y = fma_part(__builtin_convertvector(e, lb_part), all_part(3.01029996f), ln * 4.34294482f);
+  return select_part(x == x, y, x); /* from NaN's bits would come a number that differs between processors */
+}
+
+LB_INLINE lb_v16 decibels16(lb_v16 x) {
+  lb_in_parts v = {x};
+  for (unsigned i = 0; i < LB_PARTS; i++) v.part[i] = decibels_part(v.part[i]);
+  return v.all;
 }
 
 /* The Fourier transform of n complex numbers, n a power of two, in place; cosine[j * turn] is that of j / n of a circle
@@ -557,8 +628,8 @@ const lb_vector_table lb_vector512
 #else
 static const lb_vector_table vector_table
 #endif
-    = {vector_gelu, vector_norm, vector_softmax, vector_multiply, vector_transpose,
-       vector_add, vector_affine, vector_pool, vector_mel, vector_standardize, vector_round,
+    = {vector_curve, vector_norm, vector_softmax, vector_multiply, vector_transpose,
+       vector_affine, vector_pool, vector_mel, vector_standardize, vector_round,
        vector_depthwise};
 
 #endif
