@@ -12,9 +12,10 @@ FLOATS, MAP = 0, 1
 KINDS = (
     "quantize", "product", "copy", "add", "affine", "pool", "norm", "gelu", "mel", "attention", "depthwise", "round",
     "matmul", "softmax", "conv", "integer attention", "curve", "times",
+    "grouped conv",
 )  # fmt: skip
 """The kinds of operations; the index is their number in the file."""
-CURVES = ("gelu", "sigmoid", "silu", "gelu tanh", "hardsigmoid", "hardswish")
+CURVES = ("gelu", "sigmoid", "silu", "gelu tanh", "hardsigmoid", "hardswish", "inverse root")
 """Functions of single numbers; the index is their number in the file."""
 EACH, ROW, NUMBER = 0, 1, 2
 """How the second operand of a sum or product lies: as the first; one row for all rows; or one number for each row."""

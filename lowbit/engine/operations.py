@@ -278,11 +278,16 @@ def _relu(lowering: Lowering, x: Value, inplace: bool = False) -> Value:
     return _affine(lowering, x, None, None, relu=True, order=_memory_order(x.ids))
 
 
+_PADDING: dict[str, Any] = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
 def _pad(lowering: Lowering, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
-    if mode != "constant":
-        raise LowbitError(f"padding with mode={mode!r} is not an operation of plans")
-    filler = lowering.value(np.full(1, value or 0.0, np.float32), (1,))
-    return Value(F.pad(x.ids, tuple(pad), value=int(filler.ids[0])))
+    if mode == "constant":
+        filler = lowering.value(np.full(1, value or 0.0, np.float32), (1,))
+        return Value(F.pad(x.ids, tuple(pad), value=int(filler.ids[0])))
+    sides = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]  # the last dim first
+    sides = [(0, 0)] * (x.ndim - len(sides)) + sides[::-1]
+    return Value(torch.from_numpy(np.pad(x.ids.numpy(), sides, mode=_PADDING[mode])))
 
 
 def _hardtanh(
@@ -416,7 +421,7 @@ def _over_dims(
     """The mean over dims, as a pool whose window is all of them; ``options``: of `_pool`."""
     dims = sorted(d % x.ndim for d in ([dim] if isinstance(dim, int) else list(dim or range(x.ndim))))
     rest = [d for d in range(x.ndim) if d not in dims]
-    if not rest or 0 in dims or len(x.shape) != len(x.ids.shape) or x.shape[0] != 1:
+    if not rest or 0 in dims:
         raise LowbitError("a mean, sum or maximum over the batch is not an operation of plans")
     shape = [1 if d in dims else n for d, n in enumerate(x.shape) if keepdim or d not in dims]
     if dims == [2, 3] and x.ndim == 4:
@@ -433,6 +438,20 @@ def _sum(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -
 
 def _amax(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     return _over_dims(lowering, x, dim, keepdim, largest=True)
+
+
+def _normalize(
+    lowering: Lowering, x: Value, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> Value:
+    if p != 2 or eps != 1e-12:
+        raise LowbitError(f"normalize with p={p} and eps={eps} is not an operation of plans; p=2 and eps=1e-12 is")
+    squares = _sum(lowering, _scaled(lowering, x, x), dim, keepdim=True)
+    return _scaled(lowering, x, _curve(lowering, squares, "inverse root"))
+
+
+def _tanh(lowering: Lowering, x: Value) -> Value:
+    doubled = _curve(lowering, _scaled(lowering, x, 2.0), "sigmoid")
+    return _add(lowering, _scaled(lowering, doubled, 2.0), -1.0)
 
 
 def _group_norm(
@@ -462,12 +481,11 @@ def _leaky_relu(lowering: Lowering, x: Value, negative_slope: float = 0.01, inpl
 def _interpolate(
     lowering: Lowering, x: Value, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **others: Any
 ) -> Value:
-    factors = [1, 1]
-    if x.ndim == 4:
-        wanted = _pair(size) if size is not None else [int(n * f) for n, f in zip(x.shape[2:], (scale_factor,) * 2)]
-        factors = [w // n for w, n in zip(wanted, x.shape[2:], strict=True)]
-    if mode != "nearest" or x.ndim != 4 or [f * n for f, n in zip(factors, x.shape[2:], strict=True)] != wanted:
-        raise LowbitError("an interpolation but that of nearest places, by an integer, is not an operation of plans")
+    sizes = list(x.shape[2:])
+    wanted = _pair(size) if size is not None else [int(n * scale_factor) for n in sizes]
+    if mode != "nearest" or x.ndim != 4 or any(w % n for w, n in zip(wanted, sizes, strict=True)):
+        raise LowbitError("interpolation other than that of nearest places by an integer is not an operation of plans")
+    factors = [w // n for w, n in zip(wanted, sizes, strict=True)]
     return Value(x.ids.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3))
 
 
@@ -485,8 +503,8 @@ def _attention(
     if dropout_p or is_causal or any(others.values()):
         raise LowbitError("causal attention is not an operation of plans")
     if attn_mask is None and q.ndim > 4 and q.shape == k.shape == v.shape:  # windows are heads too
-        flat = (Value(x.ids.flatten(0, -3)[None]) for x in (q, k, v))
-        return Value(_attention(lowering, *flat, scale=scale).ids.reshape(q.shape))
+        queries, keys, values = (Value(x.ids.flatten(0, -3)[None]) for x in (q, k, v))
+        return Value(_attention(lowering, queries, keys, values, scale=scale).ids.reshape(q.shape))
     if attn_mask is not None or len(q.ids) != 1 or not q.shape == k.shape == v.shape:
         return _masked_attention(lowering, q, k, v, attn_mask, scale)
     if not q.shape == k.shape == v.shape or q.ndim != 4 or len(q.ids) != 1:
@@ -617,7 +635,8 @@ def _float_product(
     data = {0: panels.contiguous().numpy()}
     if bias is not None:
         data[1] = bias.detach().float().numpy()
-    lowering.add(Op("conv", [source], made, n=n, f={3: groups} if groups > 1 else {}, data=data))
+    kind, f = ("conv", {}) if groups == 1 else ("grouped conv", {0: float(groups)})
+    lowering.add(Op(kind, [source], made, n=n, f=f, data=data))
     lowering.exact = False
     return made
 
@@ -677,6 +696,12 @@ def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
     return _affine(lowering, x, constant.reshape(-1).numpy(), None, dim=dims[0])
 
 
+def _divided(lowering: Lowering, x: Value, y: Any) -> Value:
+    """A quotient by constants, as a product with their inverses, which may differ in the last bit."""
+    lowering.exact = False
+    return _scaled(lowering, x, 1 / y)
+
+
 def _softmax(lowering: Lowering, x: Value, dim: int | None = -1, _stacklevel: int = 3, dtype: Any = None) -> Value:
     if dim is None:
         raise LowbitError("a softmax over no dim in particular is not an operation of plans")
@@ -729,7 +754,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     plain_attention: _attention,
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _scaled),
-    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), lambda lowering, x, y: _scaled(lowering, x, 1 / y)),
+    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _divided),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _subtract),
     **dict.fromkeys((operator.neg, torch.neg, "neg"), lambda lowering, x: _scaled(lowering, x, -1.0)),
     **dict.fromkeys((torch.sigmoid, F.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), _sigmoid),
@@ -755,6 +780,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.amax, "amax"), _amax),
     F.group_norm: _group_norm,
     F.leaky_relu: _leaky_relu,
+    F.normalize: _normalize,
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), _tanh),
     F.interpolate: _interpolate,
     # torchvision's, in inference
     "stochastic_depth": lambda lowering, x, p, mode, training=True: x,
@@ -806,6 +833,7 @@ _PLAIN: dict[type[nn.Module], Callable[[Lowering, Any, Value], Value | None]] = 
     nn.GELU: lambda lowering, module, x: _gelu(lowering, x, module.approximate),
     nn.ReLU: lambda lowering, module, x: _relu(lowering, x),
     nn.Sigmoid: lambda lowering, module, x: _sigmoid(lowering, x),
+    nn.Tanh: lambda lowering, module, x: _tanh(lowering, x),
     nn.SiLU: lambda lowering, module, x: _silu(lowering, x),
     nn.Hardsigmoid: lambda lowering, module, x: _hardsigmoid(lowering, x),
     nn.Hardswish: lambda lowering, module, x: _hardswish(lowering, x),

@@ -21,7 +21,8 @@ SHIFT = 40
 """Number of low bits of an element's number that hold its index in its tensor."""
 
 _WRITERS = frozenset((
-    "product", "norm", "gelu", "attention", "integer attention", "depthwise", "conv", "curve", "add", "times",
+    "product", "norm", "gelu", "attention", "integer attention", "depthwise", "conv", "grouped conv", "curve",
+    "add", "times",
 ))  # fmt: skip
 """Operations that write a map themselves."""
 
@@ -330,7 +331,13 @@ class Lowering:
                 continue
             readers = sum(source in other.inputs for other in self.ops) + sum(r.source is source for r in self.requests)
             whole = not op.n[0] and op.n[1] == source.channels and op.floats.channels == source.channels
-            if before.kind in ("affine", "conv") and whole and readers == 1 and not before.n[11] and not op.data:
+            if (
+                before.kind in ("affine", "conv", "grouped conv")
+                and whole
+                and readers == 1
+                and not before.n[11]
+                and not op.data
+            ):
                 before.n[11], before.f[2] = op.n[11], op.f[2]
             elif before.kind == "depthwise" and whole and readers == 1 and not before.n[11]:
                 if op.data and (4 in before.data or len(op.data) < 2):

@@ -101,6 +101,13 @@ LAYERS = {
     "relu": nn.ReLU(),
     "relu6": nn.ReLU6(),
     "softmax": nn.Softmax(-1),
+    "softmax of tokens": nn.Softmax(1),
+    "tanh gelu": nn.GELU("tanh"),
+    "sigmoid": nn.Sigmoid(),
+    "silu": nn.SiLU(),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "hardswish": nn.Hardswish(),
+    "leaky relu": nn.LeakyReLU(0.2),
     "several": nn.Sequential(nn.GELU(), nn.Identity(), nn.Dropout(), nn.LayerNorm(24)),
 }
 
@@ -118,6 +125,84 @@ def test_float_operations_to_the_last_bits(name):
     torch.testing.assert_close(actual, model(x), rtol=3e-6, atol=3e-6)
 
 
+FUNCTIONS = {
+    "silu": nn.functional.silu,
+    "silu in place": lambda x: nn.functional.silu(x, inplace=True),
+    "sigmoid": lambda x: x.sigmoid(),
+    "sigmoid in place": lambda x: x.sigmoid_(),
+    "hardswish": lambda x: nn.functional.hardswish(x, True),
+    "timm's hardswish": lambda x: x.mul_(nn.functional.relu6(x + 3.0).div_(6.0)),
+    "hardsigmoid": nn.functional.hardsigmoid,
+    "leaky relu": lambda x: nn.functional.leaky_relu(x, 0.3),
+    "square": lambda x: x * x,
+    "square of the rows' mean": lambda x: x.mean(1, keepdim=True) * x.mean(1, keepdim=True),
+    "a gate of rows": lambda x: torch.mul(x, x.mean(1, keepdim=True)),
+    "a gate of channels": lambda x: x.mean(2, keepdim=True) * x,
+    "an outer product": lambda x: x.mean(1, keepdim=True) * x.mean(2, keepdim=True),
+    "a gate of heads": lambda x: x.reshape(-1, 7, 4, 6) * x.reshape(-1, 7, 4, 6).mean((1, 3), keepdim=True),
+    "a sum of rows": lambda x: x + x.mean(1, keepdim=True),
+    "a table": lambda x: x * torch.arange(168.0).reshape(7, 24),
+    "differences": lambda x: (1 - x) - (x - 2) - x.mean(2, keepdim=True),
+    "a weighted sum": lambda x: torch.add(x, x.flip(1), alpha=0.5),
+    "negative": lambda x: -x,
+    "quotient": lambda x: x.div(4) - x / 3,
+    "sum": lambda x: x.sum(1),
+    "largest": lambda x: x.amax(2),
+    "unit length": lambda x: nn.functional.normalize(x, dim=-1),
+    "unit length of columns": lambda x: nn.functional.normalize(x, dim=1),
+    "tanh": torch.tanh,
+}
+
+
+class Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@torch.no_grad()
+def test_functions_and_methods(name):
+    torch.manual_seed(1)
+    x = 3 * torch.randn(2, 7, 24)
+    model = packed(wrapped(Function(FUNCTIONS[name])), x, first_last="same")
+    expected = model(x)
+    actual = lowbit.plan(model, x)(x).reshape(expected.shape)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
+
+
+IN_PLACE = {
+    "method": lambda x: (x.mul_(2), x)[1],
+    "function": lambda x: (nn.functional.relu(x, inplace=True), x)[1],
+    "module": nn.Sequential(nn.Identity(), nn.Hardswish(inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@torch.no_grad()
+def test_who_reads_a_tensor_after_it_was_changed_in_place(name):
+    torch.manual_seed(2)
+    x = torch.randn(2, 7, 24)
+    change = IN_PLACE[name]
+
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.change = change if isinstance(change, nn.Module) else Function(change)
+
+        def forward(self, x):
+            self.change(x)
+            return x
+
+    model = packed(wrapped(Read()), x, first_last="same")
+    torch.testing.assert_close(lowbit.plan(model, x)(x), model(x).flatten(1), rtol=3e-6, atol=3e-6)
+
+
 class Images(nn.Module):
     """A packed convolution, then ``layer``."""
 
@@ -129,8 +214,29 @@ class Images(nn.Module):
         return self.layer(self.conv(x))
 
 
+class Gate(nn.Module):
+    """A gate of each channel, as squeeze-and-excitation has it, and one of each place."""
+
+    def forward(self, x):
+        x = x * nn.functional.hardsigmoid(nn.functional.adaptive_avg_pool2d(x, 1))
+        return x * torch.sigmoid(x.mean(1, keepdim=True))
+
+
 POOLS = {
     "max": nn.MaxPool2d(2),
+    "max of cut windows": nn.MaxPool2d(3, 2, ceil_mode=True),
+    "overlapping max of cut windows": nn.MaxPool2d(5, 3, 1, ceil_mode=True),
+    "max of windows that would start outside": nn.MaxPool2d(2, 3, 1, ceil_mode=True),
+    "average of whole windows": nn.AvgPool2d(2, ceil_mode=True),
+    "gates": Gate(),
+    "groups": nn.Conv2d(20, 8, 3, 2, 1, groups=4),
+    "channel by channel": nn.Conv2d(20, 40, 3, groups=20),
+    "group norm": nn.GroupNorm(4, 20),
+    "layer norm of images": nn.GroupNorm(1, 20),
+    "swish": nn.SiLU(),
+    "reflected borders": nn.Sequential(nn.ReflectionPad2d((1, 2, 3, 0)), nn.MaxPool2d(2)),
+    "repeated borders": nn.Sequential(nn.ReplicationPad2d((1, 2, 3, 0)), nn.MaxPool2d(2)),
+    "larger": nn.Upsample(scale_factor=2),
     "overlapping max": nn.MaxPool2d(3, 2, 1),
     "average": nn.AvgPool2d(2),
     "average with pads": nn.AvgPool2d(3, 2, 1),
@@ -148,9 +254,11 @@ POOLS = {
 def test_operations_on_images(name):
     torch.manual_seed(2)
     x = torch.randn(2, 3, 12, 8)
-    model = packed(Images(copy.deepcopy(POOLS[name])), x, first_last="same")
+    layer = copy.deepcopy(POOLS[name])
+    own = [layer] if isinstance(layer, nn.Conv2d) else []
+    model = packed(Images(layer), x, first_last="same", filter_fn=lambda module, name: module not in own)
     expected = model(x)
-    tolerance = 0 if "max" in name or name == "flatten" else 3e-6
+    tolerance = 0 if "max" in name or name in ("flatten", "larger") else 3e-6
     actual = lowbit.plan(model, x)(x).reshape(expected.shape)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
@@ -175,6 +283,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_its_base(kind):
         nn.MaxPool2d: lambda: nn.MaxPool2d(2),
         nn.AvgPool2d: lambda: nn.AvgPool2d(2),
         nn.AdaptiveAvgPool2d: lambda: nn.AdaptiveAvgPool2d(1),
+        nn.GroupNorm: lambda: nn.GroupNorm(4, 20),
     }
     x = torch.randn(2, 3, 12, 8)
     flat = kind is nn.BatchNorm1d  # it takes [N, C]
@@ -403,6 +512,20 @@ def test_wrong_inputs(x, what):
     plan = lowbit.plan(packed(create("resnet8"), torch.randn(2, 3, 32, 32)))
     with pytest.raises(LowbitError, match=what):
         plan(x)
+
+
+def test_attention_of_windows():
+    torch.manual_seed(3)
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            q, k, v = x.reshape(-1, 2, 6, 3, 2, 4).permute(3, 0, 1, 4, 2, 5)
+            return nn.functional.scaled_dot_product_attention(q, k, v).flatten(1)
+
+    x = torch.randn(2, 12, 24)
+    model = packed(wrapped(Attention()), x, first_last="same")
+    with torch.no_grad():
+        torch.testing.assert_close(lowbit.plan(model, x)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 class Sine(nn.Module):

@@ -42,13 +42,14 @@ class Parts(nn.Module):
         super().__init__()
         self.first, self.deep = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 3, groups=5)
         self.second, self.norm = nn.Conv2d(5, 6, 3, padding=1), nn.LayerNorm(6)
+        self.groups = nn.Conv2d(6, 6, 1, groups=2)
         self.pools = nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(3, 2, 1))
         self.last = nn.Linear(12, 4)
 
     def forward(self, x):
         y = self.first(x).relu()
         y = self.second(nn.functional.silu(self.deep(y))) + 1
-        y = y * torch.sigmoid(y.mean((2, 3), keepdim=True))
+        y = self.groups(y) * torch.sigmoid(y.mean((2, 3), keepdim=True))
         rows = self.norm(self.pools(y).flatten(2).transpose(1, 2))
         rows = nn.functional.gelu(rows)
         rows = torch.softmax(rows @ rows.transpose(1, 2), -1) @ rows

@@ -1,5 +1,7 @@
 """Winograd's form with tiles of 4x4 outputs, which plans use for 8-bit activations, gives exact sums."""
 
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -103,3 +105,16 @@ def test_large_levels(library, largest):
     codes = torch.randint(0, 2, (20, 32, 3, 3), generator=torch.Generator().manual_seed(0)) * 3
     codes[0], codes[1] = 3, 0
     assert_exact(library, codes, levels, 2, torch.full((1, 32, 13, 14), 255), 0)
+
+
+@pytest.mark.parametrize("size", [(13, 13), (14, 14), (15, 15), (16, 13)])
+def test_cut_tiles_read_nothing_behind_the_map(size, fuzz_program, tmp_path):
+    """The map is all that the arena holds. Without the limits of lines and places, the last tile would read up to three
+    places of 128 bytes more, behind the 192 bytes of padding, which the address sanitizer reports."""
+    bits, levels = integer_table("denseshift3")
+    codes = torch.randint(0, len(levels), (8, 128, 3, 3), generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "cut.lbp"
+    path.write_bytes(convolution(codes, levels.numpy(), bits, size, 0))
+    done = subprocess.run([fuzz_program, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "1 files\n"

@@ -450,7 +450,7 @@ static int check_matmul(checker *c, const lb_plan_op *op) {
 
 static int64_t panels_of(int64_t n) { return (n + 15) / 16; }
 
-static int64_t groups_of(const lb_plan_op *op) { return op->f[3] > 1 && op->f[3] <= MOST ? (int64_t)op->f[3] : 1; }
+static int64_t groups_of(const lb_plan_op *op) { return op->kind == LB_OP_GROUPS ? (int64_t)op->f[0] : 1; }
 
 /* data: weights [groups][outputs of a group / 16][k][16], k = (ky, kx, channel of a group); bias */
 static int check_conv(checker *c, const lb_plan_op *op) {
@@ -460,6 +460,7 @@ static int check_conv(checker *c, const lb_plan_op *op) {
   if (!x || !y || !is_window(op) || !is_between(n[LB_N_RELU], 0, 1) || !is_between(n[LB_N_HEIGHT], 1, MOST) ||
       !is_between(n[LB_N_WIDTH], 1, MOST) || !is_between(n[LB_N_CHANNELS], 1, MOST))
     return refuse(c, "wrong tensors or numbers");
+  if (op->kind == LB_OP_GROUPS && !(op->f[0] >= 1 && op->f[0] <= MOST)) return refuse(c, "an impossible number of groups");
   const lb_plan_tensor seen = {.height = n[LB_N_HEIGHT], .width = n[LB_N_WIDTH]};
   const int64_t rows = out_height(op, &seen) * out_width(op, &seen), groups = groups_of(op);
   const int64_t k = n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X] * (n[LB_N_CHANNELS] / groups);
@@ -511,7 +512,8 @@ static int check_op(checker *c, const lb_plan_op *op) {
     case LB_OP_DEPTHWISE: return check_depthwise(c, op);
     case LB_OP_ROUND: return check_round(c, op);
     case LB_OP_MATMUL: return check_matmul(c, op);
-    case LB_OP_CONV: return check_conv(c, op);
+    case LB_OP_CONV:
+    case LB_OP_GROUPS: return check_conv(c, op);
     case LB_OP_INTEGERS: return check_integers(c, op);
     default: return refuse(c, "of unknown kind");
   }
@@ -749,7 +751,8 @@ static int64_t work_of(const lb_plan *plan, const lb_plan_op *op) {
   const int64_t rows = rows_of(plan->tensors + written), values = values_of(plan->tensors + written), *n = op->n;
   switch (op->kind) {
     case LB_OP_PRODUCT: return rows * (op->data[0].bytes * 8 / n[LB_N_BITS]);
-    case LB_OP_CONV: return rows * (op->data[0].bytes / 4);
+    case LB_OP_CONV:
+    case LB_OP_GROUPS: return rows * (op->data[0].bytes / 4);
     case LB_OP_DEPTHWISE:
     case LB_OP_POOL: return values * n[LB_N_KERNEL_Y] * n[LB_N_KERNEL_X];
     case LB_OP_ATTENTION: return 2 * values * rows;
@@ -1590,6 +1593,7 @@ static int run_item(lb_plan *plan, uint8_t *arena, const float *x, float *y, int
         break;
       case LB_OP_ROUND: parallel(&r, rows_of(rows), rows->channels * 4, round_rows, &r); break;
       case LB_OP_CONV:
+      case LB_OP_GROUPS:
         parallel(&r, panels_of(rows_of(rows)), op->data[0].bytes * 4, conv_rows, &r);
         break;
       case LB_OP_MATMUL:

@@ -50,6 +50,7 @@ enum {
   LB_OP_INTEGERS,     /* attention whose four factors are rounded to integers: floats -> floats and/or map */
   LB_OP_CURVE,        /* a function of each number: floats -> floats and/or map */
   LB_OP_TIMES,        /* floats * floats or a constant -> floats and/or map */
+  LB_OP_GROUPS,       /* conv, of groups of channels */
   LB_OPS
 };
 
@@ -100,8 +101,8 @@ typedef struct {
 typedef struct {
   int32_t kind, reserved, in[4], out[2]; /* tensors; -1: none. out: floats, map (of quantize: scales, map) */
   int64_t n[16];
-  double f[4]; /* 0: scale of the input or of logits, eps; 1: scale by which the output map is rounded;
-                * 2: of affine, depthwise and sums, what ReLU clips at, 0 for nothing; 3: groups of conv, 0 for one */
+  double f[4]; /* 0: scale of the input or of logits, eps, groups; 1: scale by which the output map is rounded;
+                * 2: of affine, depthwise and sums, what ReLU clips at, 0 for nothing */
   lb_plan_data data[5]; /* product: packed, scale, sums, bias, levels; others: see plan.c */
 } lb_plan_op;
 

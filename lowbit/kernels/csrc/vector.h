@@ -241,9 +241,15 @@ LB_INLINE lb_part ramp_part(lb_part x) {
 }
 
 /* f(x); `which`: of LB_CURVES. GELU's other form is x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x^3). The sigmoid
- * is off by less than 2e-7 of the result. The last two have the bits of PyTorch's. */
+ * is off by less than 2e-7 of the result. The hard ones have the bits of PyTorch's. The inverse root is 1 / sqrt(x), where
+ * x is 1e-24 at least. */
 LB_ONCE lb_part curve_part(lb_part x, int which) {
   if (which == LB_CURVE_GELU) return gelu_part(x);
+  if (which == LB_CURVE_INVERSE_ROOT) {
+    x = max_part(x, all_part(1e-24f));
+    for (unsigned i = 0; i < sizeof x / sizeof x[0]; i++) x[i] = sqrtf(x[i]);
+    return 1.0f / x;
+  }
   if (which >= LB_CURVE_HARDSIGMOID) {
     lb_part y = ramp_part(x);
     if (which == LB_CURVE_HARDSWISH) y *= x;
