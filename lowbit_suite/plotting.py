@@ -232,6 +232,15 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return metrics.interval(values)[1:]
 
 
+def table(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """Return a table as readers should see it: rounded, without empty columns, and a dash in each empty cell.
+
+    A single seed, for example, gives no interval, so its columns are left out.
+    """
+    shown = frame.dropna(axis="columns", how="all").round(digits)
+    return shown.astype(dict.fromkeys(shown.columns[shown.isna().any()], object)).where(shown.notna(), "–")
+
+
 def matrix(
     ax: Axes, values: torch.Tensor, title: str = "", limit: float | None = None, digits: int = 2, size: int = 10
 ) -> None:

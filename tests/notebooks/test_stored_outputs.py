@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 from nbval.plugin import find_comment_markers, find_metadata_tags
+from pandas.io.formats.style import Styler
 
 from lowbit import paths
 
@@ -59,6 +61,29 @@ def test_no_output_names_a_place_on_a_machine(path):
 )
 def test_places_on_machines_are_noticed(text, is_one):
     assert bool(MACHINE_PATH.search(text)) == is_one
+
+
+EMPTY = re.compile(r"<td[^>]*>\s*(?:nan|NaN|NaT|None|&lt;NA&gt;)\s*</td>")
+
+
+def holes(output):
+    """Cells of a table, or words of its plain twin, that show how pandas writes a missing value."""
+    data = output.get("data", {})
+    return EMPTY.findall(data["text/html"]) + re.findall(r"\bNaN\b", data["text/plain"]) if "text/html" in data else []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_table_shows_nan_for_an_empty_cell(path):
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    found = [cell.source for cell in cells if any(map(holes, cell.outputs))]
+    assert found == [], "show it by plotting.table, or a Styler by format(na_rep='–')"
+
+
+@pytest.mark.parametrize("show", [lambda table: table, lambda table: table.style.format(precision=1)])
+def test_an_empty_cell_is_noticed(show):
+    shown = show(pd.DataFrame({"low": [float("nan")], "about": ["NaN is named in a text"]}))
+    data = {"text/html": shown._repr_html_(), "text/plain": "" if isinstance(shown, Styler) else str(shown)}
+    assert holes({"data": data}) and not holes({"data": data | {"text/html": "<td>a NaN here</td>", "text/plain": ""}})
 
 
 def test_make_test_compares_every_notebook_within_a_limit():

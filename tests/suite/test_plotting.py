@@ -311,3 +311,11 @@ def test_names_that_are_no_methods():
     assert looks[4] != looks[2] and not {looks[4].color, looks[2].color} & {
         look.color for look in plotting.METHODS.values()
     }
+
+
+def test_a_table_leaves_out_empty_columns_and_has_a_dash_in_an_empty_cell():
+    frame = pd.DataFrame({"arm": ["a", "b"], "mean": [1.236, np.nan], "low": np.nan, "seeds": [1, 2]})
+    shown = plotting.table(frame)
+    assert shown.values.tolist() == [["a", 1.24, 1], ["b", "–", 2]]
+    assert "nan" not in (shown.to_html() + str(shown)).lower()
+    assert frame["mean"].iloc[0] == 1.236 and "low" in frame, "the recorded table stays as it is"
