@@ -24,7 +24,7 @@ with extra("course", "lowbit_suite.plotting"):
     from matplotlib.colors import to_hex
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from lowbit_suite.records.context import current
 
@@ -554,6 +554,8 @@ def speeds(panels: Mapping[str, pd.DataFrame], ylabel: str, colors: Sequence[str
         ax.axhline(1, color=INK, linestyle="--", linewidth=1)
         ax.set_xticks(range(len(groups)), groups, fontsize="small")
         ax.set(title=title, yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.grid(False, axis="x")
     axes[0, 0].set_ylabel(ylabel)
