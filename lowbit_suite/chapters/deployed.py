@@ -1,8 +1,14 @@
-"""Around a packed network in notebook 16: the parts of its file, and its answers by ONNX Runtime."""
+"""Around a packed network in notebook 16: the parts of its file, and its answers elsewhere."""
 
+import hashlib
+import os
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +38,52 @@ def parts(packed: nn.Module, file: Path) -> dict[str, int]:
     }
     found["packed codes"] += int(table[table.how == "codes"].bytes.sum())
     return found | {"header": file.stat().st_size - int(table.bytes.sum())}
+
+
+def only_inference(threads: int) -> None:
+    """Set the process up for inference: the number of threads, no gradients, and no warnings about tracing."""
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+
+
+def checksum(answers: Tensor) -> str:
+    """Return the SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(answers.numpy().tobytes()).hexdigest()
+
+
+PREDICT = """
+import sys, torch, lowbit
+from lowbit.kernels import native
+from lowbit_suite.chapters.deployed import checksum
+torch.set_num_threads(int(sys.argv[3]))
+y = lowbit.load(sys.argv[1])(torch.load(sys.argv[2])).detach()
+print(checksum(y), native.isa() or "PyTorch form")
+"""
+
+
+def elsewhere(model: Path, inputs: Path, threads: int, **environment: str) -> list[str]:
+    """Run a saved model in a fresh Python process.
+
+    Args:
+        model: the file that `lowbit.save` wrote.
+        inputs: the file that `torch.save` wrote of a batch.
+        threads: number of threads.
+        environment: environment variables of the process, beside those of this one.
+
+    Returns:
+        The `checksum` of the answers, and the form of the kernels in use.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", PREDICT, str(model), str(inputs), str(threads)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip().split(" ", 1)
+
+
+def without_python(runner: Path, plan: Path, inputs: Path) -> np.ndarray:
+    """Return the numbers that ``lowbit-run`` prints for a saved plan and a NumPy file of inputs."""
+    done = subprocess.run([runner, plan, inputs], capture_output=True, text=True, check=True)
+    return np.loadtxt(done.stdout.splitlines(), dtype=np.float32)
 
 
 def session(path: Path, threads: int) -> Any:
