@@ -88,9 +88,9 @@ def test_a_changed_output_is_noticed_and_mended():
     changed = nbformat.read(path, as_version=4)
     ((place, ids),) = shown.cells(changed)
     assert ids == ["D4", "D6"]
-    output = changed.cells[place].outputs[0].data
-    before, output["text/markdown"] = output["text/markdown"], "old"
-    assert shown.refresh(changed) and output["text/markdown"] == before
+    cell = changed.cells[place]
+    before, cell.outputs[0].data["text/markdown"] = cell.outputs[0].data["text/markdown"], "old"
+    assert shown.refresh(changed) and cell.outputs[0].data["text/markdown"] == before
 
 
 def test_a_look_at_short_trainings_passes_no_verdict(notebook):
