@@ -29,7 +29,8 @@ nothing else. {method}.
 
 - **Conditions.** Each claim names conditions that its trainings have to meet, written down before they ran: the
   full-precision twin has learned, and the weights had time to move. A statement is *not tested* while its trainings
-  have not been run or a condition fails, whatever its numbers say. *Not tested* is no verdict on the paper.
+  have not been run or a condition fails, whatever its numbers say. *Not tested* is no verdict on the paper. Where a
+  length of training turned out too short for its condition, it was lengthened; `notebooks/claims.yaml` lists that.
 - **Verdicts.** The *primary* statements, in bold, decide. A claim is reproduced if all of them are, and not reproduced
   if one is not. Secondary and descriptive statements stand beside them and change no verdict; those marked *ours* are
   controls and caveats that the paper does not have. Of many statements one fails by chance more easily than one alone,
