@@ -15,7 +15,7 @@ KINDS = (
     "grouped conv",
 )  # fmt: skip
 """The kinds of operations; the index is their number in the file."""
-CURVES = ("gelu", "sigmoid", "silu", "gelu tanh", "hardsigmoid", "hardswish", "inverse root")
+CURVES = ("gelu", "sigmoid", "silu", "gelu tanh", "hardsigmoid", "hardswish", "inverse root", "inverse")
 """Functions of single numbers; the index is their number in the file."""
 EACH, ROW, NUMBER = 0, 1, 2
 """How the second operand of a sum or product lies: as the first; one row for all rows; or one number for each row."""

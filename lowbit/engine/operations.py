@@ -257,6 +257,10 @@ def _repeats(ids: Tensor) -> tuple[int, int, Tensor]:
     return EACH, ids.numel() // ids.shape[-1] if ids.ndim else 1, ids.flatten()
 
 
+def _addcmul(lowering: Lowering, x: Any, a: Any, b: Any, value: float = 1) -> Value:
+    return _add(lowering, x, _scaled(lowering, a, b), alpha=value)
+
+
 def _memory_order(ids: Tensor) -> list[int]:
     """The dims from the slowest to the fastest in memory, by the elements' numbers."""
     steps = []
@@ -440,6 +444,13 @@ def _amax(lowering: Lowering, x: Value, dim: Any = None, keepdim: bool = False) 
     return _over_dims(lowering, x, dim, keepdim, largest=True)
 
 
+def _norm(lowering: Lowering, x: Value, p: Any = 2, dim: Any = None, keepdim: bool = False) -> Value:
+    if p not in (2, "fro"):
+        raise LowbitError(f"a norm with p={p} is not an operation of plans; p=2 is")
+    squares = _sum(lowering, _scaled(lowering, x, x), dim, keepdim)
+    return _scaled(lowering, squares, _curve(lowering, squares, "inverse root"))
+
+
 def _normalize(
     lowering: Lowering, x: Value, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Value:
@@ -547,7 +558,7 @@ def _stored_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
     if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels > 1:
         whole = form is not None and form.scale.numel() == 1 and form.after is None
         levels, divisor = integer_levels(layer.get_buffer("levels"))
-        if form is not None and whole and max(map(abs, levels)) <= 255 and isinstance(layer.padding, tuple):
+        if form is not None and whole and max(map(abs, levels)) <= 255:
             return _depthwise(lowering, layer, x, form, torch.tensor(levels), divisor)
     return _float_layer(lowering, layer, x if quantizer is None else rounded(lowering, quantizer, x))
 
@@ -555,7 +566,7 @@ def _stored_layer(lowering: Lowering, layer: Any, x: Value) -> Value:
 def _depthwise(
     lowering: Lowering, layer: nn.Conv2d, x: Value, form: IntegerForm, levels: Tensor, divisor: float
 ) -> Value:
-    padding: Any = layer.padding
+    padding = _padding(layer.padding, layer.kernel_size, layer.dilation)
     ids = _image(x.ids)
     channels = layer.in_channels
     weights = levels[layer.get_buffer("codes").long()].reshape(channels, -1)
@@ -603,10 +614,37 @@ def _float_conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Value:
-    if isinstance(padding, str):
-        raise LowbitError(f"a convolution in full precision with padding={padding!r} is not an operation of plans")
-    window = (_pair(stride), _pair(padding), _pair(dilation))
+    window = (_pair(stride), _padding(padding, weight.shape[2:], _pair(dilation)), _pair(dilation))
     return _back(lowering, _float_product(lowering, _image(x.ids), weight, bias, *window, groups))
+
+
+def _conv1d(
+    lowering: Lowering,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    """A convolution of lines, as one of images with one line."""
+    (s,), (d,) = (value if isinstance(value, tuple) else (value,) for value in (stride, dilation))
+    pad = padding[0] if isinstance(padding, tuple) else padding
+    pads = pad if isinstance(pad, str) else (0, pad)
+    image = Value(x.ids[:, :, None])
+    made = _float_conv2d(lowering, image, weight[:, :, None], bias, (1, s), pads, (1, d), groups)
+    return Value(made.ids[:, :, 0])
+
+
+def _padding(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """A convolution's padding as lines and places at each side."""
+    if padding != "same":
+        return [0, 0] if padding == "valid" else _pair(padding)
+    around = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if any(n % 2 for n in around):
+        raise LowbitError(f"padding='same' of an even kernel {list(kernel)} is not an operation of plans")
+    return [n // 2 for n in around]
 
 
 def _float_product(
@@ -696,10 +734,10 @@ def _scaled(lowering: Lowering, x: Any, y: Any) -> Value:
     return _affine(lowering, x, constant.reshape(-1).numpy(), None, dim=dims[0])
 
 
-def _divided(lowering: Lowering, x: Value, y: Any) -> Value:
-    """A quotient by constants, as a product with their inverses, which may differ in the last bit."""
+def _divided(lowering: Lowering, x: Any, y: Any) -> Value:
+    """A quotient, as a product with inverses, which may differ in the last bit."""
     lowering.exact = False
-    return _scaled(lowering, x, 1 / y)
+    return _scaled(lowering, x, _curve(lowering, y, "inverse") if isinstance(y, Value) else 1 / y)
 
 
 def _softmax(lowering: Lowering, x: Value, dim: int | None = -1, _stacklevel: int = 3, dtype: Any = None) -> Value:
@@ -768,10 +806,12 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.avg_pool2d: _avg_pool2d,
     F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
+    **dict.fromkeys((torch.addcmul, "addcmul"), _addcmul),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), _relu),
     F.batch_norm: _batch_norm,
     F.linear: _float_linear,
     F.conv2d: _float_conv2d,
+    F.conv1d: _conv1d,
     F.pad: _pad,
     F.hardtanh: _hardtanh,
     F.relu6: lambda lowering, x, inplace=False: _hardtanh(lowering, x, 0.0, 6.0),
@@ -781,6 +821,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.group_norm: _group_norm,
     F.leaky_relu: _leaky_relu,
     F.normalize: _normalize,
+    **dict.fromkeys((torch.norm, "norm"), _norm),
     **dict.fromkeys((torch.tanh, F.tanh, "tanh"), _tanh),
     F.interpolate: _interpolate,
     # torchvision's, in inference

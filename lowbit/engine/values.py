@@ -348,7 +348,8 @@ class Lowering:
             else:
                 continue
             made = op.floats
-            made.height, made.width = source.height, source.width
+            if not any(made in other.inputs for other in self.ops if other.kind == "pool"):  # it has its lines already
+                made.height, made.width = source.height, source.width
             before.floats = made
             self.made[made] = before
             self.ops.remove(op)

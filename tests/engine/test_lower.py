@@ -150,6 +150,10 @@ FUNCTIONS = {
     "largest": lambda x: x.amax(2),
     "unit length": lambda x: nn.functional.normalize(x, dim=-1),
     "unit length of columns": lambda x: nn.functional.normalize(x, dim=1),
+    "a sum with a product": lambda x: torch.addcmul(x, x.flip(1), x, value=0.5),
+    "length": lambda x: x.norm(p=2, dim=1),
+    "an inverse": lambda x: 3 / (x * x + 1),
+    "a quotient of tensors": lambda x: x / (x * x + 0.5),
     "tanh": torch.tanh,
 }
 
@@ -245,6 +249,9 @@ POOLS = {
     "global": nn.AdaptiveAvgPool2d(1),
     "quarters": nn.AdaptiveAvgPool2d((3, 2)),
     "batchnorm": nn.Sequential(nn.Identity(), nn.BatchNorm2d(20), nn.ReLU()),
+    "pooled batchnorm": nn.Sequential(nn.Identity(), nn.BatchNorm2d(20), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+    "of the same size": nn.Conv2d(20, 8, (3, 5), padding="same", groups=2),
+    "lines": nn.Sequential(nn.Flatten(2), nn.Conv1d(20, 4, 3, 2, 1)),
     "flatten": nn.Flatten(),
 }
 
@@ -255,7 +262,7 @@ def test_operations_on_images(name):
     torch.manual_seed(2)
     x = torch.randn(2, 3, 12, 8)
     layer = copy.deepcopy(POOLS[name])
-    own = [layer] if isinstance(layer, nn.Conv2d) else []
+    own = [part for part in layer.modules() if isinstance(part, nn.Conv1d | nn.Conv2d)]
     model = packed(Images(layer), x, first_last="same", filter_fn=lambda module, name: module not in own)
     expected = model(x)
     tolerance = 0 if "max" in name or name in ("flatten", "larger") else 3e-6

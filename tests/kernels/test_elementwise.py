@@ -29,6 +29,7 @@ DEFINITIONS = {
     "hardsigmoid": (lambda x: np.clip(x + 3, 0, 6) / 6, np.ones_like, 1.2e-7),
     "hardswish": (lambda x: x * np.clip(x + 3, 0, 6) / 6, np.abs, 1.5e-7),
     "inverse root": (lambda x: np.maximum(x, 1e-24) ** -0.5, lambda x: np.maximum(x, 1e-24) ** -0.5, 1.8e-7),
+    "inverse": (lambda x: 1 / np.where(x == 0, np.nan, x), lambda x: 1 / np.where(x == 0, np.nan, x), 6e-8),
 }
 
 

@@ -65,7 +65,7 @@ typedef struct {
 
 /* Functions of single numbers; see vector_curve. */
 enum { LB_CURVE_GELU, LB_CURVE_SIGMOID, LB_CURVE_SILU, LB_CURVE_GELU_TANH, LB_CURVE_HARDSIGMOID, LB_CURVE_HARDSWISH,
-       LB_CURVE_INVERSE_ROOT, LB_CURVES };
+       LB_CURVE_INVERSE_ROOT, LB_CURVE_INVERSE, LB_CURVES };
 
 /* Operations on rows of floats; vector.h has their definitions. */
 typedef struct {

@@ -245,6 +245,7 @@ LB_INLINE lb_part ramp_part(lb_part x) {
  * x is 1e-24 at least. */
 LB_ONCE lb_part curve_part(lb_part x, int which) {
   if (which == LB_CURVE_GELU) return gelu_part(x);
+  if (which == LB_CURVE_INVERSE) return 1.0f / x;
   if (which == LB_CURVE_INVERSE_ROOT) {
     x = max_part(x, all_part(1e-24f));
     for (unsigned i = 0; i < sizeof x / sizeof x[0]; i++) x[i] = sqrtf(x[i]);
