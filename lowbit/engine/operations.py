@@ -258,6 +258,7 @@ def _repeats(ids: Tensor) -> tuple[int, int, Tensor]:
 
 
 def _addcmul(lowering: Lowering, x: Any, a: Any, b: Any, value: float = 1) -> Value:
+    lowering.exact = False  # PyTorch may multiply in another order
     return _add(lowering, x, _scaled(lowering, a, b), alpha=value)
 
 

@@ -29,7 +29,7 @@ DEFINITIONS = {
     "hardsigmoid": (lambda x: np.clip(x + 3, 0, 6) / 6, np.ones_like, 1.2e-7),
     "hardswish": (lambda x: x * np.clip(x + 3, 0, 6) / 6, np.abs, 1.5e-7),
     "inverse root": (lambda x: np.maximum(x, 1e-24) ** -0.5, lambda x: np.maximum(x, 1e-24) ** -0.5, 1.8e-7),
-    "inverse": (lambda x: 1 / np.where(x == 0, np.nan, x), lambda x: 1 / np.where(x == 0, np.nan, x), 6e-8),
+    "inverse": (lambda x: 1 / np.where(x == 0, np.nan, x), lambda x: 1 / np.maximum(np.abs(x), 1e-50), 6e-8),
 }
 
 
@@ -60,7 +60,10 @@ def test_functions_of_single_numbers(which, library):
     with library.use("portable"):
         portable = lowbit.Plan(content, 1)(x)
     wide = x.astype(np.float64)
-    assert (np.abs(portable - definition(wide)) <= most * (unit(wide) + 1e-37)).all()  # small ones are rounded coarsely
+    wanted = definition(wide)
+    fits = np.abs(wanted) < 2.0**127
+    error, allowed = np.abs(portable - wanted), most * (unit(wide) + 1e-37)  # small ones are rounded coarsely
+    assert fits.mean() > 0.95 and (error <= allowed)[fits].all()
     special = np.resize(np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 3, -3, 5.3, -5.3, 1e30], np.float32), (1, 997))
     with library.use("portable"):
         expected = lowbit.Plan(content, 1)(special)
