@@ -85,7 +85,10 @@ def _product(
     lowering.ask(op, ids, (padding[0], padding[1]), x_scale, low, high, before, tight)
     if add is not None:
         order = add.ids[0].permute(1, 2, 0) if name == "convolution" else add.ids
-        op.inputs[1] = lowering.dense(order, (made.height, made.width, outputs))
+        summand = lowering.dense(order, (made.height, made.width, outputs))
+        if (summand.rows, summand.channels) != (made.rows, outputs):  # a tensor of other rows
+            summand = lowering.copy(order.flatten(), (made.height, made.width, outputs))
+        op.inputs[1] = summand
     lowering.add(op)
     return made
 
