@@ -43,9 +43,7 @@ def _one(deadline: float, tables: Sequence[str], data: dict[str, Any]) -> bool:
     for training in everything:
         if queue.folder(training).is_dir() and not missing(training):
             _clear(training)  # its process died after it wrote the result and before it removed the checkpoints
-    for training in queue.waiting(everything, lines, here):
-        if tables and training.table not in tables:
-            continue
+    for training in queue.waiting([t for t in everything if not tables or t.table in tables], lines, here):
         with queue.claimed(training) as folder:
             if folder is None or not _fits(training, folder, lines, here, deadline) or not missing(training):
                 continue

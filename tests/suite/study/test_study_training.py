@@ -232,6 +232,21 @@ def test_the_queue_is_worked_off_and_becomes_tables(planned):
     assert row == f"| shift | 3 of 3 | {hours:.1f} | 3 on {queue.kind()} |"
 
 
+def test_a_named_table_is_finished_here_while_others_still_wait(planned):
+    """Blocks that began elsewhere come up when nothing else is left, of this table."""
+
+    def small(tree):
+        tree["shift"] |= {"seeds": [0], "epochs": [1]}
+        tree["shift"]["arms"].pop("S3")
+
+    held = planned(small)
+    one = next(t for t in plan.trainings(held) if t.table == "shift" and t.bits == 32)
+    queue.note(one, {"rows": [], "epochs_by_arm": {}}, 1.0)
+    path = queue.journals() / "shift.jsonl"
+    path.write_text(path.read_text().replace(f'"kind": "{queue.kind()}"', '"kind": "of another machine"'))
+    assert trainer.work(tables=["shift"]) == 3  # the twin too: a pair is of one kind
+
+
 def test_what_would_not_end_in_time_does_not_begin(planned):
     held = planned()
     trainings = list(plan.trainings(held))
