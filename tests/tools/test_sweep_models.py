@@ -28,9 +28,20 @@ def test_the_list_has_each_family_once():
 def test_a_model_works():
     row = sweep(*SMALL)
     assert row.outcome == "works" and int(row.values["packed"]) == 23 and row.values["share"] == "99%", row
-    assert "1 of 1 models work, 0 are refused by name, 0 fail. 0 become plans" in table([row])
-    assert "a product of two tensors" in row.values["plan"]
+    assert "1 of 1 models work, 0 are refused by name, 0 fail. 1 become plans" in table([row])
+    assert row.values["plan"] == "yes"
     assert "| `timm starnet_s050` | 64 |" in table([row])
+
+
+@pytest.mark.slow
+def test_a_refusal_of_plans_is_told_and_counts_as_no_failure(monkeypatch):
+    def refuse(*_):
+        raise LowbitError("a dance is not an operation of plans")
+
+    monkeypatch.setattr(sweep_models.lowbit, "plan", refuse)
+    row = sweep(*SMALL)
+    assert row.outcome == "works" and "a dance" in row.values["plan"]
+    assert "0 fail. 0 become plans" in table([row])
 
 
 @pytest.mark.slow
