@@ -239,6 +239,7 @@ def _pair_op(lowering: Lowering, kind: str, a: Any, b: Any, relu: bool = False) 
         op.inputs.append(lowering.dense(elements, (1, 1, elements.numel())))
     lowering.add(op)
     value = _ordered(lowering, made, ids, order)
+    # Rows as the second operand repeats, not those of the last dim.
     made.width, made.channels = places, ids.numel() // places
     return value
 

@@ -125,10 +125,10 @@ def _evidence(claim: Claim) -> list[str]:
     for table in claim.runs:
         card = (link := _link(table)).with_suffix(".json")
         lines += ["", f"Rows: [{table}]({link}), run card: [{card.name}]({card})."]
-    if (drawn := _figure(claim.id)).exists() and claim.profile == profiles.STUDY:
+    if (drawn := paths.results() / figure(claim.id)).exists() and claim.profile == profiles.STUDY:
         from lowbit_suite.plotting import alt_text
 
-        lines += ["", f"![{alt_text(drawn)}]({drawn.relative_to(paths.results()).as_posix()})", "", f"{LEGEND}."]
+        lines += ["", f"![{alt_text(drawn)}]({figure(claim.id)})", "", f"{LEGEND}."]
     elif pictures := _pictures(claim):
         lines += ["", "Pictures: " + ", ".join(f"[{path.name}]({path.as_posix()})" for path in pictures)]
     if claim.command:
@@ -141,9 +141,9 @@ def _evidence(claim: Claim) -> list[str]:
     return lines
 
 
-def _figure(id: str) -> Path:
-    """The claim's figure from the study, whether it is drawn yet or not."""
-    return paths.results() / "figures" / profiles.STUDY / f"{id}.png"
+def figure(id: str) -> str:
+    """The place of a claim's figure from the study in ``results/``, whether it is drawn yet or not."""
+    return f"figures/{profiles.STUDY}/{id}.png"
 
 
 def _pictures(claim: Claim) -> list[Path]:
@@ -244,7 +244,7 @@ def outputs(*ids: str, folder: Path | None = None) -> "list[Markdown | Image]":
         lines += [
             line for look in others for line in ("", f"*A look at {look.profile} ({look.dataset}):* {_cell(look)}.")
         ]
-        drawn = paths.recorded(f"figures/{profiles.STUDY}/{id}.png")
+        drawn = paths.recorded(figure(id))
         pictures += [Image(drawn.read_bytes(), width=700, alt=alt_text(drawn))] if drawn.exists() else []
     if pictures:
         lines += ["", f"{LEGEND}."]

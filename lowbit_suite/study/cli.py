@@ -36,7 +36,9 @@ def run(
     """
     from lowbit_suite.study import plan, queue
 
-    list(plan.trainings(plan.chosen(table or ())))  # refuses an invalid plan before anything starts
+    held = plan.load()
+    plan.chosen(held, table or ())  # refuses unknown names
+    list(plan.trainings(held))  # refuses an invalid plan before anything starts
     deadline = math.inf if hours is None else time.time() + 3600 * hours
     command = [sys.executable, "-m", "lowbit_suite.study.trainer", "--deadline", str(deadline)]
     command += [word for name in table or () for word in ("--table", name)]

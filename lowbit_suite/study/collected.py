@@ -31,7 +31,7 @@ def write(tables: Sequence[str] = ()) -> list[Path]:
     ended = queue.current(everything, lines)
     tried = tuning.choices(held, lines).values()
     written = []
-    for name, table in plan.chosen(tables).items():
+    for name, table in plan.chosen(held, tables).items():
         trainings = [training for training in everything if training.table == name]
         if isinstance(table, Derived) and table.factors:
             of_table = [choice for choice in tried if choice.trials[0].table == name]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lowbit import paths
 from lowbit_suite import claims, plotting
-from lowbit_suite.claims import measuring
+from lowbit_suite.claims import measuring, text
 from lowbit_suite.study import collected
 
 LEAST = 3
@@ -20,14 +20,9 @@ ANCHOR = "the paper's length, one seed, on a GPU"
 """What a star stands for: a point of the table ``<table>_anchor``."""
 
 
-def folder() -> Path:
-    """The folder of the figures."""
-    return paths.results() / "figures" / "study"
-
-
 def picture(id: str) -> Path:
     """The path of a claim's figure, whether the file exists or not."""
-    return folder() / f"{id}.png"
+    return paths.results() / text.figure(id)
 
 
 def write() -> list[Path]:
@@ -36,7 +31,7 @@ def write() -> list[Path]:
     for claim in claims.load():
         figure = draw(claim, collected.folder())
         if figure is not None:
-            folder().mkdir(parents=True, exist_ok=True)
+            picture(claim["id"]).parent.mkdir(parents=True, exist_ok=True)
             about = {"Software": None, "Description": alt(claim, collected.folder())}  # the same bytes with any version
             figure.savefig(picture(claim["id"]), metadata=about)
             plt.close(figure)
@@ -51,8 +46,7 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
         claim: as `lowbit_suite.claims.load` returns it.
         where: the folder of the study's tables.
     """
-    primary = [item for item in claim["statements"] if item.get("role") == "primary" and "at" in item]
-    found = [(item, frame) for item in primary if len(frame := effects(item, where))]
+    found = _measured(claim, where)
     if not found:
         return None
     plotting.use_style()
@@ -90,12 +84,15 @@ def draw(claim: dict[str, Any], where: Path) -> Figure | None:
 
 def alt(claim: dict[str, Any], where: Path) -> str:
     """The figure's text for those who cannot see it: each primary statement's effect at its longest training."""
-    said = []
-    for item in claim["statements"]:
-        if item.get("role") == "primary" and "at" in item and len(frame := effects(item, where)):
-            last = frame.iloc[-1]
-            said.append(f"{item['says']}: {last.effect} after {last.steps:,} steps")
+    last = [(item["says"], frame.iloc[-1]) for item, frame in _measured(claim, where)]
+    said = [f"{says}: {row.effect} after {row.steps:,} steps" for says, row in last]
     return f"Effects of {claim['id']} against training steps. {'; '.join(said)}."
+
+
+def _measured(claim: dict[str, Any], where: Path) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    """The primary statements that have effects, with them."""
+    primary = [item for item in claim["statements"] if item.get("role") == "primary" and "at" in item]
+    return [(item, frame) for item in primary if len(frame := effects(item, where))]
 
 
 def effects(item: dict[str, Any], where: Path) -> pd.DataFrame:

@@ -323,16 +323,15 @@ def load(path: Path | None = None) -> dict[str, Table]:
     return {name: table for one in [tables, *derived] for name, table in one.items()}
 
 
-def chosen(names: Iterable[str]) -> dict[str, Table]:
-    """The project's tables with these names; without any, all.
+def chosen(tables: dict[str, Table], names: Iterable[str]) -> dict[str, Table]:
+    """The tables with these names; without any, all.
 
     Raises:
         LowbitError: the plan has no table of such a name.
     """
-    held = load()
-    if unknown := sorted(set(names) - set(held)):
-        raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(held)}")
-    return {name: held[name] for name in names} or held
+    if unknown := sorted(set(names) - set(tables)):
+        raise LowbitError(f"the study has no table {unknown[0]!r}; it has {', '.join(tables)}")
+    return {name: tables[name] for name in names} or tables
 
 
 def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:

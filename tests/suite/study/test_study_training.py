@@ -287,6 +287,10 @@ def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
     assert "6 of 6" in shown and "begun here" not in shown
     refused = study("pause")
     assert refused.exit_code == 2 and "no study runs here" in refused.stderr
+    planned(lambda tree: tree["ofq"]["arms"]["StatsQ + QKR"]["quant"]["weight"].update(method="nothing"))
+    refused = study("run", "--table", "shift")  # another table is wrong: nothing starts
+    assert refused.exit_code == 2 and "nothing" in refused.stderr
+    planned(small)
     refused = study("run", "--table", "shfit")
     assert refused.exit_code == 2 and "no table 'shfit'; it has shift" in refused.stderr
 
