@@ -4,9 +4,10 @@
 values between them. A plan runs from numpy arrays or torch tensors, is saved as one file, and needs neither torch nor
 Python to run: the C library's interface is ``lowbit/kernels/csrc/plan.h``.
 
-From model to file: `lower` walks through the model's graph and asks `operations` for each call; `lowering` keeps track
-of where every element lies, and of the maps of integers that layers read; `format` writes the file, which `runtime`
-runs.
+From model to file: `lower` walks through the model's graph and looks each call up in the tables of `operations`; these
+point to the functions that lower it, in `products`, `attention`, `elementwise`, `reductions` and `windows`. `values`
+keeps track of where every element lies, and of the maps of integers that layers read; `format` writes the file, which
+`runtime` runs.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,6 @@
-"""Attention with rounded factors as one operation on integers: ``â·v̂``, where ``â`` is the rounded softmax of ``q̂·k̂ᵀ``.
+"""Lowering of attention and of products of matrices.
+
+Attention with rounded factors is one operation on integers: ``â·v̂``, where ``â`` is the rounded softmax of ``q̂·k̂ᵀ``.
 
 Steps that differ by head and token (queries, keys), by head and query (the softmax's output), or by head and channel
 (values) are factors of a row or a column of a product. A step for each token's values is not, since the second product
@@ -6,13 +8,17 @@ sums over tokens; such attention stays in float, as does one with a mask or a ta
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.engine.elementwise import add, multiply
 from lowbit.engine.format import Op
 from lowbit.engine.format import Tensor as Stored
+from lowbit.engine.reductions import softmax
 from lowbit.engine.values import SHIFT, Lowering, Origin, Value
+from lowbit.errors import LowbitError
 
 MOST = 65536
 """Largest number of tokens, and of channels of a head: sums of so many products fit into 32 bits."""
@@ -146,3 +152,72 @@ def _read(lowering: Lowering, ids: Tensor) -> tuple[Stored, int, tuple[int, ...]
         return found
     heads, tokens, size = ids.shape
     return lowering.copy(ids.flatten(), (1, heads * tokens, size)), 0, (tokens * size, size, 1)
+
+
+def attention(
+    lowering: Lowering,
+    q: Value,
+    k: Value,
+    v: Value,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Value:
+    """`F.scaled_dot_product_attention`, without dropout and causal masks."""
+    if dropout_p or is_causal or any(others.values()):
+        raise LowbitError("causal attention is not an operation of plans")
+    if attn_mask is None and q.ndim > 4 and q.shape == k.shape == v.shape:  # windows are heads too
+        queries, keys, values = (Value(x.ids.flatten(0, -3)[None]) for x in (q, k, v))
+        return Value(attention(lowering, queries, keys, values, scale=scale).ids.reshape(q.shape))
+    if attn_mask is not None or len(q.ids) != 1 or not q.shape == k.shape == v.shape:
+        return _masked_attention(lowering, q, k, v, attn_mask, scale)
+    if not q.shape == k.shape == v.shape or q.ndim != 4 or len(q.ids) != 1:
+        raise LowbitError(
+            f"attention of {list(q.shape)}, {list(k.shape)}, {list(v.shape)} is not an operation of plans"
+        )
+    _, heads, tokens, size = q.shape
+    rows = [x.ids[0].transpose(0, 1).reshape(tokens, heads * size) for x in (q, k, v)]
+    views = [lowering.view(each) for each in rows]
+    if any(found is None for found in views) or len({(id(found[0]), found[2]) for found in views if found}) > 1:
+        made = lowering.copy(torch.cat(rows, 1).flatten(), (1, tokens, 3 * heads * size))
+        views = [(made, i * heads * size, 3 * heads * size) for i in range(3)]
+    (source, at_q, step), (_, at_k, _), (_, at_v, _) = (found for found in views if found)
+    out = Stored(1, tokens, heads * size)
+    n = {0: at_q, 1: step, 2: heads, 3: size, 4: at_k, 5: at_v}
+    lowering.add(Op("attention", [source], out, n=n, f={0: size**-0.5 if scale is None else scale}))
+    lowering.exact = False
+    ids = lowering.value(out, (tokens, heads, size)).ids
+    return Value(ids.transpose(0, 1)[None])
+
+
+def _masked_attention(lowering: Lowering, q: Value, k: Value, v: Value, mask: Any, scale: float | None) -> Value:
+    """Attention in its parts, with constants that are added to the logits."""
+    scaled = multiply(lowering, q, q.shape[-1] ** -0.5 if scale is None else scale)
+    logits = matmul(lowering, scaled, Value(k.ids.transpose(-2, -1)))
+    logits = logits if mask is None else add(lowering, logits, mask)
+    return matmul(lowering, softmax(lowering, logits), v)
+
+
+def matmul(lowering: Lowering, a: Value, b: Value) -> Value:
+    """A product of matrices, or all of attention if its four factors are rounded."""
+    a, b = lowering.of(a), lowering.of(b)
+    joined = integer_attention(lowering, a, b)
+    if joined is not None:
+        return joined
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (Value(x.ids.expand(*outer, *x.shape[-2:])) for x in (a, b))
+    outer, (m, k), n = a.shape[:-2], a.shape[-2:], b.shape[-1]
+    left, right = a.ids.reshape(-1, m, k), b.ids.reshape(-1, k, n)
+    first, second = lowering.strided(left), lowering.strided(right)
+    if first is None or first[2][2] != 1:
+        first = (lowering.copy(left.flatten(), (1, len(left) * m, k)), 0, (m * k, k, 1))
+    if second is None:
+        second = (lowering.copy(right.flatten(), (1, len(left) * k, n)), 0, (k * n, n, 1))
+    made = Stored(1, len(left) * m, n)
+    numbers = {0: first[1], 1: first[2][1], 2: len(left), 3: m, 4: k, 5: n, 6: first[2][0]}
+    numbers |= {7: second[1], 8: second[2][0], 9: second[2][1], 10: second[2][2]}
+    lowering.add(Op("matmul", [first[0], second[0]], made, n=numbers), Origin("matmul", (left, right)))
+    lowering.exact = False
+    return lowering.value(made, (*outer, m, n))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lowbit.engine.operations import FUNCTIONS, lower_known, rounded
+from lowbit.engine.elementwise import rounded
+from lowbit.engine.operations import FUNCTIONS, lower_known
 from lowbit.engine.runtime import Plan
 from lowbit.engine.values import Lowering, Value
 from lowbit.errors import LowbitError

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dispatch.c", "winograd.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c", "plan.c")
+PLANS = ("plan.c", "plan_check.c", "plan_products.c", "plan_floats.c", "plan_attention.c")
+SOURCES = ("dispatch.c", "winograd.c", "threads.c", "portable.c", "avx2.c", "avx512vnni.c", "amx.c", "neon.c", *PLANS)
 # No fused multiply-add: the epilogue rounds after each operation, on every processor. The other two take no liberty
 # with values; they only let loops over floats be vectorized.
 FLAGS = (
@@ -28,7 +29,7 @@ LIBRARY = "_native.so"
 RUNNER_FLAGS = ("-O2", "-DLB_SMALL", "-ffunction-sections", "-fno-asynchronous-unwind-tables")
 LOOP_FLAGS = ("-fvect-cost-model=dynamic", "-fsplit-loops", "-funswitch-loops")  # gcc's; clang does so anyway
 # With -Os: what they spend their time in lies elsewhere.
-SMALL = ("portable.c", "winograd.c", "plan.c", "dispatch.c", "threads.c", "amx.c")
+SMALL = ("portable.c", "winograd.c", "dispatch.c", "threads.c", "amx.c", *PLANS)
 
 
 def compiler() -> str | None:

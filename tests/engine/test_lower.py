@@ -280,7 +280,7 @@ def doubled(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("kind", operations._PLAIN, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", operations.MODULES, ids=lambda kind: kind.__name__)
 @torch.no_grad()
 def test_a_subclass_with_a_forward_of_its_own_is_not_its_base(kind):
     torch.manual_seed(5)

@@ -7,7 +7,7 @@ from timm.layers.attention import Attention
 from torch import nn
 
 import lowbit
-from lowbit.engine import operations
+from lowbit.engine import attention
 from lowbit.engine.format import Op, Tensor, write
 from lowbit.nn import QuantConfig
 from lowbit.nn.attention import LowBitAttention, expect_, operand
@@ -61,7 +61,7 @@ def kinds(plan: lowbit.Plan) -> set[str]:
 def on_floats(model: nn.Module, x: torch.Tensor, monkeypatch) -> lowbit.Plan:
     """The plan in which the rounded factors are multiplied as floats."""
     with monkeypatch.context() as patch:
-        patch.setattr(operations, "integer_attention", lambda lowering, shares, v: None)
+        patch.setattr(attention, "integer_attention", lambda lowering, shares, v: None)
         return lowbit.plan(model, x)
 
 

@@ -103,7 +103,7 @@ typedef struct {
   int64_t n[16];
   double f[4]; /* 0: scale of the input or of logits, eps, groups; 1: scale by which the output map is rounded;
                 * 2: of affine, depthwise and sums, what ReLU clips at, 0 for nothing */
-  lb_plan_data data[5]; /* product: packed, scale, sums, bias, levels; others: see plan.c */
+  lb_plan_data data[5]; /* product: packed, scale, sums, bias, levels; others: see plan_check.c */
 } lb_plan_op;
 
 typedef struct lb_plan lb_plan;
