@@ -145,7 +145,7 @@ static void transform_row(const lb_job *job, const lb_winograd *w, int64_t row, 
   }
 }
 
-/* The four outputs of one tile and block; sums wrap, what they mean doesn't. m, y: see winograd_run. */
+/* The four outputs of one tile and block; sums wrap, what they mean doesn't. m, y: see winograd_walk. */
 LB_INLINE void outputs_of(const int32_t *m, int64_t m_point, int32_t *y, int64_t y_line, int64_t y_place) {
 #pragma GCC unroll 4
   for (int part = 0; part < 64 / LB_WINOGRAD_BYTES; part++) {
@@ -168,48 +168,69 @@ LB_INLINE void outputs_of(const int32_t *m, int64_t m_point, int32_t *y, int64_t
   }
 }
 
-static int winograd_run(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1,
-                        int64_t block0, int64_t block1) {
-  const int64_t c = w->channels, across = (w->width + 1) / 2, down = (w->height + 1) / 2;
-  const int64_t strip = lb_min(row1 - row0, lb_max(1, LB_STRIP / (LB_POINTS * c * across)));
-  const int64_t v_point = lb_round_up(strip * across * c, 64) + 64; /* points don't meet in the same cache sets */
-  enum { M = LB_POINTS * LB_TILES * LB_BLOCKS * 16, Y_PLACE = LB_BLOCKS * 16, Y_LINE = LB_TILES * 2 * Y_PLACE };
-  int32_t *m = lb_scratch(LB_SLOT_DECODED, (size_t)(LB_POINTS * v_point) + (M + 2 * Y_LINE) * sizeof(int32_t));
+/* What the two forms F(side x side, 3x3) differ in. v and u have `bytes` bytes a number; `strip`: bytes of V at once, about. */
+typedef struct {
+  int side, points, bytes;
+  int64_t strip, u_bytes; /* u_bytes: of U of one block */
+  const int32_t *start;   /* of the sums, [block][point][16]; NULL: 0 */
+  void (*transform_row)(const lb_job *job, const lb_winograd *w, int64_t row, uint8_t *v, int64_t v_point);
+  void (*multiply)(const lb_points *p, int tiles, int blocks, int32_t *m);
+  void (*outputs_of)(const int32_t *m, int64_t m_point, int32_t *y, int64_t y_line, int64_t y_place);
+} lb_tiling;
+
+/* Rows of tiles row0 ... row1 - 1 by blocks of outputs, strip by strip. */
+LB_INLINE int winograd_walk(const lb_tiling form, const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0,
+                            int64_t row1, int64_t block0, int64_t block1) {
+  const int64_t side = form.side, across = (w->width + side - 1) / side, down = (w->height + side - 1) / side;
+  const int64_t tile = w->channels * form.bytes; /* of V at one point */
+  const int64_t most = lb_max(1, form.strip / (form.points * tile * across)), strips = (row1 - row0 + most - 1) / most;
+  const int64_t strip = (row1 - row0 + strips - 1) / strips;
+  const int64_t v_point = lb_round_up(strip * across * tile, 64) + 64; /* points don't meet in the same cache sets */
+  const int64_t y_place = LB_BLOCKS * 16, y_line = LB_TILES * side * y_place, all = form.points * LB_TILES * y_place;
+  int32_t *m = lb_scratch(LB_SLOT_DECODED, (size_t)(form.points * v_point) + (size_t)(all + side * y_line) * sizeof *m);
   if (!m) return LB_NO_MEMORY;
-  int32_t *y = m + M; /* [line][place][LB_BLOCKS][16] */
-  uint8_t *v = (uint8_t *)(y + 2 * Y_LINE);
-  const int32_t *start = starts_of(job, c, (void *)weights);
+  int32_t *y = m + all; /* [line][place][LB_BLOCKS][16] */
+  uint8_t *v = (uint8_t *)(y + side * y_line);
   for (int64_t first = row0; first < row1; first += strip) {
     const int64_t rows = lb_min(strip, row1 - first), tiles = rows * across;
-    for (int64_t i = 0; i < rows; i++) transform_row(job, w, first + i, v + i * across * c, v_point);
+    for (int64_t i = 0; i < rows; i++) form.transform_row(job, w, first + i, v + i * across * tile, v_point);
     const int64_t groups = (tiles + LB_TILES - 1) / LB_TILES; /* of about the same size */
     for (int64_t b = block0; b < block1; b += LB_BLOCKS) {
       const int blocks = (int)lb_min(LB_BLOCKS, block1 - b);
       for (int64_t g = 0; g < groups; g++) {
         const int64_t t0 = tiles * g / groups, t1 = tiles * (g + 1) / groups;
-        const lb_points p = {.v = v + t0 * c, .v_point = v_point, .channels = c, .largest = job->largest,
-                             .u = (const int8_t *)weights + b * u_bytes(c), .start = start + b * LB_POINTS * 16};
+        const lb_points p = {.v = v + t0 * tile, .v_point = v_point, .channels = w->channels, .largest = job->largest,
+                             .u = (const int8_t *)weights + b * form.u_bytes,
+                             .start = form.start ? form.start + b * form.points * 16 : NULL};
         const int count = (int)(t1 - t0);
-        points(&p, count, blocks, m);
+        form.multiply(&p, count, blocks, m);
         for (int t = 0; t < count; t++)
           for (int h = 0; h < blocks; h++)
-            outputs_of(m + (t * LB_BLOCKS + h) * 16, count * Y_PLACE, y + 2 * t * Y_PLACE + h * 16, Y_LINE, Y_PLACE);
+            form.outputs_of(m + (t * LB_BLOCKS + h) * 16, count * y_place, y + side * t * y_place + h * 16, y_line, y_place);
         for (int64_t t = t0, next; t < t1; t = next) { /* tiles of one row of tiles */
-          const int64_t row = first + t / across, x = t % across * 2, line = row % down * 2;
+          const int64_t row = first + t / across, x = t % across * side, line = row % down * side;
           next = lb_min(t1, t - t % across + across);
-          const int places = (int)lb_min(2 * (next - t), w->width - x);
-          const int64_t out = (row / down * w->height + line) * w->width + x;
-          for (int h = 0; h < blocks; h++) {
-            const int32_t *acc = y + 2 * (t - t0) * Y_PLACE + h * 16;
-            finish(job, out, places, b + h, acc, LB_BLOCKS);
-            if (line + 1 < w->height) finish(job, out + w->width, places, b + h, acc + Y_LINE, LB_BLOCKS);
-          }
+          const int places = (int)lb_min(side * (next - t), w->width - x);
+          const int64_t out = (row / down * w->height + line) * w->width + x, lines = lb_min(side, w->height - line);
+          for (int h = 0; h < blocks; h++)
+            for (int64_t l = 0; l < lines; l++)
+              finish(job, out + l * w->width, places, b + h, y + l * y_line + side * (t - t0) * y_place + h * 16,
+                     LB_BLOCKS);
         }
       }
     }
   }
   return LB_OK;
 }
+
+static int winograd_run(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1,
+                        int64_t block0, int64_t block1) {
+  const lb_tiling form = {.side = 2, .points = LB_POINTS, .bytes = 1, .strip = LB_STRIP, .u_bytes = u_bytes(w->channels),
+                        .start = starts_of(job, w->channels, (void *)weights), .transform_row = transform_row,
+                        .multiply = points, .outputs_of = outputs_of};
+  return winograd_walk(form, job, w, weights, row0, row1, block0, block1);
+}
+
 #undef LOAD
 #undef STORE
 #undef TWO_G

@@ -87,6 +87,13 @@ LB_INLINE void transform4(const uint8_t *const lines[6], const lb_winograd *w, i
   }
 }
 
+static void transform4_row(const lb_job *job, const lb_winograd *w, int64_t row, uint8_t *v, int64_t v_point) {
+  const int64_t down = (w->height + 3) / 4;
+  const uint8_t *image = job->map + row / down * w->image, *lines[6];
+  for (int l = 0; l < 6; l++) lines[l] = image + lb_min(row % down * 4 + l, w->height + 1) * w->line;
+  for (int64_t at = 0; at < w->channels; at += LB_WIDE) transform4(lines, w, at, v, v_point);
+}
+
 /* y = A^T x */
 LB_INLINE void sums4_of(const lb_words x[6], lb_words y[4]) {
   const lb_words a = x[1] + x[2], b = x[1] - x[2], c = x[3] + x[4], d = (x[3] - x[4]) << 1;
@@ -96,7 +103,7 @@ LB_INLINE void sums4_of(const lb_words x[6], lb_words y[4]) {
   y[3] = b + (d << 2) + x[5];
 }
 
-/* The 16 outputs of one tile and block; m, y: see winograd4_run. */
+/* The 16 outputs of one tile and block; m, y: see winograd_walk. */
 LB_INLINE void outputs4_of(const int32_t *m, int64_t m_point, int32_t *y, int64_t y_line, int64_t y_place) {
   const uint32_t inverse_of_9 = 0x38e38e39;
   for (int at = 0; at < 16; at += LB_WINOGRAD_BYTES / 4) {
@@ -124,47 +131,9 @@ LB_INLINE void outputs4_of(const int32_t *m, int64_t m_point, int32_t *y, int64_
 
 static int winograd4_run(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1,
                          int64_t block0, int64_t block1) {
-  const int64_t c = w->channels, across = (w->width + 3) / 4, down = (w->height + 3) / 4;
-  const int64_t most = lb_max(1, LB_STRIP4 / (LB_POINTS4 * 2 * c * across)), strips = (row1 - row0 + most - 1) / most;
-  const int64_t strip = (row1 - row0 + strips - 1) / strips;
-  const int64_t v_point = lb_round_up(strip * across * c * 2, 64) + 64; /* points don't meet in the same cache sets */
-  enum { M = LB_POINTS4 * LB_TILES * LB_BLOCKS * 16, Y_PLACE = LB_BLOCKS * 16, Y_LINE = LB_TILES * 4 * Y_PLACE };
-  int32_t *m = lb_scratch(LB_SLOT_DECODED, (size_t)(LB_POINTS4 * v_point) + (M + 4 * Y_LINE) * sizeof(int32_t));
-  if (!m) return LB_NO_MEMORY;
-  int32_t *y = m + M; /* [line][place][LB_BLOCKS][16] */
-  uint8_t *v = (uint8_t *)(y + 4 * Y_LINE);
-  for (int64_t first = row0; first < row1; first += strip) {
-    const int64_t rows = lb_min(strip, row1 - first), tiles = rows * across;
-    for (int64_t i = 0; i < rows; i++) {
-      const uint8_t *image = job->map + (first + i) / down * w->image, *lines[6];
-      for (int l = 0; l < 6; l++) lines[l] = image + lb_min((first + i) % down * 4 + l, w->height + 1) * w->line;
-      for (int64_t at = 0; at < c; at += LB_WIDE) transform4(lines, w, at, v + i * across * c * 2, v_point);
-    }
-    const int64_t groups = (tiles + LB_TILES - 1) / LB_TILES; /* of about the same size */
-    for (int64_t b = block0; b < block1; b += LB_BLOCKS) {
-      const int blocks = (int)lb_min(LB_BLOCKS, block1 - b);
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t t0 = tiles * g / groups, t1 = tiles * (g + 1) / groups;
-        const lb_points p = {.v = v + t0 * c * 2, .v_point = v_point, .channels = c,
-                             .u = (const int8_t *)weights + b * u4_bytes(c)};
-        const int count = (int)(t1 - t0);
-        points4(&p, count, blocks, m);
-        for (int t = 0; t < count; t++)
-          for (int h = 0; h < blocks; h++)
-            outputs4_of(m + (t * LB_BLOCKS + h) * 16, count * Y_PLACE, y + 4 * t * Y_PLACE + h * 16, Y_LINE, Y_PLACE);
-        for (int64_t t = t0, next; t < t1; t = next) { /* tiles of one row of tiles */
-          const int64_t row = first + t / across, x = t % across * 4, line = row % down * 4;
-          next = lb_min(t1, t - t % across + across);
-          const int places = (int)lb_min(4 * (next - t), w->width - x);
-          const int64_t out = (row / down * w->height + line) * w->width + x, lines = lb_min(4, w->height - line);
-          for (int h = 0; h < blocks; h++)
-            for (int64_t l = 0; l < lines; l++)
-              finish(job, out + l * w->width, places, b + h, y + l * Y_LINE + 4 * (t - t0) * Y_PLACE + h * 16, LB_BLOCKS);
-        }
-      }
-    }
-  }
-  return LB_OK;
+  const lb_tiling form = {.side = 4, .points = LB_POINTS4, .bytes = 2, .strip = LB_STRIP4, .u_bytes = u4_bytes(w->channels),
+                        .transform_row = transform4_row, .multiply = points4, .outputs_of = outputs4_of};
+  return winograd_walk(form, job, w, weights, row0, row1, block0, block1);
 }
 
 #endif
