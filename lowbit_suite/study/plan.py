@@ -130,6 +130,7 @@ class Table(BaseModel):
         claims: the claims that need the table.
         run: model, data, teacher and train of a run file; ``epochs`` and ``seed`` are filled in.
         epochs: budgets, ascending; each has a schedule of its own.
+        later: the budgets that only show the course of an effect: one rank later than those that are judged.
         seeds: random seeds; every arm runs with each.
         grid: the weight method through whose levels an arm in full precision is tracked, or None.
         source: the source task, ``data`` and ``train`` as in a run file; its network continues with a new head.
@@ -151,6 +152,7 @@ class Table(BaseModel):
     claims: list[str]
     run: dict[str, Any]
     epochs: Annotated[list[Positive], MinLen(1)]
+    later: list[Positive] = []
     seeds: Annotated[list[Annotated[int, Ge(0)]], MinLen(1)]
     grid: dict[str, Any] | None = None
     source: dict[str, dict[str, Any]] | None = None
@@ -168,6 +170,14 @@ class Table(BaseModel):
     def _ascending(cls, value: list[int]) -> list[int]:
         if sorted(set(value)) != value:
             raise ValueError(f"budgets should ascend, each once, not {value}")
+        return value
+
+    @field_validator("later")
+    @classmethod
+    def _budgets(cls, value: list[int], info: ValidationInfo) -> list[int]:
+        epochs = info.data.get("epochs", value)
+        if unknown := [budget for budget in value if budget not in epochs]:
+            raise ValueError(f"the table has no budget of {unknown[0]} epochs; it has {', '.join(map(str, epochs))}")
         return value
 
     @field_validator("source")
@@ -215,7 +225,7 @@ class Training:
         source: the complete run file of the source task, or None.
         detector, track_source, only: see `Table`.
         columns: further columns of its rows: the arm's, the seed's value of `Table.cycle`, and a tuned rate.
-        rank: rank of the arm.
+        rank: rank of table, arm and budget.
         common: in tables that a `Tune` adds, the table with the common rate.
         trial: whether it is one of the trainings that a rate is chosen by.
         factor: multiple of the common rate; None in tables with a common rate, and while it is not chosen.
@@ -340,7 +350,7 @@ def _derived(name: str, table: Table, tune: Tune) -> dict[str, Table]:
     data = table.run.get("data")
     validation = data | {"hold_out": tune.hold_out} if isinstance(data, dict) else data  # otherwise the run is refused
     shared: dict[str, Any] = dict(table) | {"claims": tune.claims, "rank": tune.rank, "common": name}
-    shared |= {"tune": None, "correlation": None}
+    shared |= {"later": [], "tune": None, "correlation": None}
     shared["arms"] = {arm: table.arms[arm].model_copy(update=plain) for arm in tune.arms}
     trials = {
         "title": f"Trials that choose learning rates for {name}_tuned, scored on a part of the training split",
@@ -413,7 +423,7 @@ def _training(name: str, table: Table, arm_name: str, arm: Arm, bits: int, epoch
         source,
         table.detector,
         columns,
-        table.rank + arm.rank,
+        table.rank + arm.rank + (epochs in table.later),
         common=table.common if isinstance(table, Derived) else None,
         trial=isinstance(table, Derived) and bool(table.factors),
         track_source=table.track_source,

@@ -42,7 +42,7 @@ def test_phases_follow_the_longest_budget_only(planned):
         (lambda t: t["shift"]["run"]["train"].update(lr=0.2), {"full precision", "DenseShift", "S3"}),
         (lambda t: t["shift"]["arms"]["S3"].update(train={"lr": 0.2}), {"S3"}),
         (lambda t: t["shift"]["arms"]["S3"].update(rank=0), set()),
-        (lambda t: t["shift"].update(title="x", claims=[]), set()),
+        (lambda t: t["shift"].update(title="x", claims=[], later=[1]), set()),
         (lambda t: t["shift"].update(grid=None), {"full precision", "DenseShift", "S3"}),
     ],
 )
@@ -63,6 +63,7 @@ def test_a_phase_is_part_of_the_digest(planned):
     [
         (lambda t: t["shift"].update(epoch=[1]), "study.yaml: epoch: Extra inputs are not permitted"),
         (lambda t: t["shift"].update(epochs=[2, 1]), r"study.yaml: epochs: .*budgets should ascend"),
+        (lambda t: t["shift"].update(later=[9]), "study.yaml: later: .*no budget of 9 epochs; it has 1, 2"),
         (lambda t: t["shift"]["arms"]["S3"].update(bits=[]), "study.yaml: arms.S3.bits"),
         (lambda t: t["shift"]["run"]["train"].update(lr=-1), "study.yaml: shift: full precision.*lr"),
         (lambda t: t["shift"]["arms"]["S3"]["quant"]["weight"].update(method="s4"), "study.yaml: shift: S3.*'s4'"),

@@ -53,6 +53,13 @@ def test_the_twins_of_a_seed_come_before_its_other_arms(trainings):
     assert [t.epochs for t in order[len(twins) :]] == sorted(t.epochs for t in order[len(twins) :])
 
 
+def test_budgets_that_only_show_the_course_come_after_the_judged_one(planned):
+    held = planned(lambda tree: tree["shift"].update(later=[1]))
+    order = [t for t in queue.waiting(list(plan.trainings(held)), [], "avx2") if t.table == "shift" and t.arm != "S3"]
+    assert [t.epochs for t in order] == [2] * 6 + [1] * 6
+    assert [t.seed for t in order] == [0, 0, 0, 1, 1, 1] * 2
+
+
 def test_a_table_may_wait_for_a_kind_of_processor(planned):
     held = planned(lambda tree: tree["shift"].update(only="cuda"))
     trainings = list(plan.trainings(held))
