@@ -14,7 +14,6 @@ Counting conventions, which are those of fvcore where it has one:
   usually be folded into the next operation.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +26,7 @@ from lowbit.errors import LowbitError
 from lowbit.extras import extra
 from lowbit.metrics.layers import parametrization_of, weight_of
 from lowbit.nn.attention import low_bit_attentions
+from lowbit.nn.calls import copied
 from lowbit.nn.convert import QUANTIZABLE, QuantizedLayer, quantized_layers
 from lowbit.nn.products import low_bit_products
 from lowbit.nn.query_key import QueryKeyProduct
@@ -159,7 +159,7 @@ def _macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode
 
     # A copy, since a first forward pass calibrates activation quantizers and changes running statistics.
-    own = copy.deepcopy(model).eval()
+    own = copied(model).eval()
     x = torch.zeros(1, *input_shape, device=getattr(next(own.parameters(), None), "device", None))
     counter = FlopCounterMode(display=False)
     # Attention as plain matrix products, and with gradients, which keeps torch.nn.MultiheadAttention off its fast path:

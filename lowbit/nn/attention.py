@@ -183,14 +183,15 @@ class LowBitAttention(nn.Module):
             self._draw_again(query_key)
 
     def _reparameterize(self, source: "TimmAttention", weight: Method | None, activation: Method | None) -> None:
-        wq, wk, wv = source.qkv.weight.detach().clone().chunk(3)
+        parts = source.qkv.weight.detach().clone().chunk(3)
+        wq, wk, wv = (part.requires_grad_(source.qkv.weight.requires_grad) for part in parts)
         width = source.qkv.in_features
         self.qk = query_key_layer(self.num_heads, wq, wk, weight)
         self.v = nn.Linear(width, len(wv), bias=source.qkv.bias is not None, device=wq.device, dtype=wq.dtype)
         with torch.no_grad():
-            self.v.weight.copy_(wv)
+            self.v.weight.copy_(wv).requires_grad_(wv.requires_grad)
             if self.v.bias is not None:
-                self.v.bias.copy_(source.qkv.bias.chunk(3)[2])
+                self.v.bias.copy_(source.qkv.bias.chunk(3)[2]).requires_grad_(source.qkv.bias.requires_grad)
         quantize_weight_(self.v, weight)
         self.x_quantizer = operand(activation)
         if activation is not None:

@@ -4,6 +4,7 @@ A packed layer or a fused graph replaces a module by the computation of torch's 
 else takes part: no method of a subclass, no override on the object, no hook.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,45 @@ _DECIDES = (
 )  # fmt: skip
 
 _EMPTY = CellType()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of ``model``.
+
+    Raises:
+        LowbitError: attributes of its modules cannot be copied, such as locks, open files, and tensors that a forward
+            pass has left behind; the message names them.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the attribute's own class raises
+        first = (str(error).splitlines() or [""])[0]
+        modules = {id(module): module for module in model.modules()}  # what refers to a module is not at fault
+        wrong = [
+            f"{name}.{attribute}".lstrip(".")
+            for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            if attribute != "_modules" and not _can_be_copied(value, dict(modules))
+        ]
+        raise LowbitError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {first:.100}) because of "
+            f"{listed(wrong) or 'its own code'}: delete these attributes (detach tensors that a forward pass left "
+            "behind), or give their class a __deepcopy__"
+        ) from error
+
+
+def _can_be_copied(value: Any, known: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, known)
+    except Exception:  # see `copied`
+        return False
+    return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module``, or its backward pass, runs hooks, which a module in its place would not have."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

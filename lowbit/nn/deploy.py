@@ -1,6 +1,5 @@
 """`pack`: a trained low-bit model with packed weights and integer kernels, ready for deployment."""
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -21,6 +20,7 @@ from lowbit.nn.calls import (
     call,
     calls_of,
     computes_as,
+    copied,
     holds_module,
     listed,
     own_class,
@@ -84,7 +84,7 @@ def pack(model: nn.Module, example: Any = None) -> nn.Module:
     shown = made_up(model) if example is None else example
     _refuse_uncalibrated(model, quantized, shown is not None)
     _refuse_uncopied(model, quantized)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     layers = {each.layer: each for each in quantized_layers(model)}
     own = {layer for layer in layers if not any(computes_as(layer, kind, HOOKS) for kind in QUANTIZABLE)}
     candidates = {layer: packed for layer, each in layers.items() if (packed := _packed(each)) is not None}

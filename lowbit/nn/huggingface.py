@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowbit.errors import LowbitError
 from lowbit.extras import extra
 from lowbit.nn.attention import PRODUCTS, Projections
-from lowbit.nn.calls import with_first
+from lowbit.nn.calls import has_hooks, listed, with_first
 
 INTERFACE = "lowbit"  # the name of our attention function
 
@@ -142,7 +142,15 @@ def conv1d_to_linear_(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model.
+
+    Raises:
+        LowbitError: such a layer has hooks, which would be lost. The model is then unchanged.
     """
+    if hooked := [name for name, module in model.named_modules() if is_conv1d(module) and has_hooks(module)]:
+        raise LowbitError(
+            f"Conv1D layers have hooks, which a torch.nn.Linear in their place would lose: {listed(hooked)}; remove "
+            "them and register them again afterwards"
+        )
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if is_conv1d(child):

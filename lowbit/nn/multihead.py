@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import LowbitError
 from lowbit.nn.attention import PRODUCTS, Projections
-from lowbit.nn.calls import computes_as, listed, replace_
+from lowbit.nn.calls import computes_as, has_hooks, listed, replace_
 from lowbit.nn.products import LowBitProducts
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -32,7 +32,8 @@ class MultiheadAttention(nn.Module):
 
     # torch's encoder asks for these, and leaves its fused path, which would read weights instead of calling layers.
     _qkv_same_embed_dim = False
-    in_proj_weight = in_proj_bias = None
+    in_proj_weight = in_proj_bias = bias_k = bias_v = None
+    add_zero_attn = False
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -41,6 +42,7 @@ class MultiheadAttention(nn.Module):
     def __init__(self, source: nn.MultiheadAttention):
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
+        self.kdim, self.vdim = source.kdim, source.vdim
         self.batch_first, self.dropout = source.batch_first, source.dropout
         given = source.in_proj_weight
         weights = given.chunk(3) if given is not None else [getattr(source, f"{name}_weight") for name in PROJECTIONS]
@@ -53,6 +55,7 @@ class MultiheadAttention(nn.Module):
                 layer.weight.copy_(weight)
                 if bias is not None:
                     layer.bias.copy_(bias)
+                    layer.bias.requires_grad_(source.in_proj_bias.requires_grad)
             layer.weight.requires_grad_(weight.requires_grad if given is None else given.requires_grad)
             self.add_module(name, layer)
         self.out_proj = source.out_proj
@@ -197,6 +200,6 @@ def separate_(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | No
 
 
 def _can_be_separate(module: nn.MultiheadAttention) -> bool:
-    changed = parametrize.is_parametrized(module) or module._forward_hooks or module._backward_hooks
+    changed = parametrize.is_parametrized(module) or has_hooks(module)
     appends = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
     return computes_as(module, nn.MultiheadAttention) and not changed and not appends

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lowbit.errors import LowbitError
 from lowbit.nn import huggingface
 from lowbit.nn.attention import INPUT, PRODUCTS, Projections, add_factors_, expect_, operand
+from lowbit.nn.calls import has_hooks, listed
 from lowbit.nn.query_key import check_one_latent, quantize_weight_, query_key_layer
 from lowbit.quantizers.base import Method
 
@@ -124,6 +125,11 @@ def check_projections(
                 f"{no}its {part} is a {type(layer).__name__}, which may compute with more than its weight, not a "
                 "torch.nn.Linear; use qkr=False"
             )
+    if hooked := [part for part, layer in zip(projections.names[:2], layers, strict=False) if has_hooks(layer)]:
+        raise LowbitError(
+            f"{no}its {listed(hooked)} would lose its hooks, because another layer takes its place; remove them, "
+            "quantize the model, and register them again"
+        )
     q, k, v = layers
     if q.weight.shape != k.weight.shape or q.in_features != v.in_features:
         raise LowbitError(

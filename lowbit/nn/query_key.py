@@ -122,11 +122,16 @@ class QueryKeyProduct(WeightQuantizer):
 
 
 def query_key_layer(heads: int, wq: Tensor, wk: Tensor, method: Method | None) -> nn.Linear:
-    """A linear layer ``C → heads·C`` without bias whose weight is the `QueryKeyProduct` of these starting values."""
+    """A linear layer ``C → heads·C`` without bias whose weight is the `QueryKeyProduct` of these starting values.
+
+    Its latents require gradients where ``wq`` and ``wk`` do.
+    """
     width = wq.shape[1]
     layer = nn.Linear(width, heads * width, bias=False, device=wq.device, dtype=wq.dtype)
     product = QueryKeyProduct(heads, wq.detach().clone(), wk.detach().clone(), method)
     parametrize.register_parametrization(layer, "weight", product)
+    for i, start in enumerate((wq, wk)):
+        layer.get_parameter(f"parametrizations.weight.original{i}").requires_grad_(start.requires_grad)
     return layer
 
 

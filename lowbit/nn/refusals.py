@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import LowbitError
-from lowbit.nn.calls import weight_of, weight_parametrization
+from lowbit.nn.calls import has_hooks, weight_of, weight_parametrization
 from lowbit.nn.huggingface import is_conv1d
 from lowbit.nn.packed import PackedLayer
 from lowbit.quantizers.base import Method, refuse_nonfinite
@@ -143,7 +143,7 @@ def check_attention(name: str, attention: "TimmAttention", query_key: bool) -> N
         )
     layers: list[tuple[str, nn.Module]] = [(name, attention), (f"{name}.qkv", attention.qkv)]
     for where, module in layers[: 1 + query_key]:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             raise LowbitError(
                 f"{where!r} is replaced by a low-bit layer and would lose its hooks; remove them, quantize the model, "
                 "and register them again"

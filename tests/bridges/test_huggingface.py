@@ -144,6 +144,10 @@ def test_layers_of_gpt2_are_refused_by_name_until_they_are_linear():
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2, **TEXT)).eval()
     with pytest.raises(LowbitError, match=r"'transformer.h.0.attn.c_attn' is a Conv1D .*conv1d_to_linear_"):
         lowbit.quantize_(model, lowbit.QuantConfig(StatsQ()))
+    handle = model.transformer.h[1].mlp.c_fc.register_forward_hook(print)
+    with pytest.raises(LowbitError, match=r"would lose: 'transformer.h.1.mlp.c_fc'; remove"):
+        huggingface.conv1d_to_linear_(model)
+    handle.remove()
     x = batch("gpt2")
     expected = model(**x).logits
     torch.testing.assert_close(huggingface.conv1d_to_linear_(model)(**x).logits, expected)
