@@ -2,11 +2,14 @@
 
 Layouts, as the published code names its tensors:
 
-- "ofq": https://github.com/nbasyl/OFQ, ViT and DeiT, with and without query-key reparameterization
-- "denseshift", "s3": https://github.com/xinlinli170/noah-research (S3-Training), 3-bit residual networks
+- "ofq": https://github.com/nbasyl/OFQ, ViT and DeiT, distilled or not, with and without query-key reparameterization;
+  not its Swin
+- "denseshift", "s3": https://github.com/xinlinli170/noah-research (S3-Training), 3-bit residual networks: files of a
+  training, which hold latents, and files as published with S3, which hold the levels 0, ±1, ±2 and ±4 themselves
 """
 
 import argparse
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import CheckpointError, LowbitError
-from lowbit.nn.calls import listed
+from lowbit.nn.calls import copied, listed
 from lowbit.nn.config import QuantConfig
-from lowbit.nn.convert import calibrate
+from lowbit.nn.convert import calibrate, method_of, quantized_layers
 from lowbit.quantizers.lsq import LSQ
 from lowbit.quantizers.statsq import StatsQ
 
@@ -84,7 +87,8 @@ def load_published_(
     Args:
         model: quantized by `lowbit.quantize_` as the checkpoint was: by `ofq_config`, ``DenseShift(bits=3)`` or
             ``S3(bits=3)``, with layers that have the names of the checkpoint's (timm's ViT and DeiT, torchvision's and
-            timm's ResNet).
+            timm's ResNet). The DeiT that OFQ publishes are timm's ``deit_tiny_distilled_patch16_224`` and
+            ``deit_small_distilled_patch16_224``.
         source: the file, or the tensors by name. Nothing in a file is run; only tensors and plain data are read.
         layout: whose program wrote it.
         example: a batch of images, which tells the number of tokens; needed by "ofq".
@@ -93,18 +97,21 @@ def load_published_(
         The same model, in evaluation mode.
 
     Raises:
-        CheckpointError: the file cannot be read, or its tensors are not those of the model; the message names them.
+        CheckpointError: the file cannot be read, its tensors are not those of the model, or a weight without latents
+            holds other values than the method's levels; the message names them. The model is then unchanged.
         LowbitError: the layout is unknown, or ``example`` is missing.
     """
     if layout not in _LAYOUTS:
         raise LowbitError(f"layout={layout!r} is not allowed; {', '.join(_LAYOUTS)} are")
-    if layout == "ofq":
-        if example is None:
-            raise LowbitError("layout='ofq' needs example=..., a batch of images: its steps belong to single tokens")
-        calibrate(model, example)
+    if layout == "ofq" and example is None:
+        raise LowbitError("layout='ofq' needs example=..., a batch of images: its steps belong to single tokens")
     given = _read(source) if isinstance(source, str | Path) else dict(source)
     given = {name.removeprefix("module."): tensor for name, tensor in given.items()}
-    own = model.state_dict()
+    _latents_for_levels_(given, model)
+    fitted = copied(model)  # on a copy first, so that an error leaves the model as it was
+    if example is not None:
+        calibrate(fitted, example)
+    own = fitted.state_dict()
     found, unused = _translated(given, own, layout)
     missing = [name for name in own if name not in found]
     if unused or missing:
@@ -122,8 +129,26 @@ def load_published_(
                 f"{name!r} is {list(tensor.shape)} in the file; the model needs {list(own[name].shape)}"
             )
         found[name] = tensor.reshape(own[name].shape).to(own[name].dtype)
+    if example is not None:
+        calibrate(model, example)
     model.load_state_dict(found)
     return model.eval()
+
+
+def _latents_for_levels_(given: dict[str, Tensor], model: nn.Module) -> None:
+    """Replace weights that are levels of a method with several latents, in place, by latents that give these levels."""
+    for layer in quantized_layers(model):
+        name, quantizer = f"{layer.name}.weight", copy.deepcopy(layer.weight)
+        if quantizer is None or len(layer.latents) < 2 or name not in given or f"{name}_sign" in given:
+            continue
+        weight = given.pop(name).to(layer.latents[0].dtype)
+        latents = quantizer.right_inverse(weight)
+        if not torch.equal(quantizer(*latents), weight):
+            raise CheckpointError(
+                f"{name!r} has neither latents in the file nor the values of levels alone: "
+                f"{method_of(quantizer)!r} takes {', '.join(f'{level:g}' for level in quantizer.levels)}"
+            )
+        given |= {f"{layer.name}.parametrizations.weight.original{i}": latent for i, latent in enumerate(latents)}
 
 
 def _translated(
