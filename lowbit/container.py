@@ -200,13 +200,17 @@ def collect(model: nn.Module, dtype: str | None) -> tuple[dict[str, Tensor], dic
     first: dict[Hashable, str] = {}
     for name, held in model.state_dict(keep_vars=True).items():
         if not isinstance(held, Tensor):
-            raise LowbitError(f"the state {name!r} is a {type(held).__name__}; a file holds tensors only")
+            raise LowbitError(
+                f"the state {name!r} is a {type(held).__name__}; a file holds tensors only: let the module's "
+                "get_extra_state return a tensor, or remove it"
+            )
         if is_lazy(held) or held.is_meta:
             raise LowbitError(f"the tensor {name!r} has no values yet; run one batch through the model, then save it")
         if held.layout != torch.strided or held.dtype not in STORABLE:
             raise LowbitError(
                 f"the tensor {name!r} is {held.dtype}, {held.layout}; a file holds dense tensors of "
-                "float16 to float64, bfloat16, integers and bool"
+                "float16 to float64, bfloat16, int8 to int64, uint8 and bool: convert it (view_as_real for complex "
+                "numbers), or register the buffer with persistent=False if the module's code fills it"
             )
         if (before := first.setdefault(_place(held), name)) != name:
             shared[name] = before

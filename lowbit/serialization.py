@@ -6,7 +6,6 @@ before any of it is used; a file that fails a check raises `CheckpointError`. Fo
 describes the layers but not how to build them: `load_into` takes the module that the user's code has built.
 """
 
-import copy
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -128,7 +127,10 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: as `load`; also if names, shapes, dtypes or tied tensors differ. One error names all layers
             that do not fit (the first few of many), and the module is unchanged.
+        LowbitError: the module cannot be copied, which the check of the file needs.
     """
+    from lowbit.nn.calls import copied
+
     header, tensors = read(path)
     tensors = container.expand(header, tensors, path)
     what = f"this {type(model).__name__}"
@@ -138,7 +140,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
             f"{what} has tensors without a shape ({', '.join(lazy[:3])}): run one batch through it first"
         )
     # On a copy first, so that every mismatch is found before the module changes.
-    _restore_(copy.deepcopy(model), header, tensors, path, what)
+    _restore_(copied(model), header, tensors, path, what)
     _restore_(model, header, tensors, path, what)
     return model.eval()
 
@@ -170,7 +172,7 @@ def _restore_(
     before = set(model.state_dict())
     described = header.get("packed")
     try:
-        wrong = _restore_quantization_(model, header["quantization"], packed=bool(described))
+        wrong = _restore_quantization_(model, header["quantization"], tensors, packed=bool(described))
         if described and not wrong:
             wrong = restore_(model, described, tensors)
     except (LowbitError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -261,7 +263,9 @@ def _attention_settings(attention: "LowBitAttention | LowBitProducts") -> dict[s
     return settings | _methods(settings["weight"], settings["activation"])
 
 
-def _restore_quantization_(model: nn.Module, quantization: Mapping[str, Any] | None, packed: bool) -> list[str]:
+def _restore_quantization_(
+    model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], packed: bool
+) -> list[str]:
     """Put the file's quantizers into ``model``; return one text for each layer that does not fit."""
     from lowbit.nn import QuantConfig
     from lowbit.nn.attention import LowBitAttention, is_attention
@@ -278,12 +282,14 @@ def _restore_quantization_(model: nn.Module, quantization: Mapping[str, Any] | N
         if not packed and present == quantization:
             return []
         return ["the module is quantized already, and not as the saved one; give one as it was before lowbit.quantize_"]
+    # A packed model may have no quantizers left, so what has become of torch's attention shows in the tensors' names.
+    separate = {name.rpartition(".v_proj.")[0] for name in tensors if ".v_proj." in name}
+    if separate:
+        separate_(model, lambda layer, name: name.rpartition(".")[0] in separate)
     if quantization is None:
         return []
     wrong = []
     attentions = quantization.get("attention", {})
-    separate = {name.rpartition(".")[0] for name in quantization["layers"]} | attentions.keys()
-    separate_(model, lambda layer, name: name.rpartition(".")[0] in separate)
     for name, settings in attentions.items():
         attention = dict(model.named_modules()).get(name)
         if attention is None or not (is_attention(attention) or has_projections(attention)):

@@ -284,13 +284,13 @@ class Odd(nn.Module):
 
 def test_what_a_file_cannot_hold_is_refused_by_name(tmp_path):
     path = tmp_path / "m.safetensors"
-    with pytest.raises(LowbitError, match=r"'0\._extra_state' is a dict"):
+    with pytest.raises(LowbitError, match=r"'0\._extra_state' is a dict.*get_extra_state return a tensor"):
         lowbit.save(nn.Sequential(Odd({})), path)
     with pytest.raises(LowbitError, match="'weight' has no values"):
         lowbit.save(nn.Linear(2, 2, device="meta"), path)
     model = nn.Linear(2, 2)
     model.register_buffer("pairs", torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(LowbitError, match=r"'pairs' is torch\.complex64"):
+    with pytest.raises(LowbitError, match=r"'pairs' is torch\.complex64.*persistent=False"):
         lowbit.save(model, path)
     assert not path.exists()
 

@@ -63,6 +63,8 @@ def following_norms(model: nn.Module, example: Any) -> dict[str, str]:
 
     hooks = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; `Operators` sees what it does
+            continue
         hooks.append(module.register_forward_hook(leaves))
         hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
     try:

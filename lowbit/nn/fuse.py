@@ -158,7 +158,10 @@ def _redirect(fused: fx.GraphModule) -> None:
 
 
 def _simplify(fused: fx.GraphModule) -> None:
-    """Remove nodes that do nothing, and write every ReLU as ``torch.relu``."""
+    """Remove nodes that do nothing, write every ReLU as ``torch.relu``, and give modules their input by place."""
+    for node in fused.graph.nodes:
+        if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
     for node in list(fused.graph.nodes):
         if _calls(node, _RELUS):
             relu = True

@@ -15,7 +15,6 @@ A linear layer whose inputs have no quantizer may become ONNX Runtime's own oper
 `NBitsLayer`).
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from lowbit.extras import extra
 from lowbit.files import write_atomically
 from lowbit.kernels import reference
 from lowbit.kernels.packing import integer_levels
-from lowbit.nn.calls import replace_
+from lowbit.nn.calls import copied, replace_
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored, output_dtype
 from lowbit.quantizers.base import ActivationQuantizer, IntegerForm
 
@@ -144,10 +143,10 @@ class StandardLayer(nn.Module):
         self.rounding = Rounding(IntegerForm(step, layer.low, layer.high))
         self.dequantized = Dequantized(scale, 0 if self.convolution else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer, with the shapes of the packed one."""
-        dtype = output_dtype(x, self.dtype)
-        x = x.float() if self.before is None else x.float() + self.before
+        dtype = output_dtype(input, self.dtype)
+        x = input.float() if self.before is None else input.float() + self.before
         scale = self.x_scale
         if scale is None:
             over = (1, 2, 3) if self.convolution else (-1,)
@@ -244,7 +243,7 @@ def standard(model: nn.Module, nbits: bool = False) -> nn.Module:
     Raises:
         LowbitError: the model is not packed.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     modules = list(model.modules())
     packed = [layer for layer in modules if isinstance(layer, PackedLayer)]
     stored = [layer for layer in modules if is_stored(layer)]

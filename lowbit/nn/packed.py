@@ -171,10 +171,10 @@ def output_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
 class PackedLinear(PackedLayer):
     """A linear layer with a packed weight: ``[..., K]`` in, ``[..., N]`` out."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; `lowbit.kernels.shift_linear` defines what is computed."""
-        dtype = output_dtype(x, self.like.dtype)
-        x = x.float() if self.before is None else x.float() + self.before
+        dtype = output_dtype(input, self.like.dtype)
+        x = input.float() if self.before is None else input.float() + self.before
         scale = self.x_scale
         if scale is not None and scale.numel() > 1:  # a step for each token
             scale = scale.expand(*x.shape[:-1], 1).reshape(-1)
@@ -198,10 +198,10 @@ class PackedLinear(PackedLayer):
 class PackedConv2d(PackedLayer):
     """A convolution (groups=1) with a packed weight: ``[B, C, H, W]`` in, ``[B, N, H', W']`` out."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer; `lowbit.kernels.shift_conv2d` defines what is computed."""
-        dtype = output_dtype(x, self.like.dtype)
-        x = x.float() if self.before is None else x.float() + self.before
+        dtype = output_dtype(input, self.like.dtype)
+        x = input.float() if self.before is None else input.float() + self.before
         scale = None if self.x_scale is None else self.x_scale.reshape(-1)
         y = ops.shift_conv2d(x, self.weight, self.bias, scale, low=self.low, high=self.high, **self.geometry)
         return y.to(dtype)

@@ -9,6 +9,7 @@ from torch import nn
 import lowbit
 from lowbit.errors import CheckpointError, LowbitError
 from lowbit.nn import quantized_layers
+from lowbit.nn.onnx import standard
 from lowbit.nn.packed import PackedConv2d, PackedLayer, PackedLinear, is_stored
 from lowbit.quantizers import LSQ, PACT, S3, DenseShift, LSQPlus, StatsQ, get, names
 
@@ -367,3 +368,34 @@ def test_the_pack_command(tmp_path):
     assert out.stat().st_size < path.stat().st_size / 9
     assert CliRunner().invoke(app, ["pack", str(tmp_path / "none"), str(out)]).exit_code == 2
     assert CliRunner().invoke(app, ["pack", str(out), str(tmp_path / "again")]).exit_code == 2
+
+
+class ByName(nn.Module):
+    """Calls its layers by the name of their input, as torch's own layers have it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.linear(input=self.conv(input=x).relu().mean((2, 3)))
+
+
+def test_packed_layers_take_their_input_by_name():
+    x = torch.randn(4, 3, 8, 8)
+    model = lowbit.quantize_(ByName(), lowbit.QuantConfig(StatsQ(bits=3), LSQ(bits=8), first_last="same"))
+    packed = lowbit.pack(lowbit.calibrate(model, x), x)
+    assert all(isinstance(layer, PackedLayer) for layer in (packed.conv, packed.linear))
+    assert torch.equal(lowbit.fuse(packed, x)(x), packed(x))
+    torch.testing.assert_close(torch.from_numpy(lowbit.plan(packed, x)(x.numpy())), packed(x))
+    torch.testing.assert_close(standard(packed)(x), packed(x))
+
+
+def test_scripted_parts_stay_as_they_are():
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), torch.jit.script(nn.ReLU()), nn.Conv2d(8, 4, 1))
+    lowbit.quantize_(model, lowbit.QuantConfig(StatsQ(bits=3), LSQ(bits=8), first_last="same"))
+    packed = lowbit.pack(lowbit.calibrate(model, x).eval(), x)
+    assert isinstance(packed[1], nn.Identity)
+    torch.testing.assert_close(packed(x), model(x))

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import attention as timm_attention
 from torch import nn
 
 import lowbit
@@ -111,6 +112,12 @@ def hooked():
     return module
 
 
+def backward_hooked():
+    module = attention()
+    module.register_full_backward_pre_hook(lambda module, gradient: gradient)
+    return module
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -118,9 +125,10 @@ def hooked():
         lambda: attention(add_zero_attn=True),
         lambda: Own(WIDTH, HEADS),
         hooked,
+        backward_hooked,
         lambda: nn.utils.parametrizations.weight_norm(attention(), "in_proj_weight"),
     ],
-    ids=["bias_kv", "zero_attn", "subclass", "hook", "parametrized"],
+    ids=["bias_kv", "zero_attn", "subclass", "hook", "backward hook", "parametrized"],
 )
 def test_modules_that_compute_something_else_stay_aloud(make):
     model = nn.ModuleList([make(), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
@@ -178,6 +186,14 @@ def test_an_encoder_is_quantized_packed_and_restored(qkr, tmp_path):
         restored = lowbit.load_into(Tokens(), tmp_path / name)
         assert torch.equal(restored(tokens()), each(tokens()))
     torch.testing.assert_close(packed(tokens()), model(tokens()))
+
+
+def test_a_packed_encoder_with_products_in_floats_is_restored(tmp_path):
+    """Its file has no quantizers: those of the inputs are in the kernels."""
+    model = lowbit.quantize_(Tokens(), lowbit.QuantConfig(StatsQ(bits=3), LSQ(bits=8), first_last="same"))
+    packed = lowbit.pack(lowbit.calibrate(model, tokens()), tokens())
+    lowbit.save(packed, tmp_path / "packed")
+    assert torch.equal(lowbit.load_into(Tokens(), tmp_path / "packed")(tokens()), packed(tokens()))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +298,37 @@ def test_a_refused_model_is_as_it_was(config, message):
         lowbit.quantize_(model, config)
     assert [type(module) for module in model.modules()] == [type(module) for module in before.modules()]
     assert model.encoder.use_nested_tensor and model.state_dict().keys() == before.state_dict().keys()
+
+
+@pytest.mark.parametrize("qkr", [False, True])
+@pytest.mark.parametrize("timm_s", [False, True])
+def test_what_is_frozen_stays_frozen(qkr, timm_s):
+    """Only the new steps of activation quantizers are trained in a frozen model."""
+    if timm_s:
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), timm_attention.Attention(WIDTH, HEADS, qkv_bias=True))
+    else:
+        model = nn.ModuleList([nn.Linear(WIDTH, WIDTH), attention()])
+    config = lowbit.QuantConfig(StatsQ(), LSQ(), first_last="same", attention=True, qkr=qkr)
+    lowbit.quantize_(model.requires_grad_(False), config)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(name.endswith("quantizer.step") for name in trained)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attributes_of_torch_s_module_are_there(form):
+    source = attention(**FORMS[form])
+    names = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "bias_k", "bias_v")
+    assert all(getattr(MultiheadAttention(source), name) == getattr(source, name) for name in names)
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj"])
+def test_layers_that_lose_hooks_to_reparameterization_are_refused(part):
+    model = nn.Sequential(MultiheadAttention(attention()))
+    getattr(model[0], part).register_forward_hook(print)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(LowbitError, match=f"qkr=True is not possible for '0': its '{part}' would lose its hooks"):
+        lowbit.quantize_(model, lowbit.QuantConfig(StatsQ(), first_last="same", qkr=True))
+    assert before == [type(module) for module in model.modules()]
 
 
 def test_attention_that_the_filter_excludes_stays():
