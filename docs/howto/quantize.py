@@ -10,15 +10,23 @@ from lowbit.quantizers import LSQ, StatsQ
 torch.manual_seed(0)
 images, labels = torch.rand(256, 3, 16, 16), torch.randint(10, (256,))
 
+
 # [quantize]
-model = nn.Sequential(
-    nn.Conv2d(3, 16, 3, padding=1),
-    nn.ReLU(),
-    nn.Conv2d(16, 32, 3, padding=1, stride=2),
-    nn.ReLU(),
-    nn.Flatten(),
-    nn.Linear(32 * 8 * 8, 10),
-)
+def network() -> nn.Module:
+    """Yours takes its place."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 8 * 8, 10),
+    )
+
+
+model = network()
 config = lowbit.QuantConfig(StatsQ(bits=2), LSQ(bits=4), first_last=8)
 lowbit.quantize_(model, config)
 # [calibrate]
@@ -35,5 +43,13 @@ for layer in quantized_layers(model):
     used = layer.weight.levels[layer.codes().long()] * layer.weight.scale(*layer.latents)
     print(layer.name, len(layer.weight.levels), "levels", torch.equal(used, layer.layer.weight))
 # [save]
-lowbit.save(model.eval(), "trained.safetensors")
+lowbit.save(model, "trained.safetensors")
+again = lowbit.load_into(network(), "trained.safetensors")
+# [pack]
+packed = lowbit.pack(again, images[:32])
+lowbit.save(packed, "packed.safetensors")
+deployed = lowbit.load_into(network(), "packed.safetensors")
 # [end]
+with torch.no_grad():
+    print("same answers", torch.equal(deployed(images), packed(images)))
+    print("as trained", torch.allclose(packed(images), model.eval()(images), atol=0.01))

@@ -70,7 +70,7 @@ def test_every_script_is_run_here():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("quantize", "4 levels True"),
+        ("quantize", r"(?s)4 levels True.*same answers True\nas trained True"),
         ("deploy", ""),
         ("elsewhere", "same answers True"),
         ("ablation", r"95 % interval .* 5 seeds\)"),
