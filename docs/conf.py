@@ -20,6 +20,7 @@ copyright = "the lowbit authors, MIT license"
 author = "the lowbit authors"
 html_title = "lowbit: low-bit training, taught and checked"
 language = "en"
+smartquotes_action = "qe"  # not dashes: a command in a caption keeps its ``--profile``
 
 extensions = [
     "myst_nb",

@@ -1,5 +1,6 @@
 """The code of the page "Quantize my model": a network of one's own, quantized and trained."""
 
+# [quantize]
 import torch
 from torch import nn
 
@@ -8,10 +9,8 @@ from lowbit.nn import quantized_layers
 from lowbit.quantizers import LSQ, StatsQ
 
 torch.manual_seed(0)
-images, labels = torch.rand(256, 3, 16, 16), torch.randint(10, (256,))
 
 
-# [quantize]
 def network() -> nn.Module:
     """Yours takes its place."""
     return nn.Sequential(
@@ -30,6 +29,7 @@ model = network()
 config = lowbit.QuantConfig(StatsQ(bits=2), LSQ(bits=4), first_last=8)
 lowbit.quantize_(model, config)
 # [calibrate]
+images, labels = torch.rand(256, 3, 16, 16), torch.randint(10, (256,))  # your data
 lowbit.calibrate(model, images[:32])
 # [train]
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
