@@ -220,14 +220,15 @@ def show(*ids: str, folder: Path | None = None) -> None:
 
 
 def outputs(*ids: str, folder: Path | None = None) -> "list[Markdown | Image]":
-    """What `show` displays: one text, and then the figure of each claim that the study has drawn."""
+    """What `show` displays: one text, in which each figure of the study follows the table that it draws."""
     from IPython.display import Image, Markdown
 
     from lowbit_suite.plotting import alt_text
 
     everything = verdicts.read(folder or paths.recorded("claims.json").parent)
     judged = verdicts.judged(everything)
-    lines, pictures = [], []
+    shown: list[Markdown | Image] = []
+    lines: list[str] = []
     for id in ids:
         if id not in judged:
             there = ", ".join(judged) or "none"
@@ -238,17 +239,17 @@ def outputs(*ids: str, folder: Path | None = None) -> "list[Markdown | Image]":
             lines += [*statements(claim), *conditions(claim), *_source(claim)]
         else:
             lines += [f"None of its {len(claim.statements)} statements is tested yet: the study has not trained them."]
+        if (drawn := paths.recorded(figure(id))).exists():
+            text = "\n".join([*lines, "", f"{LEGEND}."])
+            shown += [Markdown(text.lstrip()), Image(drawn.read_bytes(), width=700, alt=alt_text(drawn))]
+            lines = []
         if first:
             lines += ["", f"*A look at {first.profile} ({first.dataset}):* {judgment(first)}.", "", *statements(first)]
             lines += _source(first)
         lines += [
             line for look in others for line in ("", f"*A look at {look.profile} ({look.dataset}):* {_cell(look)}.")
         ]
-        drawn = paths.recorded(figure(id))
-        pictures += [Image(drawn.read_bytes(), width=700, alt=alt_text(drawn))] if drawn.exists() else []
-    if pictures:
-        lines += ["", f"{LEGEND}."]
-    return [Markdown("\n".join(lines).lstrip()), *pictures]
+    return [*shown, Markdown("\n".join(lines).lstrip())] if lines else shown
 
 
 def _source(claim: Claim) -> list[str]:
