@@ -439,7 +439,8 @@ STUDY = {  # the tables of the study and their columns, those that say which row
     "grid_and_scale": "arm bits epochs steps seed grid scale gradient|accuracy, %|reach|memory",
     "shelf": "arm bits epochs seed|accuracy, %",
     "freezing_correlation": "arm epochs seed|freezing_target",
-    "transfer": "arm epochs seed|target, %",
+    "transfer": "arm epochs seed|source, %|target, %",
+    "transfer_faster": "arm epochs seed|target, %",
     "detection": "arm epochs seed|mAP, %",
     "speech": "arm bits epochs speaker seed|accuracy, %",
 }
