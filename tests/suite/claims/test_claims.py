@@ -636,6 +636,13 @@ def test_a_notebook_shows_what_was_written(judged, tmp_path):
         claims.outputs("X1", folder=tmp_path / "nowhere")
 
 
+def test_the_study_s_figure_stands_between_its_table_and_the_look():
+    table, figure, look = claims.outputs("D7")
+    assert "At study" in table.data and "A look at" not in table.data
+    assert figure.data.startswith(b"\x89PNG") and figure.alt
+    assert look.data.startswith("*A look at desk")
+
+
 def test_a_claim_leads_to_its_trainings_and_to_the_command_for_one_of_them(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("LOWBIT_PROJECT", str(tmp_path))
