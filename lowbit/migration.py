@@ -138,6 +138,7 @@ def load_published_(
 def _latents_for_levels_(given: dict[str, Tensor], model: nn.Module) -> None:
     """Replace weights that are levels of a method with several latents, in place, by latents that give these levels."""
     for layer in quantized_layers(model):
+        # A copy: `right_inverse` may set a quantizer's state, and the model is not to change yet.
         name, quantizer = f"{layer.name}.weight", copy.deepcopy(layer.weight)
         if quantizer is None or len(layer.latents) < 2 or name not in given or f"{name}_sign" in given:
             continue
