@@ -267,9 +267,12 @@ def test_operations_on_images(name):
     own = [part for part in layer.modules() if isinstance(part, nn.Conv1d | nn.Conv2d)]
     model = packed(Images(layer), x, first_last="same", filter_fn=lambda module, name: module not in own)
     expected = model(x)
-    tolerance = 0 if "max" in name or name in ("flatten", "larger") else 3e-6
     actual = lowbit.plan(model, x)(x).reshape(expected.shape)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    if own:  # torch adds a convolution's products in an order of each processor's: roundings are of the sums' size
+        torch.testing.assert_close(actual, expected, rtol=0, atol=5e-7 * expected.abs().max().item())
+    else:
+        tolerance = 0 if "max" in name or name in ("flatten", "larger") else 3e-6
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def doubled(layer: nn.Module) -> nn.Module:

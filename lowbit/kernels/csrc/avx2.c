@@ -1,6 +1,6 @@
 /* AVX2: vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, with saturation. So weights are split
  * at +-64 (2 * 255 * 64 < 2^15): what is beyond goes into a second plane of rows, which most weights have no use for.
- * Up to +-16, four such pairs fit before the sum is widened. */
+ * Up to +-16, four or more such pairs fit before the sum is widened. */
 #include "internal.h"
 
 #if defined(__x86_64__)
@@ -104,37 +104,133 @@ LB_INLINE __m256i load(const int8_t *w) { return _mm256_load_si256((const __m256
 
 LB_INLINE __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-/* Once for all tiles: it is long. */
-static __attribute__((noinline)) void finish_row(const lb_job *job, int64_t row, int64_t block, const int32_t sums[16]) {
-  lb_finish(job, row, block, sums);
+LB_INLINE __m256i steps(__m256 x, __m256 scale, __m256 low, __m256 high) {
+  __m256 v = _mm256_div_ps(x, scale);
+  v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
+  v = _mm256_min_ps(_mm256_max_ps(v, low), high);
+  return _mm256_cvtps_epi32(v); /* half to even: lb_parallel sets the default rounding */
+}
+
+/* The lowest bytes of 16 numbers. */
+LB_INLINE __m128i bytes_of(const __m256i q[2]) {
+  const __m256i byte = _mm256_set1_epi32(255);
+  const __m256i pairs = _mm256_packus_epi32(_mm256_and_si256(q[0], byte), _mm256_and_si256(q[1], byte));
+  const __m256i all = _mm256_packus_epi16(pairs, pairs);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 0, 0, 0, 0);
+  return _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(all, order));
+}
+
+LB_INLINE __m256 floats_of(const void *from, int type, int64_t at) {
+  if (type == LB_FLOAT32) return _mm256_loadu_ps((const float *)from + at);
+  const __m128i bytes = _mm_loadl_epi64((const __m128i *)((const char *)from + at));
+  return _mm256_cvtepi32_ps(type == LB_INT8 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+}
+
+/* The epilogue of `rows` rows and one block of outputs, as lb_finish; the sums of a row start 16 * step after those of the
+ * row before. Once for all tiles: it is long. Everything that rows share is loaded once: the compiler could not know that
+ * the outputs don't overwrite it. */
+static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int rows, int64_t block, const int32_t *acc,
+                                             int step) {
+  const int64_t n0 = block * 16, outputs = job->outputs;
+  if (outputs - n0 < 16) {
+    for (int r = 0; r < rows; r++) lb_finish(job, row + r, block, acc + 16 * step * r);
+    return;
+  }
+  const lb_job j = *job;
+  const __m256 add_scale = _mm256_set1_ps(j.add_scale), out_scale = _mm256_set1_ps(j.out_scale);
+  const __m256 low = _mm256_set1_ps(j.out_low), high = _mm256_set1_ps(j.out_high);
+  const __m256i zero = _mm256_set1_epi32(j.zero), next_zero = _mm256_set1_epi32(j.next_zero);
+  __m256 scale[2], bias[2];
+  __m256i correction[2];
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; h++) {
+    scale[h] = _mm256_loadu_ps(j.scale + n0 + 8 * h);
+    bias[h] = j.bias ? _mm256_loadu_ps(j.bias + n0 + 8 * h) : _mm256_setzero_ps();
+    const __m256i *all = (const __m256i *)(j.sums + n0 + 8 * h);
+    correction[h] = j.zero ? _mm256_mullo_epi32(zero, _mm256_loadu_si256(all)) : _mm256_setzero_si256();
+  }
+  for (int r = 0; r < rows; r++, acc += 16 * step) {
+    const int64_t at = (row + r) * outputs + n0;
+    const __m256 row_scale = _mm256_set1_ps(j.row_scale[row + r]);
+    __m256 y[2];
+    __m256i q[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const __m256i sums = _mm256_load_si256((const __m256i *)(acc + 8 * h));
+      y[h] = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, correction[h]));
+      y[h] = _mm256_mul_ps(_mm256_mul_ps(y[h], row_scale), scale[h]);
+      if (j.bias) y[h] = _mm256_add_ps(y[h], bias[h]);
+      if (j.add) {
+        const __m256 more = floats_of(j.add, j.add_type, at + 8 * h);
+        y[h] = _mm256_add_ps(y[h], j.add_type == LB_FLOAT32 ? more : _mm256_mul_ps(more, add_scale));
+      }
+      if (j.relu) y[h] = _mm256_max_ps(_mm256_setzero_ps(), y[h]); /* this way round NaN stays NaN */
+    }
+    if (j.next || (j.out && j.out_type != LB_FLOAT32))
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) q[h] = steps(y[h], out_scale, low, high);
+    if (j.out && j.out_type == LB_FLOAT32)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) _mm256_storeu_ps((float *)j.out + at + 8 * h, y[h]);
+    else if (j.out)
+      _mm_storeu_si128((__m128i *)((char *)j.out + at), bytes_of(q));
+    if (!j.next) continue;
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) q[h] = _mm256_add_epi32(q[h], next_zero);
+    _mm_storeu_si128((__m128i *)(j.next + j.next_start[row + r] + n0), bytes_of(q));
+  }
+}
+
+/* How many pairs of products fit into 16 bits, if one is at most `pair`. */
+LB_INLINE int64_t pairs_of(int pair) { return pair ? lb_min(INT16_MAX / pair, 64) : 64; }
+
+/* Adds rows of weights, for bytes k ... end-1 of R rows of activations, to their sums of pairs, of 16 bits. */
+LB_INLINE void add_pairs(const int R, const uint8_t *const *a, int64_t k, int64_t end, const int8_t *w, __m256i (*s)[2]) {
+  for (; k < end; k += 4, w += LB_ROW) {
+    const __m256i w0 = load(w), w1 = load(w + 32);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const __m256i x = four(a[r] + k);
+      s[r][0] = _mm256_add_epi16(s[r][0], _mm256_maddubs_epi16(x, w0));
+      s[r][1] = _mm256_add_epi16(s[r][1], _mm256_maddubs_epi16(x, w1));
+    }
+  }
+}
+
+/* Adds the sums of pairs to those of 32 bits and clears them. */
+LB_INLINE void widen_pairs(const int R, __m256i (*s)[2], __m256i (*acc)[2]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      acc[r][h] = _mm256_add_epi32(acc[r][h], widen(s[r][h]));
+      s[r][h] = _mm256_setzero_si256();
+    }
 }
 
 LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row, int64_t block, const int8_t *w,
                     const lb_extra *extra) {
   const uint8_t *a[TILE];
-  __m256i acc[TILE][2];
+  __m256i acc[TILE][2], s[TILE][2];
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
     a[r] = job->map + job->row_start[row + r];
-    acc[r][0] = acc[r][1] = _mm256_setzero_si256();
+    acc[r][0] = acc[r][1] = s[r][0] = s[r][1] = _mm256_setzero_si256();
   }
-  for (int s = 0; s < job->n_spans; s++) {
-    const int64_t end = job->spans[s].offset + job->spans[s].length;
-    int64_t k = job->spans[s].offset;
+  const int64_t fit = 4 * pairs_of(2 * 255 * job->largest);
+  int64_t room = fit;
+  for (int i = 0; i < job->n_spans; i++) {
+    const int64_t end = job->spans[i].offset + job->spans[i].length;
+    int64_t k = job->spans[i].offset;
     if (small)
-      for (; k + 16 <= end; k += 16, w += 4 * LB_ROW)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-          __m256i s0 = _mm256_setzero_si256(), s1 = s0;
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; i++) {
-            const __m256i x = four(a[r] + k + 4 * i);
-            s0 = _mm256_add_epi16(s0, _mm256_maddubs_epi16(x, load(w + i * LB_ROW)));
-            s1 = _mm256_add_epi16(s1, _mm256_maddubs_epi16(x, load(w + i * LB_ROW + 32)));
-          }
-          acc[r][0] = _mm256_add_epi32(acc[r][0], widen(s0));
-          acc[r][1] = _mm256_add_epi32(acc[r][1], widen(s1));
-        }
+      while (k < end) {
+        const int64_t stop = lb_min(end, k + room);
+        add_pairs(R, a, k, stop, w, s);
+        w += (stop - k) / 4 * LB_ROW, room -= stop - k, k = stop;
+        if (room) continue;
+        widen_pairs(R, s, acc);
+        room = fit;
+      }
     for (; k < end; k += 4, w += LB_ROW) {
       const __m256i w0 = load(w), w1 = load(w + 32);
 #pragma GCC unroll 4
@@ -145,6 +241,7 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
       }
     }
   }
+  if (small) widen_pairs(R, s, acc);
   for (int64_t i = 0; i < extra->count; i++) {
     const __m256i w0 = load(extra->rows + i * LB_ROW), w1 = load(extra->rows + i * LB_ROW + 32);
     const int64_t k = job->k_offset[extra->index[i]];
@@ -155,13 +252,7 @@ LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row
       acc[r][1] = _mm256_add_epi32(acc[r][1], widen(_mm256_maddubs_epi16(x, w1)));
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) {
-    int32_t sums[16] __attribute__((aligned(32)));
-    _mm256_store_si256((__m256i *)sums, acc[r][0]);
-    _mm256_store_si256((__m256i *)(sums + 8), acc[r][1]);
-    finish_row(job, row + r, block, sums);
-  }
+  finish(job, row, R, block, (const int32_t *)acc, 1);
 }
 
 /* ---- one row of activations ----
@@ -256,10 +347,9 @@ LB_INLINE void one_row(const int bits, const int two, const lb_job *job, int64_t
     for (int r = 0; i + r < rows; r++) memcpy(x + r, a + at[i + r], 4);
     add_group(bits, two, p, x, t, low, high);
   }
-  int32_t sums[16] __attribute__((aligned(32)));
-  for (int half = 0; half < 2; half++)
-    _mm256_store_si256((__m256i *)(sums + 8 * half), _mm256_add_epi32(low[half], _mm256_slli_epi32(high[half], 4)));
-  finish_row(job, row, block, sums);
+  __m256i sums[2];
+  for (int half = 0; half < 2; half++) sums[half] = _mm256_add_epi32(low[half], _mm256_slli_epi32(high[half], 4));
+  finish(job, row, 1, block, (const int32_t *)sums, 1);
 }
 
 #define ROW_KERNEL(BITS, TWO) \
@@ -450,10 +540,6 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
   static void (*const kernels[LB_TILES])(const lb_points *, int32_t *) = {points_1, points_2, points_3, points_4};
   (void)blocks; /* one */
   kernels[tiles - 1](p, m);
-}
-
-static void finish(const lb_job *job, int64_t row, int rows, int64_t block, const int32_t *acc, int step) {
-  for (int r = 0; r < rows; r++) finish_row(job, row + r, block, acc + 16 * step * r);
 }
 
 #if defined(__clang__)

@@ -2,8 +2,9 @@
  *
  * Each is defined here to the bit, so that every instruction set gives the same numbers: 16 lanes side by side, sums by
  * lane in ascending order and then lane i with i + 8, i + 4, i + 2, i + 1, and a fused multiply-add wherever fma() is
- * written. The compiler splits 16 lanes into the registers there are. Only which of the many NaNs a NaN is differs between
- * processors; so none may become a number. */
+ * written. A `lb_part` is what one register holds of the 16 lanes: code is written for parts, since compilers keep
+ * vectors wider than a register in memory. Only which of the many NaNs a NaN is differs between processors; so none may
+ * become a number. */
 #ifndef LOWBIT_VECTOR_H
 #define LOWBIT_VECTOR_H
 #include <math.h>
@@ -11,164 +12,132 @@
 
 #include "internal.h"
 
-typedef float lb_v16 __attribute__((vector_size(64)));
-typedef int32_t lb_i16 __attribute__((vector_size(64)));
-
 #if defined(LB_VECTOR_512)
-LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) { return (lb_v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) { return (lb_v16)_mm512_max_ps((__m512)b, (__m512)a); }
+#define LB_PART_BYTES 64
 #elif defined(LB_VECTOR_256)
-typedef union {
-  lb_v16 all;
-  __m256 half[2];
-} lb_halves;
-LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
-  const lb_halves x = {a}, y = {b}, z = {c};
-  lb_halves r;
-  r.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-  r.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-  return r.all;
-}
-LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) {
-  const lb_halves x = {a}, y = {b};
-  lb_halves r;
-  r.half[0] = _mm256_max_ps(y.half[0], x.half[0]);
-  r.half[1] = _mm256_max_ps(y.half[1], x.half[1]);
-  return r.all;
-}
-#elif defined(LB_VECTOR_NEON)
-typedef union {
-  lb_v16 all;
-  float32x4_t part[4];
-} lb_parts;
-LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
-  const lb_parts x = {a}, y = {b};
-  lb_parts r = {c};
-  for (int i = 0; i < 4; i++) r.part[i] = vfmaq_f32(r.part[i], x.part[i], y.part[i]);
-  return r.all;
-}
+#define LB_PART_BYTES 32
 #else
-/* 16 calls: once, not wherever it is used. */
-static __attribute__((noinline)) void fma16_of(const float *a, const float *b, float *c) {
-  for (int i = 0; i < 16; i++) c[i] = fmaf(a[i], b[i], c[i]);
-}
-LB_INLINE lb_v16 fma16(lb_v16 a, lb_v16 b, lb_v16 c) {
-  fma16_of((const float *)&a, (const float *)&b, (float *)&c);
-  return c;
-}
+#define LB_PART_BYTES 16
 #endif
+typedef float lb_part __attribute__((vector_size(LB_PART_BYTES)));
+typedef int32_t lb_int_part __attribute__((vector_size(LB_PART_BYTES)));
+enum { LB_LANES = LB_PART_BYTES / 4, LB_PARTS = 16 / LB_LANES };
 
-#if !defined(LB_VECTOR_512) && !defined(LB_VECTOR_256)
-/* The larger; b where a is NaN is not wanted: NaN of a stays. */
-LB_INLINE lb_v16 max16(lb_v16 a, lb_v16 b) {
-  const lb_i16 take_b = a < b;
-  return (lb_v16)(((lb_i16)b & take_b) | ((lb_i16)a & ~take_b));
-}
-#endif
-
-LB_INLINE lb_v16 all16(float x) { return x - (lb_v16){0}; }
-
-LB_INLINE lb_v16 load16(const float *x) {
-  lb_v16 v;
-  memcpy(&v, x, 64);
-  return v;
-}
-
-LB_INLINE void store16(float *y, lb_v16 v) { memcpy(y, &v, 64); }
-
-/* The first n of 16, 0 < n (16 or more: all); the others are `rest`. */
-#if defined(LB_VECTOR_512)
-LB_INLINE __mmask16 first_of(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
-LB_INLINE lb_v16 load_some(const float *x, int64_t n, float rest) {
-  return (lb_v16)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first_of(n), x);
-}
-LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) { _mm512_mask_storeu_ps(y, first_of(n), (__m512)v); }
-#else
-static __attribute__((noinline)) void load_end(const float *x, int64_t n, float rest, float *v) {
-  for (int i = 0; i < 16; i++) v[i] = i < n ? x[i] : rest;
-}
-static __attribute__((noinline)) void store_end(float *y, int64_t n, const float *v) {
-  memcpy(y, v, (size_t)(n < 16 ? n : 16) * sizeof *y);
-}
-#if defined(LB_SMALL) && !defined(LB_VECTOR_256) && !defined(LB_VECTOR_NEON)
-enum { LB_CALLS = 1 }; /* plain C of a small program: a call takes less space than the quick way beside it */
-#else
-enum { LB_CALLS = 0 };
-#endif
-LB_INLINE lb_v16 load_some(const float *x, int64_t n, float rest) {
-  if (!LB_CALLS && n >= 16) return load16(x);
-  float v[16];
-  load_end(x, n, rest, v);
-  return load16(v);
-}
-LB_INLINE void store_some(float *y, int64_t n, lb_v16 v) {
-  if (!LB_CALLS && n >= 16) {
-    store16(y, v);
-    return;
-  }
-  float values[16];
-  store16(values, v);
-  store_end(y, n, values);
-}
-#endif
-
-/* Folds 16 lanes into one: lane i with i + 8, i + 4, i + 2, i + 1. */
-#if defined(LB_VECTOR_512)
-LB_INLINE float sum16(lb_v16 v) { return _mm512_reduce_add_ps((__m512)v); }
-LB_INLINE float largest16(lb_v16 v) { return _mm512_reduce_max_ps((__m512)v); }
-#else
-LB_INLINE float sum16(lb_v16 v) {
-  float s[16];
-  store16(s, v);
-  for (int step = 8; step; step /= 2)
-    for (int i = 0; i < step; i++) s[i] += s[i + step];
-  return s[0];
-}
-
-LB_INLINE float largest16(lb_v16 v) {
-  float s[16];
-  store16(s, v);
-  for (int step = 8; step; step /= 2)
-    for (int i = 0; i < step; i++) s[i] = s[i] < s[i + step] ? s[i + step] : s[i];
-  return s[0];
-}
-#endif
-
-/* ---- functions of single numbers: of one register at a time, which is less code than 16 lanes would be ---- */
+#define LB_EACH_PART _Pragma("GCC unroll 4") for (int p = 0; p < LB_PARTS; p++)
 
 #if defined(LB_VECTOR_512)
-typedef lb_v16 lb_part;
-typedef lb_i16 lb_int_part;
-LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) { return fma16(a, b, c); }
-LB_INLINE lb_part max_part(lb_part a, lb_part b) { return max16(a, b); }
+LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) {
+  return (lb_part)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+LB_INLINE lb_part max_part(lb_part a, lb_part b) { return (lb_part)_mm512_max_ps((__m512)b, (__m512)a); }
 #elif defined(LB_VECTOR_256)
-typedef float lb_part __attribute__((vector_size(32)));
-typedef int32_t lb_int_part __attribute__((vector_size(32)));
 LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) {
   return (lb_part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 LB_INLINE lb_part max_part(lb_part a, lb_part b) { return (lb_part)_mm256_max_ps((__m256)b, (__m256)a); }
 #else
-typedef float lb_part __attribute__((vector_size(16)));
-typedef int32_t lb_int_part __attribute__((vector_size(16)));
 #if defined(LB_VECTOR_NEON)
-LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) { return (lb_part)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+LB_INLINE lb_part fma_part(lb_part a, lb_part b, lb_part c) {
+  return (lb_part)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #else
+/* 4 calls: once, not wherever it is used. */
 static __attribute__((noinline)) lb_part fma_part(lb_part a, lb_part b, lb_part c) {
   for (int i = 0; i < 4; i++) c[i] = fmaf(a[i], b[i], c[i]);
   return c;
 }
 #endif
+/* The larger; NaN of a stays. */
 LB_INLINE lb_part max_part(lb_part a, lb_part b) {
   const lb_int_part take_b = a < b;
   return (lb_part)(((lb_int_part)b & take_b) | ((lb_int_part)a & ~take_b));
 }
 #endif
-enum { LB_PARTS = 64 / sizeof(lb_part) };
-typedef union {
-  lb_v16 all;
-  lb_part part[LB_PARTS];
-} lb_in_parts;
+
+LB_INLINE lb_part all_part(float x) { return x - (lb_part){0}; }
+
+/* Where `mask` is set a, else b. */
+LB_INLINE lb_part select_part(lb_int_part mask, lb_part a, lb_part b) {
+  return (lb_part)(((lb_int_part)a & mask) | ((lb_int_part)b & ~mask));
+}
+
+LB_INLINE lb_part load_part(const float *x) {
+  lb_part v;
+  memcpy(&v, x, sizeof v);
+  return v;
+}
+
+LB_INLINE void store_part(float *y, lb_part v) { memcpy(y, &v, sizeof v); }
+
+/* The first n of a part (all, if n is larger; none, if it is not positive); the others are `rest`. */
+#if defined(LB_VECTOR_512)
+LB_INLINE __mmask16 first_of(int64_t n) { return n >= 16 ? 0xffff : (__mmask16)((1u << n) - 1); }
+LB_INLINE lb_part load_some(const float *x, int64_t n, float rest) {
+  return (lb_part)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), first_of(n), x);
+}
+LB_INLINE void store_some(float *y, int64_t n, lb_part v) { _mm512_mask_storeu_ps(y, first_of(n), (__m512)v); }
+#elif defined(LB_VECTOR_256)
+LB_INLINE __m256i first_of(int64_t n) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)lb_max(0, lb_min(n, 8))), lanes);
+}
+LB_INLINE lb_part load_some(const float *x, int64_t n, float rest) {
+  if (n >= LB_LANES) return load_part(x);
+  const __m256i first = first_of(n);
+  return (lb_part)_mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(x, first), _mm256_castsi256_ps(first));
+}
+LB_INLINE void store_some(float *y, int64_t n, lb_part v) {
+  if (n >= LB_LANES)
+    store_part(y, v);
+  else
+    _mm256_maskstore_ps(y, first_of(n), (__m256)v);
+}
+#else
+static __attribute__((noinline)) lb_part load_end(const float *x, int64_t n, float rest) {
+  lb_part v;
+  for (int i = 0; i < LB_LANES; i++) v[i] = i < n ? x[i] : rest;
+  return v;
+}
+static __attribute__((noinline)) void store_end(float *y, int64_t n, lb_part v) {
+  for (int i = 0; i < LB_LANES && i < n; i++) y[i] = v[i];
+}
+#if defined(LB_SMALL) && !defined(LB_VECTOR_NEON)
+enum { LB_CALLS = 1 }; /* plain C of a small program: a call takes less space than the quick way beside it */
+#else
+enum { LB_CALLS = 0 };
+#endif
+LB_INLINE lb_part load_some(const float *x, int64_t n, float rest) {
+  return !LB_CALLS && n >= LB_LANES ? load_part(x) : load_end(x, n, rest);
+}
+LB_INLINE void store_some(float *y, int64_t n, lb_part v) {
+  if (!LB_CALLS && n >= LB_LANES)
+    store_part(y, v);
+  else
+    store_end(y, n, v);
+}
+#endif
+
+/* Folds 16 lanes into one: lane i with i + 8, i + 4, i + 2, i + 1. */
+#if defined(LB_VECTOR_512)
+LB_INLINE float sum16(const lb_part *v) { return _mm512_reduce_add_ps((__m512)v[0]); }
+LB_INLINE float largest16(const lb_part *v) { return _mm512_reduce_max_ps((__m512)v[0]); }
+#else
+LB_INLINE float sum16(const lb_part *v) {
+  float s[16];
+  memcpy(s, v, sizeof s);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; i++) s[i] += s[i + step];
+  return s[0];
+}
+
+LB_INLINE float largest16(const lb_part *v) {
+  float s[16];
+  memcpy(s, v, sizeof s);
+  for (int step = 8; step; step /= 2)
+    for (int i = 0; i < step; i++) s[i] = s[i] < s[i + step] ? s[i + step] : s[i];
+  return s[0];
+}
+#endif
 
 #if defined(LB_SMALL)
 #define LB_ONCE static __attribute__((noinline))
@@ -176,15 +145,8 @@ typedef union {
 #define LB_ONCE LB_INLINE
 #endif
 
-LB_INLINE lb_part all_part(float x) { return x - (lb_part){0}; }
-
 /* p * x + c, fused. */
 LB_INLINE lb_part horner(lb_part p, lb_part x, float c) { return fma_part(p, x, all_part(c)); }
-
-/* Where `mask` is set a, else b. */
-LB_INLINE lb_part select_part(lb_int_part mask, lb_part a, lb_part b) {
-  return (lb_part)(((lb_int_part)a & mask) | ((lb_int_part)b & ~mask));
-}
 
 /* e^x for x <= 0, at least e^-87; off by less than 1.5 in the last place. e^x = 2^n * e^r, |r| <= ln 2 / 2, and
  * e^r = 1 + r + r^2 P(r), where P has the least largest error (Lawson's iteration on Chebyshev nodes). */
@@ -204,12 +166,6 @@ LB_ONCE lb_part exp_part(lb_part x) {
   /* n stands in the lowest bits of n + magic; NaN stays NaN */
   const lb_int_part power = (lb_int_part)(n + magic) << 23 & (lb_int_part)(n == n);
   return (lb_part)((lb_int_part)y + power);
-}
-
-LB_INLINE lb_v16 exp16(lb_v16 x) {
-  lb_in_parts v = {x};
-  for (unsigned i = 0; i < LB_PARTS; i++) v.part[i] = exp_part(v.part[i]);
-  return v.all;
 }
 
 /* x * Phi(x), as PyTorch's GELU without approximation; Phi is off by less than 2e-7. For |x| < 5.3
@@ -261,25 +217,27 @@ LB_ONCE lb_part curve_part(lb_part x, int which) {
 }
 
 static void vector_curve(const float *x, int64_t n, int which, float *y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    lb_in_parts v = {load_some(x + i, n - i, 0)};
-    for (unsigned j = 0; j < LB_PARTS; j++) v.part[j] = curve_part(v.part[j], which);
-    store_some(y + i, n - i, v.all);
+  for (int64_t i = 0; i < n; i += LB_LANES) store_some(y + i, n - i, curve_part(load_some(x + i, n - i, 0), which));
+}
+
+/* Sums by lane of the squares of n values less their mean. */
+LB_INLINE void squares(const float *x, int64_t n, float mean, lb_part *square) {
+  for (int64_t i = 0; i < n; i += 16) LB_EACH_PART {
+    const lb_part d = load_some(x + i + p * LB_LANES, n - i - p * LB_LANES, mean) - mean;
+    square[p] = fma_part(d, d, square[p]);
   }
 }
 
 /* (x - mean) / sqrt(variance + eps) * gain + bias over n values; gain and bias may be NULL. */
 static void vector_norm(const float *x, int64_t n, float eps, const float *gain, const float *bias, float *y) {
-  lb_v16 sum = {0}, square = {0};
-  for (int64_t i = 0; i < n; i += 16) sum += load_some(x + i, n - i, 0);
+  lb_part sum[LB_PARTS] = {{0}}, square[LB_PARTS] = {{0}};
+  for (int64_t i = 0; i < n; i += 16) LB_EACH_PART
+    sum[p] += load_some(x + i + p * LB_LANES, n - i - p * LB_LANES, 0);
   const float mean = sum16(sum) / (float)n;
-  for (int64_t i = 0; i < n; i += 16) {
-    const lb_v16 d = load_some(x + i, n - i, mean) - mean;
-    square = fma16(d, d, square);
-  }
+  squares(x, n, mean, square);
   const float scale = 1.0f / sqrtf(sum16(square) / (float)n + eps);
-  for (int64_t i = 0; i < n; i += 16) {
-    lb_v16 v = (load_some(x + i, n - i, 0) - mean) * scale;
+  for (int64_t i = 0; i < n; i += LB_LANES) {
+    lb_part v = (load_some(x + i, n - i, 0) - mean) * scale;
     if (gain) v *= load_some(gain + i, n - i, 0);
     if (bias) v += load_some(bias + i, n - i, 0);
     store_some(y + i, n - i, v);
@@ -289,22 +247,25 @@ static void vector_norm(const float *x, int64_t n, float eps, const float *gain,
 /* softmax(scale * x) of n values in place. */
 static void vector_softmax(float *x, int64_t n, float scale) {
   const float rest = x[0]; /* does not change the largest, whatever the scale's sign */
-  lb_v16 most = all16(-INFINITY), sum = {0};
-  for (int64_t i = 0; i < n; i += 16) {
-    const lb_v16 v = load_some(x + i, n - i, rest) * scale;
-    store_some(x + i, n - i, v);
-    most = max16(most, v);
+  lb_part most[LB_PARTS], sum[LB_PARTS] = {{0}};
+  LB_EACH_PART most[p] = all_part(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) LB_EACH_PART {
+    const int64_t at = i + p * LB_LANES;
+    const lb_part v = load_some(x + at, n - at, rest) * scale;
+    store_some(x + at, n - at, v);
+    most[p] = max_part(most[p], v);
   }
   const float largest = largest16(most);
-  for (int64_t i = 0; i < n; i += 16) {
-    const lb_v16 v = load_some(x + i, n - i, -INFINITY), e = exp16(v - largest);
-    const lb_i16 there = v != -INFINITY; /* also where v is NaN: all of the row then is */
-    const lb_v16 kept = (lb_v16)((lb_i16)e & there);
-    store_some(x + i, n - i, kept);
-    sum += kept;
+  for (int64_t i = 0; i < n; i += 16) LB_EACH_PART {
+    const int64_t at = i + p * LB_LANES;
+    const lb_part v = load_some(x + at, n - at, -INFINITY), e = exp_part(v - largest);
+    const lb_int_part there = v != -INFINITY; /* also where v is NaN: all of the row then is */
+    const lb_part kept = (lb_part)((lb_int_part)e & there);
+    store_some(x + at, n - at, kept);
+    sum[p] += kept;
   }
   const float share = 1.0f / sum16(sum);
-  for (int64_t i = 0; i < n; i += 16) store_some(x + i, n - i, load_some(x + i, n - i, 0) * share);
+  for (int64_t i = 0; i < n; i += LB_LANES) store_some(x + i, n - i, load_some(x + i, n - i, 0) * share);
 }
 
 #if defined(LB_VECTOR_512)
@@ -360,26 +321,28 @@ static void vector_transpose(const float *x, int64_t step, int64_t rows, int64_t
  * panels and their rows of 16 are. */
 LB_INLINE void multiply_tile(const int R, const int P, const float *a, int64_t a_row, const float *b, int64_t b_panel,
                              int64_t b_row, int64_t k, float *c, int64_t c_row) {
-  lb_v16 sum[8][2];
+  const int parts = P * LB_PARTS;
+  lb_part sum[8][4];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; p++) sum[r][p] = all16(0);
+#pragma GCC unroll 4
+    for (int p = 0; p < parts; p++) sum[r][p] = all_part(0);
   for (int64_t i = 0; i < k; i++) {
-    lb_v16 w[2];
-#pragma GCC unroll 2
-    for (int p = 0; p < P; p++) w[p] = load16(b + p * b_panel + i * b_row);
+    lb_part w[4];
+#pragma GCC unroll 4
+    for (int p = 0; p < parts; p++)
+      w[p] = load_part(b + p / LB_PARTS * b_panel + i * b_row + p % LB_PARTS * LB_LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const lb_v16 x = all16(a[r * a_row + i]);
-#pragma GCC unroll 2
-      for (int p = 0; p < P; p++) sum[r][p] = fma16(x, w[p], sum[r][p]);
+      const lb_part x = all_part(a[r * a_row + i]);
+#pragma GCC unroll 4
+      for (int p = 0; p < parts; p++) sum[r][p] = fma_part(x, w[p], sum[r][p]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-    for (int p = 0; p < P; p++) store16(c + r * c_row + 16 * p, sum[r][p]);
+#pragma GCC unroll 4
+    for (int p = 0; p < parts; p++) store_part(c + r * c_row + p * LB_LANES, sum[r][p]);
 }
 
 #if defined(LB_VECTOR_512)
@@ -413,25 +376,22 @@ static void vector_multiply(int64_t rows, int64_t panels, int64_t k, const float
 /* y = x * gain + bias, each rounded, then ReLU if asked, and none above `most`. */
 static void vector_affine(const float *x, const float *gain, const float *bias, int64_t n, int relu, float most,
                           float *y) {
-  for (int64_t i = 0; i < n; i += 16) {
-    lb_v16 v = load_some(x + i, n - i, 0);
+  for (int64_t i = 0; i < n; i += LB_LANES) {
+    lb_part v = load_some(x + i, n - i, 0);
     if (gain) v *= load_some(gain + i, n - i, 0);
     if (bias) v += load_some(bias + i, n - i, 0);
-    if (relu) v = max16(v, all16(0));
-    if (most < INFINITY) {
-      const lb_i16 above = v > most;
-      v = (lb_v16)(((lb_i16)v & ~above) | ((lb_i16)all16(most) & above));
-    }
+    if (relu) v = max_part(v, all_part(0));
+    if (most < INFINITY) v = select_part(v > most, all_part(most), v);
     store_some(y + i, n - i, v);
   }
 }
 
 LB_INLINE void pool_part(const float *const *rows, int64_t count, int64_t i, int64_t n, float divisor, int largest,
                          float *y) {
-  lb_v16 v = load_some(rows[0] + i, n, 0);
+  lb_part v = load_some(rows[0] + i, n, 0);
   for (int64_t r = 1; r < count; r++) {
-    const lb_v16 x = load_some(rows[r] + i, n, 0);
-    v = largest ? max16(v, x) : v + x;
+    const lb_part x = load_some(rows[r] + i, n, 0);
+    v = largest ? max_part(v, x) : v + x;
   }
   store_some(y + i, n, largest ? v : v / divisor);
 }
@@ -440,24 +400,22 @@ LB_INLINE void pool_part(const float *const *rows, int64_t count, int64_t i, int
 static void vector_pool(const float *const *rows, int64_t count, int64_t n, float divisor, int largest, float *y) {
   int64_t i = 0;
   if (largest)
-    for (; i + 16 <= n; i += 16) pool_part(rows, count, i, 16, divisor, 1, y);
-  for (; i + 16 <= n; i += 16) pool_part(rows, count, i, 16, divisor, 0, y);
+    for (; i + LB_LANES <= n; i += LB_LANES) pool_part(rows, count, i, LB_LANES, divisor, 1, y);
+  for (; i + LB_LANES <= n; i += LB_LANES) pool_part(rows, count, i, LB_LANES, divisor, 0, y);
   if (i < n) pool_part(rows, count, i, n - i, divisor, largest, y);
 }
 
 /* y = q * gain + after (each of these 1 number or n), q = (x + before) / scale rounded into low ... high; see lb_step. */
 static void vector_round(const float *x, int64_t n, const lb_rounding *r, float *y) {
-  const lb_v16 magic = all16(12582912.0f), low = all16(r->low), high = all16(r->high);
-  for (int64_t i = 0; i < n; i += 16) {
-#define PART(NAME) (r->NAME##_all ? load_some(r->NAME + i, n - i, 1) : all16(r->NAME[0]))
-    lb_v16 v = load_some(x + i, n - i, 0);
+  const lb_part magic = all_part(12582912.0f), low = all_part(r->low), high = all_part(r->high);
+  for (int64_t i = 0; i < n; i += LB_LANES) {
+#define PART(NAME) (r->NAME##_all ? load_some(r->NAME + i, n - i, 1) : all_part(r->NAME[0]))
+    lb_part v = load_some(x + i, n - i, 0);
     if (r->before) v += PART(before);
     v = v / PART(scale);
-    const lb_i16 number = v == v;
-    v = (lb_v16)((lb_i16)v & number);
-    v = max16(v, low);
-    const lb_i16 above = v > high;
-    v = (lb_v16)(((lb_i16)v & ~above) | ((lb_i16)high & above));
+    const lb_int_part number = v == v;
+    v = max_part((lb_part)((lb_int_part)v & number), low);
+    v = select_part(v > high, high, v);
     v = (v + magic) - magic;
     if (r->gain) v *= PART(gain);
     if (r->after) v += PART(after);
@@ -466,57 +424,41 @@ static void vector_round(const float *x, int64_t n, const lb_rounding *r, float 
   }
 }
 
-typedef uint8_t lb_u16 __attribute__((vector_size(16)));
-typedef int16_t lb_w16 __attribute__((vector_size(32)));
+typedef uint8_t lb_byte_part __attribute__((vector_size(LB_LANES)));
+typedef int16_t lb_word_part __attribute__((vector_size(2 * LB_LANES)));
 
-/* 16 stored activations, and 16 weights, as integers. */
+/* Stored activations, and weights, as integers. */
+LB_INLINE lb_int_part of_bytes(lb_byte_part x, int is_signed) {
 #if defined(LB_VECTOR_512)
-LB_INLINE lb_i16 bytes16(lb_u16 x, int is_signed) {
-  return (lb_i16)(is_signed ? _mm512_cvtepi8_epi32((__m128i)x) : _mm512_cvtepu8_epi32((__m128i)x));
-}
-LB_INLINE lb_i16 words16(lb_w16 x) { return (lb_i16)_mm512_cvtepi16_epi32((__m256i)x); }
+  return (lb_int_part)(is_signed ? _mm512_cvtepi8_epi32((__m128i)x) : _mm512_cvtepu8_epi32((__m128i)x));
 #elif defined(LB_VECTOR_256)
-LB_INLINE lb_i16 bytes16(lb_u16 x, int is_signed) {
-  union {
-    lb_i16 all;
-    __m256i half[2];
-  } y;
-  const __m128i low = (__m128i)x, high = _mm_srli_si128(low, 8);
-  y.half[0] = is_signed ? _mm256_cvtepi8_epi32(low) : _mm256_cvtepu8_epi32(low);
-  y.half[1] = is_signed ? _mm256_cvtepi8_epi32(high) : _mm256_cvtepu8_epi32(high);
-  return y.all;
-}
-LB_INLINE lb_i16 words16(lb_w16 x) {
-  union {
-    lb_i16 all;
-    __m256i half[2];
-  } y;
-  y.half[0] = _mm256_cvtepi16_epi32(_mm256_castsi256_si128((__m256i)x));
-  y.half[1] = _mm256_cvtepi16_epi32(_mm256_extracti128_si256((__m256i)x, 1));
-  return y.all;
-}
+  const __m128i low = _mm_cvtsi64_si128((int64_t)x);
+  return (lb_int_part)(is_signed ? _mm256_cvtepi8_epi32(low) : _mm256_cvtepu8_epi32(low));
 #else
-LB_INLINE lb_i16 bytes16(lb_u16 x, int is_signed) {
-  lb_i16 y;
-  for (int i = 0; i < 16; i++) y[i] = is_signed ? (int8_t)x[i] : x[i];
+  lb_int_part y;
+  for (int i = 0; i < LB_LANES; i++) y[i] = is_signed ? (int8_t)x[i] : x[i];
   return y;
-}
-LB_INLINE lb_i16 words16(lb_w16 x) {
-  lb_i16 y;
-  for (int i = 0; i < 16; i++) y[i] = x[i];
-  return y;
-}
 #endif
+}
+LB_INLINE lb_int_part of_words(lb_word_part x) {
+#if defined(LB_VECTOR_512)
+  return (lb_int_part)_mm512_cvtepi16_epi32((__m256i)x);
+#elif defined(LB_VECTOR_256)
+  return (lb_int_part)_mm256_cvtepi16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, lb_int_part);
+#endif
+}
 
 LB_INLINE void depthwise_part(const uint8_t *map, const int64_t *tap, int64_t taps, const int16_t *weights, int64_t n,
                               int64_t i, const size_t count, int is_signed, int32_t *sums) {
-  lb_i16 sum = {0};
+  lb_int_part sum = {0};
   for (int64_t t = 0; t < taps; t++) {
-    lb_u16 x = {0};
-    lb_w16 w = {0};
+    lb_byte_part x = {0};
+    lb_word_part w = {0};
     memcpy(&x, map + tap[t] + i, count);
     memcpy(&w, weights + t * n + i, count * 2);
-    sum += bytes16(x, is_signed) * words16(w);
+    sum += of_bytes(x, is_signed) * of_words(w);
   }
   memcpy(sums + i, &sum, count * 4);
 }
@@ -527,15 +469,15 @@ static void vector_depthwise(const uint8_t *map, const int64_t *tap, int64_t tap
                              int is_signed, int32_t *sums) {
   int64_t i = 0;
   if (is_signed)
-    for (; i + 16 <= n; i += 16) depthwise_part(map, tap, taps, weights, n, i, 16, 1, sums);
-  for (; i + 16 <= n; i += 16) depthwise_part(map, tap, taps, weights, n, i, 16, 0, sums);
+    for (; i + LB_LANES <= n; i += LB_LANES) depthwise_part(map, tap, taps, weights, n, i, LB_LANES, 1, sums);
+  for (; i + LB_LANES <= n; i += LB_LANES) depthwise_part(map, tap, taps, weights, n, i, LB_LANES, 0, sums);
   if (i < n) depthwise_part(map, tap, taps, weights, n, i, (size_t)(n - i), is_signed, sums);
 }
 
 /* ---- spectrograms: 16 frames side by side ---- */
 
 /* 10 log10(x) of positive normal numbers: x = 2^e (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), and
- * ln(1 + f) = f - f^2 / 2 + f^3 P(f), fitted like exp16's. */
+ * ln(1 + f) = f - f^2 / 2 + f^3 P(f), fitted like the exponential. */
 LB_INLINE lb_part decibels_part(lb_part x) {
   const int32_t half = 0x3f3504f3; /* the bits of sqrt(1/2) */
   const lb_int_part bits = (lb_int_part)x - half, e = bits >> 23;
@@ -554,80 +496,79 @@ LB_INLINE lb_part decibels_part(lb_part x) {
   return select_part(x == x, y, x); /* from NaN's bits would come a number that differs between processors */
 }
 
-LB_INLINE lb_v16 decibels16(lb_v16 x) {
-  lb_in_parts v = {x};
-  for (unsigned i = 0; i < LB_PARTS; i++) v.part[i] = decibels_part(v.part[i]);
-  return v.all;
-}
-
 /* The Fourier transform of n complex numbers, n a power of two, in place; cosine[j * turn] is that of j / n of a circle
  * and the table has n * turn numbers. The input is in bit-reversed order. */
-static void fourier16(lb_v16 *re, lb_v16 *im, int64_t n, const float *cosine, int64_t turn) {
+static void fourier(lb_part *re, lb_part *im, int64_t n, const float *cosine, int64_t turn) {
   const int64_t circle = n * turn, quarter = circle / 4;
   for (int64_t half = 1; half < n; half *= 2)
     for (int64_t k = 0; k < half; k++) {
       const int64_t angle = k * (circle / (2 * half));
-      const lb_v16 c = all16(cosine[angle]), s = all16(-cosine[(angle + circle - quarter) % circle]);
+      const lb_part c = all_part(cosine[angle]), s = all_part(-cosine[(angle + circle - quarter) % circle]);
       for (int64_t a = k; a < n; a += 2 * half) {
         const int64_t b = a + half;
-        const lb_v16 r = fma16(re[b], c, -(im[b] * s)), i = fma16(re[b], s, im[b] * c);
+        const lb_part r = fma_part(re[b], c, -(im[b] * s)), i = fma_part(re[b], s, im[b] * c);
         re[b] = re[a] - r, im[b] = im[a] - i;
         re[a] = re[a] + r, im[a] = im[a] + i;
       }
     }
 }
 
-/* Decibels in each band of 16 frames, [bands][16]: `x` is where each frame's window starts. `room` has 4 n_fft + 64
- * floats for each lane. Real numbers in pairs are transformed as complex ones. */
-static void vector_mel(const lb_mel *m, const float *const x[16], float *room, float *out) {
+/* Of the frames that start at x[0] ... x[LB_LANES - 1]. */
+static void mel_part(const lb_mel *m, const float *const *x, float *room, float *out) {
   const int64_t n = m->n_fft / 2, circle = m->n_fft, quarter = circle / 4, before = (m->n_fft - m->length) / 2;
-  lb_v16 *re = (lb_v16 *)room, *im = re + n, *power = im + n;
+  lb_part *re = (lb_part *)room, *im = re + n, *power = im + n;
   for (int64_t i = 0, reversed = 0; i < n; i++) {
-    float pair[2][16];
+    float pair[2][LB_LANES];
     for (int part = 0; part < 2; part++) {
       const int64_t t = 2 * i + part - before;
       const int inside = t >= 0 && t < m->length;
-      for (int lane = 0; lane < 16; lane++) pair[part][lane] = inside ? x[lane][t] * m->window[t] : 0;
+      for (int lane = 0; lane < LB_LANES; lane++) pair[part][lane] = inside ? x[lane][t] * m->window[t] : 0;
     }
-    re[reversed] = load16(pair[0]), im[reversed] = load16(pair[1]);
+    re[reversed] = load_part(pair[0]), im[reversed] = load_part(pair[1]);
     int64_t bit = n / 2; /* adds 1 from the highest bit on */
     for (; bit && reversed & bit; bit /= 2) reversed ^= bit;
     reversed |= bit;
   }
-  fourier16(re, im, n, m->cosine, 2);
+  fourier(re, im, n, m->cosine, 2);
   for (int64_t k = 0; k <= n; k++) {
     const int64_t a = k % n, b = (n - k) % n;
-    const lb_v16 even_re = (re[a] + re[b]) * 0.5f, even_im = (im[a] - im[b]) * 0.5f;
-    const lb_v16 odd_re = (im[a] + im[b]) * 0.5f, odd_im = (re[b] - re[a]) * 0.5f;
-    const lb_v16 c = all16(m->cosine[k]), s = all16(m->cosine[(k + circle - quarter) % circle]);
-    const lb_v16 sum_re = fma16(c, odd_re, fma16(s, odd_im, even_re));
-    const lb_v16 sum_im = fma16(c, odd_im, fma16(-s, odd_re, even_im));
-    power[k] = fma16(sum_re, sum_re, sum_im * sum_im);
+    const lb_part even_re = (re[a] + re[b]) * 0.5f, even_im = (im[a] - im[b]) * 0.5f;
+    const lb_part odd_re = (im[a] + im[b]) * 0.5f, odd_im = (re[b] - re[a]) * 0.5f;
+    const lb_part c = all_part(m->cosine[k]), s = all_part(m->cosine[(k + circle - quarter) % circle]);
+    const lb_part sum_re = fma_part(c, odd_re, fma_part(s, odd_im, even_re));
+    const lb_part sum_im = fma_part(c, odd_im, fma_part(-s, odd_re, even_im));
+    power[k] = fma_part(sum_re, sum_re, sum_im * sum_im);
   }
   for (int64_t band = 0; band < m->bands; band++) {
-    lb_v16 sum = all16(0);
+    lb_part sum = all_part(0);
     for (int64_t k = m->range[2 * band]; k < m->range[2 * band + 1]; k++)
-      sum = fma16(power[k], all16(m->filters[k * m->bands + band]), sum);
-    store16(out + 16 * band, decibels16(max16(sum, all16(1e-10f))));
+      sum = fma_part(power[k], all_part(m->filters[k * m->bands + band]), sum);
+    store_part(out + 16 * band, decibels_part(max_part(sum, all_part(1e-10f))));
   }
+}
+
+/* Decibels in each band of 16 frames, [bands][16]: `x` is where each frame's window starts. `room` has 4 n_fft + 64
+ * floats for each lane. Real numbers in pairs are transformed as complex ones. */
+static void vector_mel(const lb_mel *m, const float *const x[16], float *room, float *out) {
+  for (int i = 0; i < 16; i += LB_LANES) mel_part(m, x + i, room, out + i);
 }
 
 /* Clips n numbers at `room` below the largest, and brings them to mean 0 and (unbiased) deviation 1. */
 static void vector_standardize(float *x, int64_t n, float room) {
-  lb_v16 most = all16(-INFINITY), sum = all16(0), square = all16(0);
-  for (int64_t i = 0; i < n; i += 16) most = max16(most, load_some(x + i, n - i, -INFINITY));
-  const lb_v16 least = all16(largest16(most) - room);
-  for (int64_t i = 0; i < n; i += 16) {
-    store_some(x + i, n - i, max16(load_some(x + i, n - i, 0), least));
-    sum += load_some(x + i, n - i, 0);
+  lb_part most[LB_PARTS], sum[LB_PARTS] = {{0}}, square[LB_PARTS] = {{0}};
+  LB_EACH_PART most[p] = all_part(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) LB_EACH_PART
+    most[p] = max_part(most[p], load_some(x + i + p * LB_LANES, n - i - p * LB_LANES, -INFINITY));
+  const lb_part least = all_part(largest16(most) - room);
+  for (int64_t i = 0; i < n; i += 16) LB_EACH_PART {
+    const int64_t at = i + p * LB_LANES;
+    store_some(x + at, n - at, max_part(load_some(x + at, n - at, 0), least));
+    sum[p] += load_some(x + at, n - at, 0);
   }
   const float mean = sum16(sum) / (float)n;
-  for (int64_t i = 0; i < n; i += 16) {
-    const lb_v16 d = load_some(x + i, n - i, mean) - mean;
-    square = fma16(d, d, square);
-  }
+  squares(x, n, mean, square);
   const float deviation = sqrtf(sum16(square) / (float)(n > 1 ? n - 1 : 1)) + 1e-5f;
-  for (int64_t i = 0; i < n; i += 16) store_some(x + i, n - i, (load_some(x + i, n - i, 0) - mean) / deviation);
+  for (int64_t i = 0; i < n; i += LB_LANES) store_some(x + i, n - i, (load_some(x + i, n - i, 0) - mean) / deviation);
 }
 
 #if defined(LB_VECTOR_512)
