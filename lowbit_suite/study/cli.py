@@ -1,5 +1,6 @@
 """``lowbit study``: run, pause and show the long trainings that the claims are judged by."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+import psutil
 import typer
 
 from lowbit.errors import LowbitError
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from lowbit_suite.study.queue import Done
 
 app = typer.Typer(no_args_is_help=True)
+
+PIDS = ".pids.json"
+"""What follows a run's process number in the name of the file of its workers."""
 
 TableOption = Annotated[list[str] | None, typer.Option("--table", help="Only this table of the plan; may be repeated.")]
 
@@ -44,9 +49,9 @@ def run(
     command += [word for name in table or () for word in ("--table", name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     workers = [subprocess.Popen(command, env=environment, preexec_fn=partial(os.nice, nice)) for _ in range(jobs)]
-    pids = queue.scratch() / "pids.json"
+    pids = queue.scratch() / f"{os.getpid()}{PIDS}"
     pids.parent.mkdir(parents=True, exist_ok=True)
-    pids.write_text(json.dumps([worker.pid for worker in workers]))
+    pids.write_text(json.dumps({worker.pid: psutil.Process(worker.pid).create_time() for worker in workers}))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         codes = [worker.wait() for worker in workers]
@@ -63,29 +68,30 @@ def run(
 
 @app.command()
 def pause() -> None:
-    """Pause the running processes at once, in the middle of a step."""
+    """Pause all running processes at once, in the middle of a step."""
     _signal(signal.SIGSTOP)
 
 
 @app.command()
 def resume() -> None:
-    """Resume paused processes."""
+    """Resume all paused processes."""
     _signal(signal.SIGCONT)
 
 
 def _signal(number: signal.Signals) -> None:
     from lowbit_suite.study import queue
 
-    path = queue.scratch() / "pids.json"
-    try:
-        pids = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise LowbitError("no study runs here; 'lowbit study run' starts it") from None
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue  # it has ended
+    signaled = 0
+    for path in queue.scratch().glob(f"*{PIDS}"):
+        with contextlib.suppress(OSError, ValueError):  # of a run that ends just now
+            for pid, since in json.loads(path.read_text()).items():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker = psutil.Process(int(pid))
+                    if worker.create_time() == since:  # else a run was killed, and another process has its number
+                        worker.send_signal(number)
+                        signaled += 1
+    if not signaled:
+        raise LowbitError("no study runs here; 'lowbit study run' starts it")
 
 
 @app.command()

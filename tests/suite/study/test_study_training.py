@@ -260,7 +260,7 @@ def test_what_would_not_end_in_time_does_not_begin(planned):
 
 
 def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
-    """Two processes are started, paused, killed and started again; every training ends once."""
+    """Two runs are started, paused, killed and started again; every training ends once."""
 
     def small(tree):
         tree["shift"] |= {"seeds": [0], "epochs": [1, 2]}
@@ -268,18 +268,27 @@ def test_the_command_runs_pauses_and_loses_no_whole_epoch(planned, project):
         del tree["ofq"]
 
     held = planned(small)
-    run = [sys.executable, "-m", "lowbit", "study", "run", "-j", "2", "--nice", "0"]
-    started = subprocess.Popen(run)
-    pids = queue.scratch() / "pids.json"
-    wait(lambda: pids.exists() and list(queue.scratch().glob("*/main/history.jsonl")))
+    run = [sys.executable, "-m", "lowbit", "study", "run", "-j", "1", "--nice", "0"]
+    runs = [subprocess.Popen(run) for _ in range(2)]
+    pids = [queue.scratch() / f"{each.pid}.pids.json" for each in runs]
+    wait(lambda: all(each.exists() for each in pids) and list(queue.scratch().glob("*/main/history.jsonl")))
+    workers = [psutil.Process(int(pid)) for each in pids for pid in json.loads(each.read_text())]
+    assert len(workers) == 2
+    other = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    # what a killed run left, whose worker's number another process has now
+    (queue.scratch() / "1.pids.json").write_text(json.dumps({other.pid: other.create_time() - 1}))
     assert study("pause").exit_code == 0
-    wait(lambda: all(psutil.Process(pid).status() == "stopped" for pid in json.loads(pids.read_text())))
+    wait(lambda: all(worker.status() == "stopped" for worker in workers))
+    assert other.status() != "stopped"
+    other.kill()
+    other.wait()
     held_still = len(queue.done(held))
     time.sleep(1)
     assert len(queue.done(held)) == held_still
     assert study("resume").exit_code == 0
-    started.send_signal(signal.SIGTERM)
-    assert started.wait(60) == 143 and not pids.exists()
+    for started, path in zip(runs, pids, strict=True):
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 143 and not path.exists()
     trainer.work()
     keys = [done.key for done in queue.done(held)]
     assert len(keys) == len(set(keys)) == 6
