@@ -58,7 +58,7 @@ def integer_table(name):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(
-    channels=st.sampled_from([32, 64, 96]), n=st.integers(1, 50), size=st.tuples(*[st.integers(8, 21)] * 2),
+    channels=st.sampled_from([16, 32, 48, 64, 96]), n=st.integers(1, 50), size=st.tuples(*[st.integers(8, 21)] * 2),
     padding=st.tuples(*[st.integers(0, 2)] * 2), table=st.sampled_from(SMALL), low=st.sampled_from([0, -128]),
     seed=st.integers(0, 999),
 )  # fmt: skip
@@ -99,12 +99,15 @@ def test_extremes(library, signs, places, low):
 
 
 @pytest.mark.parametrize("largest", [50, 51, 57, 127])
-def test_large_levels(library, largest):
+@pytest.mark.parametrize("channels", [16, 32])
+def test_large_levels(library, channels, largest):
     """With 32 channels 50 is the largest level whose sums fit; beyond 56 transformed weights would leave int16."""
     levels = torch.tensor([-largest, -1, 1, largest])
-    codes = torch.randint(0, 2, (20, 32, 3, 3), generator=torch.Generator().manual_seed(0)) * 3
+    codes = torch.randint(0, 2, (20, channels, 3, 3), generator=torch.Generator().manual_seed(0)) * 3
     codes[0], codes[1] = 3, 0
-    assert_exact(library, codes, levels, 2, torch.full((1, 32, 13, 14), 255), 0)
+    x = 255 * torch.randint(0, 2, (1, channels, 13, 14), generator=torch.Generator().manual_seed(1))
+    for image in (torch.full_like(x, 255), x):
+        assert_exact(library, codes, levels, 2, image, 0)
 
 
 @pytest.mark.parametrize("size", [(13, 13), (14, 14), (15, 15), (16, 13)])

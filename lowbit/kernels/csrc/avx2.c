@@ -469,9 +469,10 @@ enum { LB_TILES = 4, LB_BLOCKS = 1 };
 
 static void decode_block(const lb_job *job, int64_t block, int8_t *plane) {
   const tables t = make_tables(job);
-  lb_extra none = {0}; /* levels of these weights are small */
+  lb_extra none = {0}; /* levels of these weights are at most 50 */
   if (job->bits == 2) decode_bits(2, job, block, &t, plane, &none);
-  else decode_bits(3, job, block, &t, plane, &none);
+  else if (job->bits == 3) decode_bits(3, job, block, &t, plane, &none);
+  else decode_bits(4, job, block, &t, plane, &none);
 }
 
 static void sum_rows(const int8_t *w, int64_t rows, int32_t sums[16]) {
@@ -542,6 +543,51 @@ static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
   kernels[tiles - 1](p, m);
 }
 
+/* With LB_SMALL there are no tiles of 4x4 outputs; see avx512vnni.c. */
+#if !defined(LB_SMALL)
+#include "winograd4.h"
+
+LB_INLINE void points4_of(const int T, const lb_points *p, int32_t *m) {
+  const int64_t rows = p->channels / 2;
+  const int8_t *u = p->u;
+  for (int point = 0; point < LB_POINTS4; point++) {
+    const uint8_t *v = p->v + point * p->v_point;
+    __m256i acc[LB_TILES][2];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm256_setzero_si256();
+    for (int64_t r = 0; r < rows; r++, u += LB_ROW) {
+      const __m256i w0 = load(u), w1 = load(u + 32);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        const __m256i x = four(v + (t * p->channels + 2 * r) * 2);
+        acc[t][0] = _mm256_add_epi32(acc[t][0], _mm256_madd_epi16(x, w0));
+        acc[t][1] = _mm256_add_epi32(acc[t][1], _mm256_madd_epi16(x, w1));
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++, m += 16) {
+      _mm256_store_si256((__m256i *)m, acc[t][0]);
+      _mm256_store_si256((__m256i *)(m + 8), acc[t][1]);
+    }
+  }
+}
+
+#define POINTS4(T) \
+  static __attribute__((noinline)) void points4_##T(const lb_points *p, int32_t *m) { points4_of(T, p, m); }
+POINTS4(1) POINTS4(2) POINTS4(3) POINTS4(4)
+
+static void points4(const lb_points *p, int tiles, int blocks, int32_t *m) {
+  static void (*const kernels[LB_TILES])(const lb_points *, int32_t *) = {points4_1, points4_2, points4_3, points4_4};
+  (void)blocks; /* one */
+  kernels[tiles - 1](p, m);
+}
+
+static const lb_winograd_form winograd4 = {winograd4_weights, winograd4_run, LB_WIDE, LB_TILES};
+#define LB_WINOGRAD4 &winograd4
+#else
+#define LB_WINOGRAD4 NULL
+#endif
+
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -558,5 +604,5 @@ static int available(void) {
 }
 
 const lb_isa_table lb_avx2 = {"avx2", available, 0, absmax, quantize, product, 4, &vector_table,
-    winograd_weights, winograd_run, 16};
+    winograd_weights, winograd_run, 16, NULL, LB_WINOGRAD4};
 #endif

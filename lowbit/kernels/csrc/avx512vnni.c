@@ -417,7 +417,7 @@ static void points4(const lb_points *p, int tiles, int blocks, int32_t *m) {
   kernels[blocks - 1][tiles - 1](p, m);
 }
 
-static const lb_winograd_form winograd4 = {winograd4_weights, winograd4_run};
+static const lb_winograd_form winograd4 = {winograd4_weights, winograd4_run, LB_WIDE, LB_TILES};
 #define LB_WINOGRAD4 &winograd4
 #else
 #define LB_WINOGRAD4 NULL

@@ -96,6 +96,7 @@ typedef struct {
   int (*weights)(const lb_job *job, int64_t channels, int64_t block0, int64_t block1, void *weights);
   int (*run)(const lb_job *job, const lb_winograd *w, const void *weights, int64_t row0, int64_t row1, int64_t block0,
              int64_t block1);
+  int channels, tiles; /* takes multiples of so many channels; is not faster for fewer tiles */
 } lb_winograd_form;
 
 typedef struct {

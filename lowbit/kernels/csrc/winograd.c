@@ -3,8 +3,8 @@
 #include "internal.h"
 
 enum { POINTS = 16, MOST_LEVEL = 8, MOST_CHANNELS = 1 << 17 }; /* 4 * 9 * 8 * 31 * channels < 2^31 */
-/* 576 * 9 * 255 * MOST_SUM4 < 2^31; levels are below 51 then, since there are 32 channels or more. */
-enum { POINTS4 = 36, MOST_SUM4 = 1624 };
+/* 576 * 9 * 255 * MOST_SUM4 < 2^31; see winograd4.h. */
+enum { POINTS4 = 36, MOST_SUM4 = 1624, MOST_LEVEL4 = 50 };
 
 int lb_winograd_fits(const lb_job *job, int64_t channels, int64_t high) {
   return (job->bits == 2 || job->bits == 3) && job->largest <= MOST_LEVEL && job->zero == 0 &&
@@ -30,7 +30,7 @@ int lb_winograd_pays(const lb_isa_table *isa, const lb_winograd *w, int prepared
 }
 
 /* Of tiles of 4x4 outputs, in the same units. Weights take 8 bytes each: too few tiles would wait for them. */
-enum { TILE4_COST = 92, LEAST_TILES4 = 8 };
+enum { TILE4_COST = 92 };
 
 int lb_winograd4_pays(const lb_isa_table *isa, const lb_job *job, const lb_winograd *w) {
 #if defined(LB_SMALL) /* no instruction set has it */
@@ -38,8 +38,9 @@ int lb_winograd4_pays(const lb_isa_table *isa, const lb_job *job, const lb_winog
   return 0;
 #else
   const int64_t tiles = lb_winograd_rows(w) * ((w->width + 3) / 4), places = w->images * w->height * w->width;
-  return isa->winograd4 && job->bits < 8 && w->channels % 32 == 0 && w->channels * job->largest <= MOST_SUM4 &&
-         tiles >= LEAST_TILES4 && places * PLACE_COST > tiles * TILE4_COST;
+  return isa->winograd4 && job->bits < 8 && w->channels % isa->winograd4->channels == 0 &&
+         job->largest <= MOST_LEVEL4 && w->channels * job->largest <= MOST_SUM4 && tiles >= isa->winograd4->tiles &&
+         places * PLACE_COST > tiles * TILE4_COST;
 #endif
 }
 
