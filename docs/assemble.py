@@ -223,6 +223,7 @@ def figures_page() -> str:
 
 BENCHMARKS = {
     "models": "Whole models",
+    "models-avx2": "Whole models on a processor with AVX2 alone",
     "kernels": "Packed layers",
     "training": "A step of training",
     "ofq_deit_tiny": "OFQ's recipe on DeiT-tiny",
