@@ -298,6 +298,16 @@ def test_ofq_s_swin_is_packed_and_stored(qkr, bits, tmp_path):
         assert torch.equal(lowbit.load_into(plain_swin(), path)(LARGE), packed(LARGE))
 
 
+def test_before_packing_the_file_of_a_swin_needs_a_swin_with_ofq_s_biases(tmp_path):
+    model = load_published_(swin(True), swin_state(True), "ofq", LARGE)
+    path, other = lowbit.save(model, tmp_path / "file"), plain_swin()
+    with pytest.raises(CheckpointError, match=r"'layers\.1\.downsample\.reduction\.bias' is not in the module"):
+        lowbit.load_into(other, path)
+    other.layers[1].downsample.reduction.bias = nn.Parameter(torch.zeros(2 * WIDTH))
+    with torch.no_grad():
+        assert torch.equal(lowbit.load_into(other, path)(LARGE), model(LARGE))
+
+
 def test_a_step_below_the_smallest_of_ofq_is_read_as_its_program_reads_it():
     state = ofq_state(True)
     for name in ("blocks.0.mlp.fc1.input_quant_fn.s", "blocks.1.attn.quan_a_softmax_fn.s"):
