@@ -14,6 +14,7 @@ from PIL import Image
 
 import lowbit
 from lowbit import paths
+from lowbit.migration import ofq_config
 from lowbit.nn import quantized_layers
 from lowbit.training import runfile
 
@@ -55,9 +56,7 @@ def test_the_recipe_is_the_published_one(file, bits):
 def test_the_ofq_recipes_are_the_published_ones(file):
     run = runfile.read(file)
     quant, train = run.quant_config(), run.train
-    bits = quant.weight.bits
-    assert (quant.weight.name, quant.activation.name, quant.activation.bits) == ("statsq", "lsq", bits)
-    assert quant.qkr and quant.attention and quant.first_last == 8 and quant.unsigned == ("*.fc2",)
+    assert quant == ofq_config(quant.weight.bits)  # with which the authors' checkpoints load
     assert (train.optimizer, train.epochs, train.min_lr, train.augment) == ("adamw", 300, 1e-5, "deit")
     assert (train.cga_epochs, train.cga_lr, train.cga_boundary, train.distill_weight) == (30, 1e-5, 0.005, 0.5)
     assert run.teacher["name"] == run.model["name"]
