@@ -356,6 +356,18 @@ def test_nan_is_not_hidden_where_the_scale_follows_from_the_input(isa):
     assert y[1].isnan().all() and not y[0].isnan().any()
 
 
+@pytest.mark.parametrize("m", [1, 9])
+@pytest.mark.parametrize("relu", [False, True])
+def test_nan_is_rounded_to_zero_where_the_scale_is_given(isa, relu, m):
+    """In whole blocks of outputs and in the last one, whose 5 outputs are computed one by one."""
+    weight, x, add = random_weight("denseshift3", (37, 96)), randn(m, 96), randn(m, 37, seed=5)
+    add[-1, [3, 15, 33]], add[-1, [4, 34]] = float("nan"), float("inf")
+    kwargs = {"x_scale": torch.tensor([0.03]), "relu": relu, "out_scale": 0.3, "add": add, "out_low": -7}
+    y = shift_linear(x, weight, **kwargs)
+    assert y[-1, [3, 15, 33]].tolist() == [0, 0, 0] and (y[-1, [4, 34]] == 127).all()
+    assert torch.equal(y, reference.linear(x, weight, **kwargs))
+
+
 def test_the_programs_float_mode_does_not_matter(library):
     weight = random_weight("denseshift3", (20, 64))
     x = 1e-38 * randn(3, 64)
