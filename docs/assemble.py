@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tomllib
 from pathlib import Path
@@ -185,9 +186,6 @@ def linked(text: str, prefix: str) -> str:
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", lead, text)
 
 
-CAPTION = re.compile(r"(\d\d)_(\w+)")
-
-
 def result_pages(target: Path) -> None:
     """The verdicts, the figures, the benchmarks and the suite's own reports."""
     shutil.copytree(ROOT / "results" / "figures", target / "figures")
@@ -200,6 +198,20 @@ def result_pages(target: Path) -> None:
     (target / "index.md").write_text(head.replace("<!-- found -->", found_table()), encoding="utf-8")
 
 
+def alt_text(path: Path) -> str:
+    """The alternative text that ``lowbit_suite.plotting.save`` wrote into a PNG file, as its ``Description``."""
+    data, place = path.read_bytes(), 8  # after the signature
+    while place < len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        key, _, text = data[place + 8 : place + 8 + length].partition(b"\0")
+        if key == b"Description" and kind == b"tEXt":
+            return text.decode("latin-1")
+        if key == b"Description" and kind == b"iTXt":  # two bytes on compression, a language, a translated key
+            return text[2:].split(b"\0", 2)[2].decode()
+        place += length + 12  # length, kind and checksum
+    raise ValueError(f"{path.name} has no alternative text; give plotting.save(figure, name, alt=...) one")
+
+
 def figures_page() -> str:
     """The study's figures by claim, then those of the accepted desk runs under the notebook that made them."""
     lines = [(DOCS / "_figures.md").read_text(encoding="utf-8")]
@@ -207,17 +219,15 @@ def figures_page() -> str:
         lines.append(
             "\n## The study\n\nEach claim's effect by length of training; [the claims](claims.md) have the numbers.\n"
         )
-        lines += [f"![Effects of {path.stem} against training steps](figures/study/{path.name})\n" for path in study]
+        lines += [f"![{alt_text(path)}](figures/study/{path.name})\n" for path in study]
     names = {number(entry["name"]): entry["name"] for part in course() for entry in part["notebooks"]}
     last = None
     for path in sorted((ROOT / "results" / "figures" / "desk").glob("*.png")):
-        found = CAPTION.fullmatch(path.stem)
-        what = found[2].replace("_", " ")
-        if found[1] != last:
-            last = found[1]
-            name = names[int(last)]
-            lines += [f"\n## {last} · {title(read(name))}\n", f"From [`{name}`](../course/{name}.ipynb).\n"]
-        lines.append(f"![{what}, drawn by notebook {last} from its desk run](figures/desk/{path.name})\n")
+        if number(path.name) != last:
+            last = number(path.name)
+            name = names[last]
+            lines += [f"\n## {last:02d} · {title(read(name))}\n", f"From [`{name}`](../course/{name}.ipynb).\n"]
+        lines.append(f"![{alt_text(path)}](figures/desk/{path.name})\n")
     return "\n".join(lines)
 
 

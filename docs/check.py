@@ -1,6 +1,7 @@
 """Checks a built site: ``python docs/check.py FOLDER`` lists broken internal links and ends with 1 if there are any.
 
-Also refused: a page that loads a script, style, font or image from elsewhere.
+Also refused: a page that loads a script, style, font or image from elsewhere; a picture without an alternative text of
+its own; a table with a cell that no header names.
 """
 
 import re
@@ -8,7 +9,7 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "link": "href"}
 NO_LOAD = {"canonical", "index", "search", "next", "prev", "author"}
@@ -21,8 +22,37 @@ def loaded(soup: BeautifulSoup) -> list[str]:
     return [tag[LOADS[tag.name]] for tag in tags if tag.get(LOADS[tag.name])]
 
 
+def undescribed(soup: BeautifulSoup) -> list[str]:
+    """Pictures without an alternative text of their own, and tables with a cell that no header names."""
+    found, described = [], {}
+    for image in soup.select("article img"):
+        text, address = image.get("alt", ""), image["src"]
+        if len(text) < 40:
+            found.append(f"shows {address} with too short an alternative text: {text!r}")
+        elif described.setdefault(text, address) != address:
+            found.append(f"shows {address} with the alternative text of {described[text]}")
+    tables = [table.get_text(" ", strip=True)[:60] for table in soup.select("article table") if has_unnamed_cell(table)]
+    return found + [f"has a table with a cell that no header names: {text}" for text in tables]
+
+
+def has_unnamed_cell(table: Tag) -> bool:
+    """Whether a cell with text has no header with text, neither above it nor in its row."""
+    named: set[int] = set()
+    for row in table.find_all("tr"):
+        column, heads, cells = 0, set(), set()
+        for cell in row.find_all(["th", "td"]):
+            columns = range(column, column + int(cell.get("colspan", 1)))
+            if cell.get_text(strip=True):
+                (heads if cell.name == "th" else cells).update(columns)
+            column = columns.stop
+        named |= heads
+        if not heads and not cells <= named:
+            return True
+    return False
+
+
 def problems(folder: Path) -> list[str]:
-    """One line for each broken internal link and each thing loaded from elsewhere."""
+    """One line for each broken internal link, thing loaded from elsewhere, and undescribed picture or table."""
     written = [
         path for path in folder.rglob("*.html") if "_static" not in path.parts
     ]  # the theme's templates lie there
@@ -31,6 +61,7 @@ def problems(folder: Path) -> list[str]:
     found = []
     for page, soup in pages.items():
         where, loads = page.relative_to(folder), loaded(soup)
+        found += [f"{where} {problem}" for problem in undescribed(soup)]
         for address in [*loads, *(tag["href"] for tag in soup.find_all("a", href=True))]:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
@@ -50,5 +81,5 @@ def problems(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     told = problems(Path(sys.argv[1]).resolve())
-    print("\n".join(told) or "every internal link leads somewhere; nothing is loaded from elsewhere")
+    print("\n".join(told) or "links, pictures and tables are in order, and nothing is loaded from elsewhere")
     sys.exit(bool(told))

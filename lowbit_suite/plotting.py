@@ -97,7 +97,7 @@ LEARNING_RATES = (
     "Validation result against the learning rate, on a logarithmic axis, one line for each arm; "
     "a ring marks the rate chosen for each."
 )
-"""Alternative text for `learning_rates`."""
+"""What `learning_rates` draws, for the alternative text of any trials."""
 
 
 def look(name: Any) -> Look:
@@ -489,6 +489,18 @@ def learning_rates(rates, arm: str, panel: str | None = None, value: str = "accu
     return grid.figure
 
 
+def describe_trials(rates: pd.DataFrame, arm: str, panel: str | None = None, value: str = "accuracy, %") -> str:
+    """Alternative text for `learning_rates` with the same arguments: what it draws, the results, the chosen rates."""
+    by = [arm] if panel is None else [panel, arm]
+    means = rates.groupby([*by, "lr_factor"], dropna=False)[value].mean()
+    chosen = rates[rates.chosen].drop_duplicates(by).lr_factor.value_counts().sort_index()
+    multiples = ", ".join(f"{factor:g} ({count} arm{'s' * (count > 1)})" for factor, count in chosen.items())
+    return (
+        f"{LEARNING_RATES} Results lie between {means.min():.1f} and {means.max():.1f} ({value}). "
+        f"Chosen multiples of the default rate: {multiples}."
+    )
+
+
 def show_trials(rates: pd.DataFrame, name: str, arm: str, panel: str | None = None, value: str = "accuracy, %") -> None:
     """Show and save the trials of `lowbit_suite.choose_rates`, or say that there were none.
 
@@ -501,7 +513,7 @@ def show_trials(rates: pd.DataFrame, name: str, arm: str, panel: str | None = No
     if len(factors) == 1:
         print(f"no trials: every arm trains at {factors[0]:g} of its own rate")
         return
-    save(learning_rates(rates, arm, panel, value), name, alt=LEARNING_RATES)
+    save(learning_rates(rates, arm, panel, value), name, alt=describe_trials(rates, arm, panel, value))
     display(rates[rates.chosen].round(4))
 
 

@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+import PIL.Image
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from PIL.PngImagePlugin import PngInfo
 
 import lowbit
+from lowbit_suite import plotting
 
 PROJECT = Path(__file__).parents[2]
 DOCS = PROJECT / "docs"
@@ -210,6 +213,58 @@ def test_a_broken_site_is_noticed(tmp_path):
         "a.html links to b.html#x", "a.html links to c.html", "a.html loads https://cdn.org/x.js",
         "s.css loads //fonts.org/f.woff",
     ]  # fmt: skip
+
+
+PICTURE = '<img src="a.png" alt="Accuracy in percent against the number of bits, one line a method.">'
+
+
+def table(*rows: str) -> str:
+    """A table in HTML; cells are separated by bars, and those of headers begin with a star."""
+    tags = [[("th", cell[1:]) if cell[:1] == "*" else ("td", cell) for cell in row.split("|")] for row in rows]
+    lines = ["".join(f"<{tag}>{text}</{tag}>" for tag, text in cells) for cells in tags]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+@pytest.mark.parametrize(
+    ("page", "problem"),
+    [
+        (PICTURE + PICTURE, None),
+        ('<img src="a.png">', "shows a.png with too short an alternative text: ''"),
+        ('<img src="a.png" alt="Figure 2">', "shows a.png with too short an alternative text: 'Figure 2'"),
+        (PICTURE + PICTURE.replace("a.png", "b.png"), "shows b.png with the alternative text of a.png"),
+        (table("*bits|*mean", "2|61", "|4"), None),
+        (table("*|*mean", "*lsq|61", "|4"), None),
+        (table("*|*mean", "lsq|61"), "has a table with a cell that no header names: mean lsq 61"),
+        (table("lsq|61", "pot|60"), "has a table with a cell that no header names: lsq 61 pot 60"),
+        (table("*range", "1|2").replace("<th>", '<th colspan="2">'), None),
+        (table("*range", "1|2"), "has a table with a cell that no header names: range 1 2"),
+    ],
+)
+def test_an_undescribed_picture_or_table_is_noticed(tmp_path, page, problem):
+    (tmp_path / "page.html").write_text(f"<article>{page}</article>")
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    assert check.problems(tmp_path) == ([f"page.html {problem}"] if problem else [])
+
+
+def test_the_figures_page_describes_every_figure_in_words_of_its_own():
+    shown = re.findall(r"^!\[(.*)\]\((.*)\)$", assemble.figures_page(), re.M)
+    folders = [PROJECT / "results" / "figures" / profile for profile in ("study", "desk")]
+    files = [path for folder in folders for path in sorted(folder.glob("*.png"))]
+    assert shown == [(plotting.alt_text(path), path.relative_to(PROJECT / "results").as_posix()) for path in files]
+    assert len({text for text, _ in shown}) == len(shown) and min(len(text) for text, _ in shown) >= 40
+
+
+@pytest.mark.parametrize("text", ["Accuracy against bits.", "α < β: “so”, %"])
+def test_alternative_text_is_read_without_a_library(tmp_path, text):
+    about = PngInfo()
+    about.add_text("Software", "x")
+    about.add_text("Description", text)  # as iTXt if it does not fit Latin-1
+    PIL.Image.new("L", (9, 9)).save(tmp_path / "a.png", pnginfo=about)
+    PIL.Image.new("L", (9, 9)).save(tmp_path / "b.png")
+    assert assemble.alt_text(tmp_path / "a.png") == text
+    with pytest.raises(ValueError, match=r"b\.png has no alternative text"):
+        assemble.alt_text(tmp_path / "b.png")
 
 
 def test_no_page_of_prose_is_forgotten():

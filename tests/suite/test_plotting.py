@@ -159,6 +159,15 @@ def test_one_seed_has_no_interval(ax):
     assert {y for line in ax.lines for y in line.get_ydata() if math.isfinite(y)} == {1.0}
 
 
+def test_the_text_of_trials_counts_the_arms_that_chose_each_rate():
+    rows = [("a", 2, 1.0, 70.0, True), ("b", 2, 1.0, 50.0, True), ("a", 3, 0.3, 60.0, True), ("b", 3, 1.0, 40.0, True)]
+    twice = pd.DataFrame([*rows, *rows], columns=["method", "bits", "lr_factor", "mAP, %", "chosen"])  # two seeds each
+    twice.loc[len(twice)] = ["b", 3, 0.3, float("nan"), False]
+    text = plotting.describe_trials(twice, "method", "bits", "mAP, %").removeprefix(plotting.LEARNING_RATES)
+    results = "Results lie between 40.0 and 70.0 (mAP, %)."
+    assert text == f" {results} Chosen multiples of the default rate: 0.3 (1 arm), 1 (3 arms)."
+
+
 @pytest.mark.parametrize("panel", [None, "bits"])
 def test_learning_rates_ring_what_was_chosen(panel):
     rows = [
@@ -190,7 +199,8 @@ def test_trials_are_shown_with_their_text_or_said_to_be_none(monkeypatch, capsys
     plotting.show_trials(rates[1:], "02_learning_rates", "method")
     assert (saved, shown) == ([], []) and "every arm trains at 1 of its own rate" in capsys.readouterr().out
     plotting.show_trials(rates, "02_learning_rates", "method")
-    assert saved == [("02_learning_rates", plotting.LEARNING_RATES)]
+    text = f"{plotting.LEARNING_RATES} Results lie between 60.0 and 70.0 (accuracy, %). "
+    assert saved == [("02_learning_rates", text + "Chosen multiples of the default rate: 1 (1 arm).")]
     assert shown[0]["lr_factor"].tolist() == [1.0]
     plt.close("all")
 
