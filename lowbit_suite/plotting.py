@@ -116,6 +116,11 @@ def look(name: Any) -> Look:
     return found
 
 
+def part(index: int) -> Look:
+    """The look of one part of a drawing, such as a class: a color of `PARTS`, and a marker that no other part has."""
+    return Look(PARTS[index], _OTHERS[index])
+
+
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
     """A look for each name: of methods their own, of all others (widths, settings) shades from dark to light."""
     names = list(dict.fromkeys(names))
@@ -328,7 +333,7 @@ def boxes(
     scores: torch.Tensor | None = None,
     title: str = "",
 ) -> None:
-    """Draw a picture with boxes around its objects, a color of `PARTS` for each class.
+    """Draw a picture with boxes around its objects: each class has its color, and its mark at the lower right corner.
 
     Args:
         ax: axes to draw on.
@@ -341,13 +346,15 @@ def boxes(
     height, width = image.shape[1:]
     ax.imshow(image.permute(1, 2, 0).cpu().numpy(), extent=(0, width, height, 0))  # box edges lie between pixels
     for i, ((left, top, right, bottom), label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
-        own = {"edgecolor": PARTS[label], "linestyle": "-" if scores is None else "--"}
-        ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=2, **own))
+        own, style = part(label), "-" if scores is None else "--"
+        frame = {"edgecolor": own.color, "linestyle": style, "linewidth": 2, "fill": False}
+        ax.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))
+        ax.plot(right, bottom, **own.points, markersize=7, markeredgecolor=PAPER, clip_on=False)
         if scores is not None:
             ground = {"facecolor": PAPER, "alpha": 0.75, "edgecolor": "none", "pad": 0.8}
             text = f"{scores[i]:.2f}"
-            ax.text(left, top - 1, text, color=PARTS[label], fontsize=8, weight="bold", bbox=ground)
-    ax.set(title=title, xticks=[], yticks=[])
+            ax.text(left, top - 1, text, color=own.color, fontsize=8, weight="bold", bbox=ground)
+    ax.set(title=title, xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     ax.grid(False)
 
 

@@ -56,12 +56,15 @@ def test_number_line_has_a_row_for_each_set(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
 
 
-def test_boxes_stand_around_their_objects_in_the_color_of_their_class(ax):
+def test_boxes_stand_around_their_objects_in_the_color_and_with_the_mark_of_their_class(ax):
     edges = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 3.0, 3.0]])
     plotting.boxes(ax, torch.zeros(3, 10, 20), edges, torch.tensor([2, 0]))
     assert [patch.get_bbox().extents.tolist() for patch in ax.patches] == edges.tolist()
     assert [patch.get_edgecolor()[:3] for patch in ax.patches] == [to_rgb(plotting.PARTS[k]) for k in (2, 0)]
+    marks = [(line.get_marker(), *line.get_xydata()[0].tolist()) for line in ax.lines]
+    assert marks == [(plotting.part(2).marker, 4, 8), (plotting.part(0).marker, 3, 3)]
     assert ax.images[0].get_extent() == [0, 20, 10, 0] and not ax.texts
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 20), (10, 0))
 
 
 def test_predicted_boxes_are_dashed_and_carry_their_scores(ax):
@@ -305,6 +308,10 @@ def test_every_method_has_a_look_of_its_own_without_color():
     assert len(markers) == len(set(markers))
     unlike = list(plotting.looks(range(1, 13)).values())
     assert len({(look.marker, look.dashes) for look in unlike}) == 12
+
+
+def test_every_part_has_a_mark_of_its_own_without_color():
+    assert len({plotting.part(index).marker for index in range(len(plotting.PARTS))}) == len(plotting.PARTS)
 
 
 @pytest.mark.parametrize("name", ["s3", "S3", "S3, 2 bits", "s3 2 bits", "S3 {-1, 0, 1}"])
