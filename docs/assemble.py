@@ -130,7 +130,8 @@ def home(name: str, origin: str, pages: dict[str, dict[str, str]]) -> str:
 def api_page(module: str, pages: dict[str, dict[str, str]]) -> str:
     """A page in reStructuredText: a table of all names, then the descriptions of those that belong here."""
     head = API_HEAD.get(module) or public.summary(ROOT, module)
-    lines = [module, "=" * len(module), "", head, "", ".. list-table::", "   :widths: 30 70", "   :class: names", ""]
+    lines = [module, "=" * len(module), "", head, "", ".. list-table::", "   :widths: 30 70", "   :class: names"]
+    lines += ["   :header-rows: 1", "", "   * - name", "     - what it is"]
     for name, origin in pages[module].items():
         what = public.kind(ROOT, origin)
         if what == "module":

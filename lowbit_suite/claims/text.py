@@ -64,7 +64,7 @@ def markdown(claims: Sequence[Claim]) -> str:
     elsewhere = [claim.id for claim in judged.values() if claim.profile != main]
     text = INTRODUCTION.format(method=method[:1].upper() + method[1:], untrained_claims=", ".join(elsewhere))
     lines = text.splitlines() if elsewhere else text.splitlines()[:-1]
-    head = ["", "says", f"verdict at {main}", "first primary statement", *(f"look at {name}" for name in profiles)]
+    head = ["claim", "says", f"verdict at {main}", "first primary statement", *(f"look at {name}" for name in profiles)]
     lines += ["", *_row(*head), "|" + "---|" * len(head)]
     for claim in judged.values():
         looks = {look.profile: look for look in verdicts.looks(claims, claim.id)}
