@@ -48,6 +48,33 @@ def test_it_teaches(notebook):
     assert [o for cell in code(notebook) for o in cell.outputs if "image/png" in o.get("data", {})], "no figure stored"
 
 
+def paragraphs(text):
+    """The paragraphs and list items of a Markdown cell, without code, formulas, comments, tables and headings."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|<!--.*?-->|^ *(\||#).*?$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    return [part for part in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\\?\.) )", text) if part.strip()]
+
+
+def test_its_paragraphs_are_short(notebook):
+    """At most 120 words."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    counted = [(cell.id, len(part.split()), part.strip()[:60]) for cell in cells for part in paragraphs(cell.source)]
+    assert [one for one in counted if one[1] > 120] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a b\nc\n\nd", [3, 1]),
+        ("# a heading\na b\n\n| a | b |\n|---|---|\n| 1 | 2 |", [2]),
+        ("a:\n\n```python\nx = 1\n\ny = 2\n```\nb c <!-- written for\n\nD1 -->", [1, 2]),
+        ("a b $$\nx = 1\n$$\nc", [2, 1]),
+        ("a:\n- b c\n  d\n- *e* f\n\n1. g\n2\\. h i", [1, 3, 2, 1, 2]),
+    ],
+)
+def test_paragraphs_worked_by_hand(text, words):
+    assert [len(part.split()) for part in paragraphs(text)] == words
+
+
 def test_its_error_bars_are_the_intervals_that_verdicts_go_by(notebook):
     for call in (call for cell in code(notebook) for call in seaborn_estimates(cell.source)):
         bars = {k.arg: ast.unparse(k.value) for k in call.keywords}.get("errorbar", "seaborn's bootstrap")
