@@ -51,7 +51,7 @@ def test_it_teaches(notebook):
 def paragraphs(text):
     """The paragraphs and list items of a Markdown cell, without code, formulas, comments, tables and headings."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$|<!--.*?-->|^ *(\||#).*?$", "\n", text, flags=re.DOTALL | re.MULTILINE)
-    return [part for part in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\\?\.) )", text) if part.strip()]
+    return [part for part in re.split(r"\n\s*(?:\n|(?:[-*]|\d+\\?\.) )", text) if part.strip()]
 
 
 def test_its_paragraphs_are_short(notebook):
