@@ -1,6 +1,7 @@
 """What the figures of all notebooks have in common: looks by name, alternative text, and code that fits a page."""
 
 import ast
+import re
 
 import nbformat
 import pytest
@@ -108,6 +109,15 @@ def test_every_figure_has_alternative_text_and_its_stored_output_carries_it(note
             assert cell.metadata["mystnb"]["image"]["alt"] == pictures[0]["alt"], "python -m tools.tidy puts it there"
         if texts and pictures:  # some figures are drawn only at other sizes
             assert len(pictures) >= len(texts)
+
+
+def test_a_recorded_figure_is_described_by_the_text_in_its_file(notebook):
+    """So that it does not share the text of the page's own figure, which comes from a smaller run."""
+    for cell, _ in trees(notebook):
+        shown = re.findall(r'plotting\.recorded\(\s*"(\w+)", "(\w+)"', cell.source)
+        files = [paths.project() / "results" / "figures" / profile / f"{name}.png" for profile, name in shown]
+        pictures = [output.metadata["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert not files or [picture["alt"] for picture in pictures] == [plotting.alt_text(path) for path in files]
 
 
 def test_the_text_reaches_a_page_in_html(notebook):
