@@ -234,6 +234,7 @@ def table(*rows: str) -> str:
         (PICTURE + PICTURE.replace("a.png", "b.png"), "shows b.png with the alternative text of a.png"),
         (table("*bits|*mean", "2|61", "|4"), None),
         (table("*|*mean", "*lsq|61", "|4"), None),
+        (table("*lsq|61", "*pot|60"), None),
         (table("*|*mean", "lsq|61"), "has a table with a cell that no header names: mean lsq 61"),
         (table("lsq|61", "pot|60"), "has a table with a cell that no header names: lsq 61 pot 60"),
         (table("*range", "1|2").replace("<th>", '<th colspan="2">'), None),
@@ -245,6 +246,15 @@ def test_an_undescribed_picture_or_table_is_noticed(tmp_path, page, problem):
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     assert check.problems(tmp_path) == ([f"page.html {problem}"] if problem else [])
+
+
+def test_every_table_of_the_written_pages_names_its_columns():
+    pages = [*DOCS.rglob("*.md"), *(PROJECT / "results").glob("*.md")]
+    texts = {path.name: path.read_text() for path in pages} | {"found": assemble.found_table()}
+    table = re.compile(r"^\|(.*)\|\n\|[-:| ]+\|$", re.M)
+    heads = [(name, head) for name, text in texts.items() for head in table.findall(text)]
+    assert [(name, head) for name, head in heads if not all(cell.strip() for cell in head.split("|"))] == []
+    assert {"found", "claims.md", "open_questions.md"} <= {name for name, _ in heads}
 
 
 def test_the_figures_page_describes_every_figure_in_words_of_its_own():
