@@ -1,6 +1,5 @@
-/* AVX2: vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, with saturation. So weights are split
- * at +-64 (2 * 255 * 64 < 2^15): what is beyond goes into a second plane of rows, which most weights have no use for.
- * Up to +-16, four or more such pairs fit before the sum is widened. */
+/* AVX2: vpmaddubsw multiplies unsigned by signed bytes and adds pairs in 16 bits, with saturation. Up to +-16, four or more
+ * such pairs fit before the sum is widened. Larger weights are low + 16 * high, both up to +-8: two planes of rows. */
 #include "internal.h"
 
 #if defined(__x86_64__)
@@ -17,25 +16,23 @@
 #define LB_VECTOR_256
 #include "vector.h"
 
-enum { SAFE = 64, SMALL = 16, TILE = 4 };
+enum { SMALL = 16, HALF = 8, TILE = 4 }; /* HALF: of the larger ones' parts */
 
 typedef struct {
-  __m256i first, rest;
-  int two;
+  __m256i low, high;
 } tables;
 
-static tables make_tables(const lb_job *job) {
-  int8_t first[16], rest[16];
-  tables t = {.two = job->bits == 8};
+LB_INLINE int high_of(int level) { return (level + HALF) >> 4; }
+
+/* Tables of levels: in two parts, or with `whole` as they are, in `low`. */
+static tables make_tables(const lb_job *job, int whole) {
+  int8_t low[16], high[16];
   for (int i = 0; i < 16; i++) {
-    const int level = job->levels[i];
-    first[i] = (int8_t)(level > SAFE ? SAFE : level < -SAFE ? -SAFE : level);
-    rest[i] = (int8_t)(level - first[i]);
-    t.two |= rest[i] != 0;
+    high[i] = (int8_t)(whole ? 0 : high_of(job->levels[i]));
+    low[i] = (int8_t)(job->levels[i] - 16 * high[i]);
   }
-  t.first = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)first));
-  t.rest = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)rest));
-  return t;
+  return (tables){_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+                  _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high))};
 }
 
 /* Codes of row r of a group of 8, one half of 32 bytes; p is the group. */
@@ -53,44 +50,40 @@ LB_INLINE __m256i codes_of(const int bits, const int r, const uint8_t *p, int ha
 #undef PART
 }
 
-LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, int8_t *plane,
-                           lb_extra *extra) {
+/* The rows of a block, and those of its high plane unless `high` is NULL. */
+LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, int8_t *plane, int8_t *high) {
   const uint8_t *p = job->packed + b * job->block_bytes;
-  extra->count = 0;
-  for (int64_t row = 0; row < job->used_k / 4; row += 8, p += bits * 64, plane += 8 * LB_ROW) {
+  for (int64_t row = 0; row < job->used_k / 4; row += 8, p += bits * 64)
 #pragma GCC unroll 8
-    for (int r = 0; r < 8; r++) {
-      const __m256i c0 = codes_of(bits, r, p, 0), c1 = codes_of(bits, r, p, 1);
-      _mm256_store_si256((__m256i *)(plane + r * LB_ROW), _mm256_shuffle_epi8(t->first, c0));
-      _mm256_store_si256((__m256i *)(plane + r * LB_ROW + 32), _mm256_shuffle_epi8(t->first, c1));
-      if (t->two && row + r < job->used_k / 4) {
-        const __m256i r0 = _mm256_shuffle_epi8(t->rest, c0), r1 = _mm256_shuffle_epi8(t->rest, c1);
-        const __m256i any = _mm256_or_si256(r0, r1);
-        _mm256_store_si256((__m256i *)(extra->rows + extra->count * LB_ROW), r0);
-        _mm256_store_si256((__m256i *)(extra->rows + extra->count * LB_ROW + 32), r1);
-        extra->index[extra->count] = (int32_t)(row + r);
-        extra->count += !_mm256_testz_si256(any, any);
+    for (int r = 0; r < 8; r++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m256i codes = codes_of(bits, r, p, half);
+        const int64_t at = (row + r) * LB_ROW + 32 * half;
+        _mm256_store_si256((__m256i *)(plane + at), _mm256_shuffle_epi8(t->low, codes));
+        if (high) _mm256_store_si256((__m256i *)(high + at), _mm256_shuffle_epi8(t->high, codes));
       }
-    }
-  }
 }
 
-/* 8 bits: nearly every row has something beyond the first plane's range. */
-static void split_bytes(const lb_job *job, int64_t b, int8_t *plane, lb_extra *extra) {
-  const __m256i most = _mm256_set1_epi8(SAFE), least = _mm256_set1_epi8(-SAFE);
+static void decode(const lb_job *job, int64_t b, const tables *t, int8_t *plane, int8_t *high) {
+  if (job->bits == 2) decode_bits(2, job, b, t, plane, high);
+  else if (job->bits == 3) decode_bits(3, job, b, t, plane, high);
+  else decode_bits(4, job, b, t, plane, high);
+}
+
+/* A nibble of two's complement as a number. */
+LB_INLINE __m256i signed_nibble(__m256i v) {
+  const __m256i eight = _mm256_set1_epi8(8);
+  return _mm256_sub_epi8(_mm256_xor_si256(_mm256_and_si256(v, _mm256_set1_epi8(15)), eight), eight);
+}
+
+static void split_bytes(const lb_job *job, int64_t b, int8_t *plane, int8_t *high) {
   const uint8_t *p = job->packed + b * job->block_bytes;
-  extra->count = 0;
-  for (int64_t row = 0; row < job->used_k / 4; row++, p += LB_ROW, plane += LB_ROW) {
-    __m256i any = _mm256_setzero_si256();
-    for (int half = 0; half < 2; half++) {
-      const __m256i w = _mm256_loadu_si256((const __m256i *)(p + 32 * half));
-      const __m256i first = _mm256_min_epi8(_mm256_max_epi8(w, least), most), rest = _mm256_sub_epi8(w, first);
-      _mm256_store_si256((__m256i *)(plane + 32 * half), first);
-      _mm256_store_si256((__m256i *)(extra->rows + extra->count * LB_ROW + 32 * half), rest);
-      any = _mm256_or_si256(any, rest);
-    }
-    extra->index[extra->count] = (int32_t)row;
-    extra->count += !_mm256_testz_si256(any, any);
+  for (int64_t at = 0; at < job->used_k / 4 * LB_ROW; at += 32) {
+    const __m256i w = _mm256_loadu_si256((const __m256i *)(p + at));
+    const __m256i carry = _mm256_and_si256(_mm256_srli_epi16(w, 3), _mm256_set1_epi8(1));
+    _mm256_store_si256((__m256i *)(plane + at), signed_nibble(w));
+    _mm256_store_si256((__m256i *)(high + at), _mm256_add_epi8(signed_nibble(_mm256_srli_epi16(w, 4)), carry));
   }
 }
 
@@ -208,50 +201,45 @@ LB_INLINE void widen_pairs(const int R, __m256i (*s)[2], __m256i (*acc)[2]) {
     }
 }
 
-LB_INLINE void tile(const int R, const int small, const lb_job *job, int64_t row, int64_t block, const int8_t *w,
-                    const lb_extra *extra) {
-  const uint8_t *a[TILE];
-  __m256i acc[TILE][2], s[TILE][2];
+/* Adds a plane of weights, of which `fit` / 4 pairs of products fit into 16 bits. */
+LB_INLINE void add_plane(const int R, const lb_job *job, const uint8_t *const *a, const int8_t *w, int64_t fit,
+                         __m256i (*acc)[2]) {
+  __m256i s[TILE][2];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; r++) {
-    a[r] = job->map + job->row_start[row + r];
-    acc[r][0] = acc[r][1] = s[r][0] = s[r][1] = _mm256_setzero_si256();
-  }
-  const int64_t fit = 4 * pairs_of(2 * 255 * job->largest);
+  for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
   int64_t room = fit;
   for (int i = 0; i < job->n_spans; i++) {
     const int64_t end = job->spans[i].offset + job->spans[i].length;
-    int64_t k = job->spans[i].offset;
-    if (small)
-      while (k < end) {
-        const int64_t stop = lb_min(end, k + room);
-        add_pairs(R, a, k, stop, w, s);
-        w += (stop - k) / 4 * LB_ROW, room -= stop - k, k = stop;
-        if (room) continue;
-        widen_pairs(R, s, acc);
-        room = fit;
-      }
-    for (; k < end; k += 4, w += LB_ROW) {
-      const __m256i w0 = load(w), w1 = load(w + 32);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
-        const __m256i x = four(a[r] + k);
-        acc[r][0] = _mm256_add_epi32(acc[r][0], widen(_mm256_maddubs_epi16(x, w0)));
-        acc[r][1] = _mm256_add_epi32(acc[r][1], widen(_mm256_maddubs_epi16(x, w1)));
-      }
+    for (int64_t k = job->spans[i].offset, stop; k < end; k = stop) {
+      stop = lb_min(end, k + room);
+      add_pairs(R, a, k, stop, w, s);
+      w += (stop - k) / 4 * LB_ROW, room -= stop - k;
+      if (room) continue;
+      widen_pairs(R, s, acc);
+      room = fit;
     }
   }
-  if (small) widen_pairs(R, s, acc);
-  for (int64_t i = 0; i < extra->count; i++) {
-    const __m256i w0 = load(extra->rows + i * LB_ROW), w1 = load(extra->rows + i * LB_ROW + 32);
-    const int64_t k = job->k_offset[extra->index[i]];
+  widen_pairs(R, s, acc);
+}
+
+LB_INLINE void tile(const int R, const int two, const lb_job *job, int64_t row, int64_t block, const int8_t *plane,
+                    const int8_t *high) {
+  const uint8_t *a[TILE];
+  __m256i acc[TILE][2];
+  const int64_t fit = 4 * pairs_of(2 * 255 * (two ? HALF : job->largest));
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const __m256i x = four(a[r] + k);
-      acc[r][0] = _mm256_add_epi32(acc[r][0], widen(_mm256_maddubs_epi16(x, w0)));
-      acc[r][1] = _mm256_add_epi32(acc[r][1], widen(_mm256_maddubs_epi16(x, w1)));
-    }
+  for (int r = 0; r < R; r++) {
+    a[r] = job->map + job->row_start[row + r];
+    acc[r][0] = acc[r][1] = _mm256_setzero_si256();
   }
+  if (two) {
+    add_plane(R, job, a, high, fit, acc);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) acc[r][h] = _mm256_slli_epi32(acc[r][h], 4);
+  }
+  add_plane(R, job, a, plane, fit, acc);
   finish(job, row, R, block, (const int32_t *)acc, 1);
 }
 
@@ -268,7 +256,7 @@ static row_tables make_row_tables(const lb_job *job) {
   int8_t low[2][16], high[16];
   for (int i = 0; i < 16; i++) {
     const int level = job->levels[job->bits == 2 ? i & 3 : job->bits == 3 ? i & 7 : i];
-    high[i] = (int8_t)(job->largest > 8 ? (level + 8) >> 4 : 0);
+    high[i] = (int8_t)(job->largest > HALF ? high_of(level) : 0);
     low[0][i] = (int8_t)(level - 16 * high[i]);
     low[1][i] = (int8_t)job->levels[i >> 2];
   }
@@ -374,32 +362,31 @@ static void multiply_rows(const lb_job *job, int64_t row0, int64_t row1, int64_t
 
 /* ---- any number of rows ---- */
 
-#define TILE_KERNEL(R, SMALL_) \
-  static __attribute__((noinline)) void tile_##R##_##SMALL_(const lb_job *job, int64_t row, int64_t block, \
-                                                            const int8_t *plane, const lb_extra *extra) { \
-    tile(R, SMALL_, job, row, block, plane, extra); \
+#define TILE_KERNEL(R, TWO) \
+  static __attribute__((noinline)) void tile_##R##_##TWO(const lb_job *job, int64_t row, int64_t block, \
+                                                         const int8_t *plane, const int8_t *high) { \
+    tile(R, TWO, job, row, block, plane, high); \
   }
 #define TILE_KERNELS(R) TILE_KERNEL(R, 0) TILE_KERNEL(R, 1)
 TILE_KERNELS(1) TILE_KERNELS(2) TILE_KERNELS(3) TILE_KERNELS(4)
 
 static int product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1) {
-  static void (*const tiles[2][TILE])(const lb_job *, int64_t, int64_t, const int8_t *, const lb_extra *) = {
+  static void (*const tiles[2][TILE])(const lb_job *, int64_t, int64_t, const int8_t *, const int8_t *) = {
       {tile_1_0, tile_2_0, tile_3_0, tile_4_0}, {tile_1_1, tile_2_1, tile_3_1, tile_4_1}};
   if (takes_rows(job, row1 - row0)) {
     multiply_rows(job, row0, row1, block0, block1);
     return LB_OK;
   }
-  const tables t = make_tables(job);
-  lb_extra extra = {0};
+  const int two = job->bits == 8 || job->largest > SMALL;
+  const tables t = make_tables(job, !two);
   int8_t *plane = lb_scratch(LB_SLOT_DECODED, (size_t)(job->k * 16));
-  if (!plane || (t.two && lb_alloc_extra(&extra, job->k, 1))) return LB_NO_MEMORY;
+  int8_t *high = two ? lb_scratch(LB_SLOT_EXTRA, (size_t)(job->k * 16)) : NULL;
+  if (!plane || (two && !high)) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b++) {
-    if (job->bits == 2) decode_bits(2, job, b, &t, plane, &extra);
-    else if (job->bits == 3) decode_bits(3, job, b, &t, plane, &extra);
-    else if (job->bits == 4) decode_bits(4, job, b, &t, plane, &extra);
-    else split_bytes(job, b, plane, &extra);
+    if (job->bits == 8) split_bytes(job, b, plane, high);
+    else decode(job, b, &t, plane, high);
     for (int64_t m = row0; m < row1; m += TILE)
-      tiles[job->largest <= SMALL][lb_min(TILE, row1 - m) - 1](job, m, b, plane, &extra);
+      tiles[two][lb_min(TILE, row1 - m) - 1](job, m, b, plane, high);
   }
   return LB_OK;
 }
@@ -468,11 +455,8 @@ enum { LB_TILES = 4, LB_BLOCKS = 1 };
 #include "winograd.h"
 
 static void decode_block(const lb_job *job, int64_t block, int8_t *plane) {
-  const tables t = make_tables(job);
-  lb_extra none = {0}; /* levels of these weights are at most 50 */
-  if (job->bits == 2) decode_bits(2, job, block, &t, plane, &none);
-  else if (job->bits == 3) decode_bits(3, job, block, &t, plane, &none);
-  else decode_bits(4, job, block, &t, plane, &none);
+  const tables t = make_tables(job, 1); /* levels of these weights are at most 50 */
+  decode(job, block, &t, plane, NULL);
 }
 
 static void sum_rows(const int8_t *w, int64_t rows, int32_t sums[16]) {
