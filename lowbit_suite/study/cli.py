@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True)
 
+TRAINER = "lowbit_suite.study.trainer"
 PIDS = ".pids.json"
 """What follows a run's process number in the name of the file of its workers."""
 
@@ -45,13 +46,13 @@ def run(
     plan.chosen(held, table or ())  # refuses unknown names
     list(plan.trainings(held))  # refuses an invalid plan before anything starts
     deadline = math.inf if hours is None else time.time() + 3600 * hours
-    command = [sys.executable, "-m", "lowbit_suite.study.trainer", "--deadline", str(deadline)]
+    command = [sys.executable, "-m", TRAINER, "--deadline", str(deadline)]
     command += [word for name in table or () for word in ("--table", name)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     workers = [subprocess.Popen(command, env=environment, preexec_fn=partial(os.nice, nice)) for _ in range(jobs)]
     pids = queue.scratch() / f"{os.getpid()}{PIDS}"
     pids.parent.mkdir(parents=True, exist_ok=True)
-    pids.write_text(json.dumps({worker.pid: psutil.Process(worker.pid).create_time() for worker in workers}))
+    pids.write_text(json.dumps([worker.pid for worker in workers]))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         codes = [worker.wait() for worker in workers]
@@ -84,10 +85,10 @@ def _signal(number: signal.Signals) -> None:
     signaled = 0
     for path in queue.scratch().glob(f"*{PIDS}"):
         with contextlib.suppress(OSError, ValueError):  # of a run that ends just now
-            for pid, since in json.loads(path.read_text()).items():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker = psutil.Process(int(pid))
-                    if worker.create_time() == since:  # else a run was killed, and another process has its number
+            for pid in json.loads(path.read_text()):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    worker = psutil.Process(pid)
+                    if TRAINER in worker.cmdline():  # else a run was killed, and another process has its number
                         worker.send_signal(number)
                         signaled += 1
     if not signaled:

@@ -24,6 +24,10 @@ typedef struct {
 
 LB_INLINE int high_of(int level) { return (level + HALF) >> 4; }
 
+LB_INLINE __m256i table_of(const int8_t entries[16]) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)entries));
+}
+
 /* Tables of levels: in two parts, or with `whole` as they are, in `low`. */
 static tables make_tables(const lb_job *job, int whole) {
   int8_t low[16], high[16];
@@ -31,8 +35,7 @@ static tables make_tables(const lb_job *job, int whole) {
     high[i] = (int8_t)(whole ? 0 : high_of(job->levels[i]));
     low[i] = (int8_t)(job->levels[i] - 16 * high[i]);
   }
-  return (tables){_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low)),
-                  _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high))};
+  return (tables){table_of(low), table_of(high)};
 }
 
 /* Codes of row r of a group of 8, one half of 32 bytes; p is the group. */
@@ -174,9 +177,6 @@ static __attribute__((noinline)) void finish(const lb_job *job, int64_t row, int
   }
 }
 
-/* How many pairs of products fit into 16 bits, if one is at most `pair`. */
-LB_INLINE int64_t pairs_of(int pair) { return pair ? lb_min(INT16_MAX / pair, 64) : 64; }
-
 /* Adds rows of weights, for bytes k ... end-1 of R rows of activations, to their sums of pairs, of 16 bits. */
 LB_INLINE void add_pairs(const int R, const uint8_t *const *a, int64_t k, int64_t end, const int8_t *w, __m256i (*s)[2]) {
   for (; k < end; k += 4, w += LB_ROW) {
@@ -226,7 +226,7 @@ LB_INLINE void tile(const int R, const int two, const lb_job *job, int64_t row, 
                     const int8_t *high) {
   const uint8_t *a[TILE];
   __m256i acc[TILE][2];
-  const int64_t fit = 4 * pairs_of(2 * 255 * (two ? HALF : job->largest));
+  const int64_t fit = 4 * (INT16_MAX / (2 * 255 * lb_max(1, two ? HALF : job->largest)));
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++) {
     a[r] = job->map + job->row_start[row + r];
@@ -260,10 +260,7 @@ static row_tables make_row_tables(const lb_job *job) {
     low[0][i] = (int8_t)(level - 16 * high[i]);
     low[1][i] = (int8_t)job->levels[i >> 2];
   }
-  row_tables t;
-  for (int i = 0; i < 2; i++) t.low[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low[i]));
-  t.high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high));
-  return t;
+  return (row_tables){{table_of(low[0]), table_of(low[1])}, table_of(high)};
 }
 
 LB_INLINE __m256i bits_of(__m256i v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8((char)mask)); }
@@ -517,15 +514,17 @@ LB_INLINE void points_of(const int T, const lb_points *p, int32_t *m) {
   }
 }
 
-#define POINTS(T) \
-  static __attribute__((noinline)) void points_##T(const lb_points *p, int32_t *m) { points_of(T, p, m); }
-POINTS(1) POINTS(2) POINTS(3) POINTS(4)
-
-static void points(const lb_points *p, int tiles, int blocks, int32_t *m) {
-  static void (*const kernels[LB_TILES])(const lb_points *, int32_t *) = {points_1, points_2, points_3, points_4};
-  (void)blocks; /* one */
-  kernels[tiles - 1](p, m);
-}
+#define POINTS(NAME, T) \
+  static __attribute__((noinline)) void NAME##_##T(const lb_points *p, int32_t *m) { NAME##_of(T, p, m); }
+/* NAME, by NAME_of for each number of tiles; there is one block. */
+#define ALL_POINTS(NAME) \
+  POINTS(NAME, 1) POINTS(NAME, 2) POINTS(NAME, 3) POINTS(NAME, 4) \
+  static void NAME(const lb_points *p, int tiles, int blocks, int32_t *m) { \
+    static void (*const kernels[LB_TILES])(const lb_points *, int32_t *) = {NAME##_1, NAME##_2, NAME##_3, NAME##_4}; \
+    (void)blocks; \
+    kernels[tiles - 1](p, m); \
+  }
+ALL_POINTS(points)
 
 /* With LB_SMALL there are no tiles of 4x4 outputs; see avx512vnni.c. */
 #if !defined(LB_SMALL)
@@ -556,15 +555,7 @@ LB_INLINE void points4_of(const int T, const lb_points *p, int32_t *m) {
   }
 }
 
-#define POINTS4(T) \
-  static __attribute__((noinline)) void points4_##T(const lb_points *p, int32_t *m) { points4_of(T, p, m); }
-POINTS4(1) POINTS4(2) POINTS4(3) POINTS4(4)
-
-static void points4(const lb_points *p, int tiles, int blocks, int32_t *m) {
-  static void (*const kernels[LB_TILES])(const lb_points *, int32_t *) = {points4_1, points4_2, points4_3, points4_4};
-  (void)blocks; /* one */
-  kernels[tiles - 1](p, m);
-}
+ALL_POINTS(points4)
 
 static const lb_winograd_form winograd4 = {winograd4_weights, winograd4_run, LB_WIDE, LB_TILES};
 #define LB_WINOGRAD4 &winograd4

@@ -78,25 +78,4 @@ LB_INLINE void lb_finish(const lb_job *job, int64_t row, int64_t block, const in
   else lb_finish_some(job, row, n0, acc, (int)left);
 }
 
-/* Rows of weights that need a second plane because a level lies outside the first one's range: their index (k / 4),
- * and what is missing. Where no such code occurs they cost nothing. */
-typedef struct {
-  int64_t count;
-  int32_t *index;
-  int8_t *rows;
-} lb_extra;
-
-/* Room for `blocks` lists of at most k / 4 rows. */
-LB_INLINE int lb_alloc_extra(lb_extra *extra, int64_t k, int blocks) {
-  const int64_t rows = k / 4, indices = lb_round_up(rows * (int64_t)sizeof(int32_t), 64);
-  int8_t *at = lb_scratch(LB_SLOT_EXTRA, (size_t)((rows * LB_ROW + indices) * blocks));
-  if (!at) return LB_NO_MEMORY;
-  for (int b = 0; b < blocks; b++, at += rows * LB_ROW + indices) {
-    extra[b].rows = at;
-    extra[b].index = (int32_t *)(at + rows * LB_ROW);
-    extra[b].count = 0;
-  }
-  return LB_OK;
-}
-
 #endif

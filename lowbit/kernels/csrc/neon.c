@@ -20,6 +20,23 @@ enum { TILE = 4 };
 #define DOT_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 
+/* Rows of weights with something beyond int8: their index (k / 4), and what is missing. Where no such code occurs they
+ * cost nothing. */
+typedef struct {
+  int64_t count;
+  int32_t *index;
+  int8_t *rows;
+} beyond;
+
+/* Room for k / 4 rows. */
+static int make_room(beyond *extra, int64_t k) {
+  const int64_t rows = k / 4;
+  extra->rows = lb_scratch(LB_SLOT_EXTRA, (size_t)rows * (LB_ROW + sizeof *extra->index));
+  if (!extra->rows) return LB_NO_MEMORY;
+  extra->index = (int32_t *)(extra->rows + rows * LB_ROW);
+  return LB_OK;
+}
+
 typedef struct {
   int8x16_t first, rest;
   int two;
@@ -50,7 +67,7 @@ LB_INLINE uint8x16_t codes_of(const int bits, const int r, const uint8_t *p, int
 }
 
 LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const tables *t, int8_t *plane,
-                           lb_extra *extra) {
+                           beyond *extra) {
   const uint8_t *p = job->packed + b * job->block_bytes;
   extra->count = 0;
   for (int64_t row = 0; row < job->used_k / 4; row += 8, p += bits * 64, plane += 8 * LB_ROW)
@@ -62,9 +79,9 @@ LB_INLINE void decode_bits(const int bits, const lb_job *job, int64_t b, const t
         const uint8x16_t codes = codes_of(bits, r, p, i);
         vst1q_s8(plane + r * LB_ROW + 16 * i, vqtbl1q_s8(t->first, codes));
         if (listed) {
-          const int8x16_t beyond = vqtbl1q_s8(t->rest, codes);
-          vst1q_s8(rest + 16 * i, beyond);
-          any = vorrq_u8(any, vreinterpretq_u8_s8(beyond));
+          const int8x16_t missing = vqtbl1q_s8(t->rest, codes);
+          vst1q_s8(rest + 16 * i, missing);
+          any = vorrq_u8(any, vreinterpretq_u8_s8(missing));
         }
       }
       if (listed) {
@@ -91,7 +108,7 @@ static inline int32x4_t add_plain(int32x4_t acc, int8x16_t w, int8x16_t x) {
 /* R rows by one block. Compiled twice, for the two ways to add products. */
 #define TILE_FUNCTION(NAME, TARGET, ADD) \
   TARGET static void NAME(const int R, const lb_job *job, int64_t row, int64_t block, const int8_t *w, \
-                          const lb_extra *extra) { \
+                          const beyond *extra) { \
     const uint8_t *a[TILE]; \
     int32x4_t acc[TILE][4]; \
     for (int r = 0; r < TILE; r++) { \
@@ -126,11 +143,11 @@ TILE_FUNCTION(tile_dot, DOT_TARGET, add_dot)
 TILE_FUNCTION(tile_plain, , add_plain)
 
 static int run_product(const lb_job *job, int64_t row0, int64_t row1, int64_t block0, int64_t block1,
-                       void (*tile)(int, const lb_job *, int64_t, int64_t, const int8_t *, const lb_extra *)) {
+                       void (*tile)(int, const lb_job *, int64_t, int64_t, const int8_t *, const beyond *)) {
   const tables t = make_tables(job);
-  lb_extra extra = {0};
+  beyond extra = {0};
   int8_t *plane = lb_scratch(LB_SLOT_DECODED, (size_t)(job->k * 16));
-  if (!plane || (t.two && lb_alloc_extra(&extra, job->k, 1))) return LB_NO_MEMORY;
+  if (!plane || (t.two && make_room(&extra, job->k))) return LB_NO_MEMORY;
   for (int64_t b = block0; b < block1; b++) {
     if (job->bits == 2) decode_bits(2, job, b, &t, plane, &extra);
     else if (job->bits == 3) decode_bits(3, job, b, &t, plane, &extra);
