@@ -9,6 +9,7 @@ from lowbit import paths
 from lowbit.errors import LowbitError
 from lowbit_suite import profiles
 from lowbit_suite.claims import anchors, verdicts
+from lowbit_suite.claims.conditions import Check
 from lowbit_suite.claims.verdicts import Claim, Statement, effect, judgment, outcome
 from lowbit_suite.records import journal
 
@@ -108,8 +109,17 @@ def detectable(judged: Statement) -> str:
 def conditions(claim: Claim) -> list[str]:
     """The conditions of a claim with the measured numbers, as lines of a list; empty without conditions."""
     met = {True: "met", False: "**not met**"}
-    lines = [f"- {met[check.met]}: {check.says}" for check in claim.conditions]
+    lines = [f"- {met[check.met]}: {check.says}{_scope(check, claim)}" for check in claim.conditions]
     return ["", "Conditions, written down before the runs:", "", *lines] if lines else []
+
+
+def _scope(check: Check, claim: Claim) -> str:
+    """Which statements a condition concerns, if not all: else one that is met beside one that is not would be a riddle."""
+    under = [statement.says for statement in claim.statements if check in statement.conditions]
+    if len(under) == len(claim.statements):
+        return ""
+    few = "; ".join(f"*{says}*" for says in under)
+    return f". For {few}" if len(under) <= 2 else f". For {len(under)} of the {len(claim.statements)} statements"
 
 
 def _row(*cells: object) -> list[str]:

@@ -171,6 +171,16 @@ def twin(accuracy):
     return [{"arm": "twin", "bits": 32, "seed": seed, "accuracy, %": accuracy} for seed in range(5)]
 
 
+def test_a_condition_names_the_statements_that_it_concerns_if_not_all(judged):
+    two, three = (STATEMENT | {"each": {"bits": [bits]}} for bits in (2, 3))
+    table = rows({2: 1.0, 3: 1.0}) + twin(79.0)
+    failed = "**not met**: the twin reaches 79 %; allowed: at least 80"
+    found = claims.markdown([judged(table, two, three | {"conditions": ["learned"]})])
+    (says,) = [one.says for one in judged(table, three).statements]
+    assert f"- {failed}. For *{says}*\n" in found
+    assert f"- {failed}\n" in claims.markdown([judged(table, two, three, conditions=["learned"])])
+
+
 @pytest.mark.parametrize("gain", [1.0, -1.0])
 def test_a_statement_whose_condition_fails_is_not_tested_whatever_its_numbers(judged, gain):
     table = rows({2: gain, 3: gain}) + twin(79.0)
