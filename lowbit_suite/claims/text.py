@@ -114,7 +114,7 @@ def conditions(claim: Claim) -> list[str]:
 
 
 def _scope(check: Check, claim: Claim) -> str:
-    """Which statements a condition concerns, if not all: else one that is met beside one that is not would be a riddle."""
+    """Name the statements that a condition concerns, unless it concerns all: one may be met where its like is not."""
     under = [statement.says for statement in claim.statements if check in statement.conditions]
     if len(under) == len(claim.statements):
         return ""
